@@ -1,0 +1,1 @@
+"""RandLoRA for Hugging Face PEFT."""
