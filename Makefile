@@ -1,0 +1,65 @@
+# `make demo` and `make test` need python3 (3.11 or newer) and a package registry, nothing else: both set up .venv first.
+
+# The first interpreter on PATH that is new enough. `make PYTHON=/path/to/python demo` chooses another one.
+PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+# The oldest peft that pyproject.toml allows; `make test-min-peft` runs the tuner against it.
+MIN_PEFT := 0.21.0
+MIN_PEFT_DIR := build/peft-$(MIN_PEFT)
+
+# Two processes with one thread each: torch's own threads would fight over the cores.
+TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -m "not demo" -n 2 --dist loadfile
+
+.PHONY: help setup demo test test-min-peft lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo           fine-tune a real model in four ways and compare them (about 6 minutes)"
+	@echo "make test           the tests"
+	@echo "make test-min-peft  the tuner's tests against peft $(MIN_PEFT), the oldest supported"
+	@echo "make lint           ruff and mypy"
+	@echo "make bench          the benchmarks; 'python -m benchmarks --quick' for a fast look"
+	@echo "make setup          only set up $(VENV)"
+	@echo "make clean          remove $(VENV) and everything built"
+
+setup: $(READY)
+
+# The stamp is written last, so an interrupted set-up goes on at the next call.
+# A virtual environment whose pip does not run is beyond repair and is made anew.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer on PATH: install one, or name it: make PYTHON=/path/to/python"; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "Making $(VENV) with $(PYTHON)"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
+	@echo "Installing into $(VENV): a minute or a few, torch is large"
+	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(VENV)/bin/randlora demo
+
+test: $(READY)
+	$(TEST)
+
+lint: $(READY)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+bench: $(READY)
+	$(PY) -m benchmarks
+
+$(MIN_PEFT_DIR)/.ready: $(READY)
+	rm -rf $(MIN_PEFT_DIR)
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps --target $(MIN_PEFT_DIR) peft==$(MIN_PEFT)
+	@touch $@
+
+test-min-peft: $(MIN_PEFT_DIR)/.ready
+	PYTHONPATH=$(MIN_PEFT_DIR) $(PY) -c 'import peft; assert peft.__version__ == "$(MIN_PEFT)", peft.__version__'
+	PYTHONPATH=$(MIN_PEFT_DIR) $(TEST) tests/tuner
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
