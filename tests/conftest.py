@@ -19,9 +19,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores, so threads of theirs would fight
 
-# Uninitialised memory often happens to be zero, which hides a value that nobody wrote. In deterministic mode torch
-# writes NaN into it (the largest value, for integers), in C++ as well as from Python. We want only that: warn_only,
-# because operations without a deterministic form are none of a test's business.
+# Uninitialised memory often happens to be zero, which hides a value that nobody wrote. In deterministic mode
+# torch writes NaN into it (the largest value, for integers), in C++ as well as from Python. We want only
+# that: warn_only, because operations without a deterministic form are none of a test's business.
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
