@@ -1,1 +1,40 @@
-"""RandLoRA for Hugging Face PEFT."""
+"""RandLoRA: full-rank parameter-efficient fine-tuning on Hugging Face PEFT.
+
+Importing this package puts its classes in PEFT's registries for ``PeftType.RANDLORA``, so that PEFT, Transformers and
+everything built on them use it.
+"""
+
+from peft import PeftModel, get_peft_model
+
+from randlora.errors import (
+    BasisMismatchError,
+    CheckpointError,
+    ConfigError,
+    MergeError,
+    RandLoraError,
+    UnsupportedLayerError,
+)
+from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.layers.linear import Linear
+from randlora.tuner.model import RandLoraModel
+from randlora.tuner.register import register
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BasisMismatchError",
+    "CheckpointError",
+    "ConfigError",
+    "Linear",
+    "MergeError",
+    "PeftModel",
+    "RandLoraConfig",
+    "RandLoraError",
+    "RandLoraLayer",
+    "RandLoraModel",
+    "UnsupportedLayerError",
+    "get_peft_model",
+]
+
+register()

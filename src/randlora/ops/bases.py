@@ -136,10 +136,8 @@ class Basis:
             return False
         if B.shape[0] < self.max_dim or B.shape[1] < self.num_bases or B.shape[2] != self.rank:
             return False
-        mine_a, mine_b = self.projections()
-        return torch.equal(A[:, :, : self.min_dim].to(mine_a), mine_a) and torch.equal(
-            B[: self.max_dim, : self.num_bases].to(mine_b), mine_b
-        )
+        theirs = (A[:, :, : self.min_dim], B[: self.max_dim, : self.num_bases])
+        return all(_equal(mine, their) for mine, their in zip(self.projections(), theirs, strict=True))
 
     def covers(self, rank: int, min_dim: int, max_dim: int) -> bool:
         """Whether a layer of that rank and those dimensions finds its slices here."""
@@ -218,13 +216,21 @@ def basis_from_projections(A: torch.Tensor, B: torch.Tensor) -> Basis:
             f"projections of shapes {tuple(A.shape)} ({A.dtype}) and {tuple(B.shape)} ({B.dtype}) are no RandLoRA bases; "
             "expected floating point A (r, 1, m) and B (M, n, r)"
         )
-    dtype = next((d for d in _WIDE_DTYPES if all(torch.equal(t.to(d).to(t.dtype), t) for t in (A, B))), A.dtype)
+    dtype = next(
+        (d for d in _WIDE_DTYPES if all(torch.equal(t.to(d).to(t.dtype), t) for t in (A, B))), A.dtype
+    )
     basis = Basis(
         A.detach().to("cpu", dtype).squeeze(1).contiguous(),
         B.detach().to("cpu", dtype).flatten(1).contiguous(),
     )
     with _live_lock:
         return _live.setdefault(basis.fingerprint, basis)
+
+
+def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Equal as numbers, whatever the dtypes."""
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    return torch.equal(first.to(dtype), second.to("cpu", dtype))
 
 
 def _words(key: int, counts: Iterator[int]) -> Iterator[np.ndarray]:
@@ -289,7 +295,9 @@ def _divide_by_std(bits: np.ndarray, counts: np.ndarray) -> torch.Tensor:
     values = (patterns << np.uint32(16)).view(np.float32)
     present = np.nonzero(counts)[0]
     std = _std(values[present].astype(np.float64).tolist(), counts[present].tolist())
-    std_bf16 = (_round_to_bfloat16(np.array([std], np.float32)).astype(np.uint32) << np.uint32(16)).view(np.float32)[0]
+    std_bf16 = (_round_to_bfloat16(np.array([std], np.float32)).astype(np.uint32) << np.uint32(16)).view(
+        np.float32
+    )[0]
     table = np.zeros(1 << 16, np.uint16)
     table[present] = _round_to_bfloat16(values[present] / std_bf16)
     return torch.from_numpy(table[bits].view(np.int16)).view(torch.bfloat16)

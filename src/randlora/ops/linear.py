@@ -125,7 +125,14 @@ def _sum_weight(weight: Tensor, B: Tensor, At: Tensor, wide: bool) -> Tensor:  #
 
 
 def _token_gradients(
-    x: Tensor, g: Tensor, B: Tensor, At: Tensor, weight: Tensor | None, wide: bool, needs_x: bool, _fused: bool
+    x: Tensor,
+    g: Tensor,
+    B: Tensor,
+    At: Tensor,
+    weight: Tensor | None,
+    wide: bool,
+    needs_x: bool,
+    _fused: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """dÃ (q, m) and dx (T, in) without forming ΔW."""
     if wide:

@@ -1,0 +1,65 @@
+"""Files that appear whole or not at all: temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
+    """Calls ``write`` with a temporary name beside ``path``, then moves the result there in one step.
+
+    A reader, or a crash at any moment, finds the old file or the new one. An error in ``write`` leaves the old file
+    and no temporary one.
+    """
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, target.stat().st_mode if target.exists() else 0o666 & ~_umask())
+        _sync(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def write_json(content: dict[str, Any], folder: str | os.PathLike[str], name: str) -> None:
+    """Writes ``content`` as sorted, indented JSON to ``folder/name``; makes the folder."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=2, sort_keys=True)
+    write_atomically(Path(folder) / name, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: str, text: str) -> None:
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # a folder cannot be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,212 @@
+"""What an adapter's file holds, and how it finds its way back into a model.
+
+Names are PEFT's: ``...<module>.randlora_lambda`` and ``..._gamma`` per layer, ``base_model.randlora_A`` and ``..._B``
+once per model. Where no layer reads the whole bases, only the part that some layer reads is written, under names of
+our own (``randlora_A_used``), which PEFT passes over: it draws the same numbers from the key. PEFT's own files repeat
+the bases for each layer; all copies are read and compared.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from randlora.errors import BasisMismatchError, CheckpointError
+from randlora.ops.bases import AwaitedBasis, Basis, BasisSpec, basis_from_projections, get_basis
+from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.layers.base import RandLoraLayer
+
+_GAMMA = "randlora_gamma"
+_PROJECTIONS = {"randlora_A": "A", "randlora_B": "B", "randlora_A_used": "A", "randlora_B_used": "B"}
+
+
+class _Pair(NamedTuple):
+    A: Tensor  # (r, 1, m)
+    B: Tensor  # (M, n, r)
+
+
+def adapter_layers(model: nn.Module, adapter_name: str) -> list[RandLoraLayer]:
+    """The layers of ``model`` that carry the adapter."""
+    return [m for m in model.modules() if isinstance(m, RandLoraLayer) and adapter_name in m.randlora_lambda]
+
+
+def define_bases(
+    layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str
+) -> dict[int, BasisSpec]:
+    """Which bases the adapter needs, by rank.
+
+    As PEFT does, they are drawn for the largest output and the largest input dimension among all layers of the
+    adapter; what no layer reads is not kept.
+    """
+    largest = (max(layer.out_features for layer in layers), max(layer.in_features for layer in layers))
+    min_dim, max_dim = min(largest), max(largest)
+    return {
+        rank: BasisSpec(
+            rank=rank,
+            min_dim=min_dim,
+            max_dim=max_dim,
+            key=config.projection_prng_key % 2**32,
+            sparsity=config.ternary_sparsity(min_dim),
+            used_min_dim=max(layer.min_dim for layer in layers),
+            used_max_dim=max(layer.max_dim for layer in layers),
+        )
+        for rank in sorted({layer.r[adapter_name] for layer in layers})
+    }
+
+
+def bind_defined_bases(layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> None:
+    """Gives the layers the bases that the config defines.
+
+    Where the config records the fingerprint of others, they must come from the adapter's file.
+
+    Raises:
+        BasisMismatchError: if the config records other bases than its key and the layers' sizes define, and says
+            that its file holds none.
+    """
+    specs = define_bases(layers, config, adapter_name)
+    drawn = {rank: get_basis(spec) for rank, spec in specs.items()}
+    found = _combined(drawn.values())
+    bases: dict[int, Basis | AwaitedBasis] = {**drawn}
+    if config.basis_fingerprint not in (None, found):
+        awaited = AwaitedBasis(config.basis_fingerprint or "", found)
+        if not config.save_projection:
+            raise awaited.error()
+        bases = dict.fromkeys(drawn, awaited)
+    for layer in layers:
+        layer.bind_basis(adapter_name, bases[layer.r[adapter_name]])
+
+
+def fingerprint(layers: list[RandLoraLayer], adapter_name: str) -> str:
+    """One fingerprint for all bases that the adapter's layers use.
+
+    Raises:
+        BasisMismatchError: if they were to come from a file that did not hold them.
+    """
+    return _combined({layer.r[adapter_name]: layer.basis(adapter_name) for layer in layers}.values())
+
+
+def _combined(bases: Iterable[Basis]) -> str:
+    """Fingerprints of the bases of one adapter, smallest rank first."""
+    return "-".join(basis.fingerprint for basis in sorted(bases, key=lambda basis: basis.rank))
+
+
+def projections_to_save(
+    layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str
+) -> dict[str, Tensor]:
+    """The bases of rank ``config.r`` by their names in the file, nothing if they are not to be saved.
+
+    Bases of other ranks (``rank_pattern``) are never written; the fingerprint covers them.
+    """
+    bound = [layer.bases[adapter_name] for layer in layers if layer.r[adapter_name] == config.r]
+    if not config.save_projection or not bound or isinstance(bound[0], AwaitedBasis):
+        return {}
+    basis = bound[0]
+    cut = basis.spec is not None and basis.spec != basis.spec.whole()
+    if cut and basis.spec is not None and config.sparsity is not None:
+        basis, cut = get_basis(basis.spec.whole()), False  # PEFT cannot draw this density: it needs them all
+    A, B = basis.projections()
+    suffix = "_used" if cut else ""
+    return {f"randlora_A{suffix}": A, f"randlora_B{suffix}": B}
+
+
+def fold_scaling(
+    state_dict: dict[str, Tensor], config: RandLoraConfig, adapter_name: str
+) -> dict[str, Tensor]:
+    """With the paper's scaling, γ/√n: what a reader must find who scales by alpha/r alone."""
+    if config.randlora_scaling == "peft":
+        return state_dict
+    return {
+        key: value / math.sqrt(value.shape[0]) if key.endswith(f".{_GAMMA}.{adapter_name}") else value
+        for key, value in state_dict.items()
+    }
+
+
+def unfold_scaling(state_dict: dict[str, Tensor], config: RandLoraConfig) -> dict[str, Tensor]:
+    """Undoes ``fold_scaling`` on the keys of a file."""
+    if config.randlora_scaling == "peft":
+        return state_dict
+    return {
+        key: value * math.sqrt(value.shape[0]) if key.endswith(f".{_GAMMA}") else value
+        for key, value in state_dict.items()
+    }
+
+
+def take_projections(
+    state_dict: dict[str, Tensor], model: nn.Module, config: RandLoraConfig, adapter_name: str
+) -> dict[str, Tensor]:
+    """Removes the bases from a file's content and binds them to the adapter's layers if they differ from its own.
+
+    Returns:
+        The rest of the content.
+
+    Raises:
+        CheckpointError: if a basis is incomplete, malformed or too small for its layers.
+        BasisMismatchError: if the bases are not those of the config's fingerprint.
+    """
+    rest = {key: value for key, value in state_dict.items() if key.rpartition(".")[2] not in _PROJECTIONS}
+    pairs = _pairs({key: value for key, value in state_dict.items() if key not in rest})
+    layers = adapter_layers(model, adapter_name)
+    main = [layer for layer in layers if layer.r[adapter_name] == config.r]
+    bound = [_bind(pair, main, adapter_name, owner) for owner, pair in pairs.items()]
+    if any(basis is not bound[0] for basis in bound):
+        raise CheckpointError(
+            f"the file holds different bases for different layers ({', '.join(sorted(pairs))}); a RandLoRA adapter has "
+            "one pair of bases for all layers"
+        )
+    if config.basis_fingerprint is not None:
+        _verify(layers, config.basis_fingerprint, adapter_name)
+    elif not pairs:
+        warnings.warn(
+            "the adapter was saved without its bases and without their fingerprint; they are drawn from "
+            f"projection_prng_key={config.projection_prng_key} as PEFT draws them on a machine that supports bfloat16. "
+            "If it was trained on one that does not, its outputs will be wrong.",
+            stacklevel=2,
+        )
+    return rest
+
+
+def _pairs(projections: dict[str, Tensor]) -> dict[str, _Pair]:
+    """A and B by the module that the file gives them for."""
+    by_owner: dict[str, dict[str, Tensor]] = {}
+    for key, value in projections.items():
+        owner, _, name = key.rpartition(".")
+        by_owner.setdefault(owner, {})[_PROJECTIONS[name]] = value
+    for owner, found in by_owner.items():
+        if len(found) < 2:
+            raise CheckpointError(
+                f"the file holds only randlora_{next(iter(found))} of the two bases of {owner!r}"
+            )
+    return {owner: _Pair(**found) for owner, found in by_owner.items()}
+
+
+def _bind(pair: _Pair, layers: list[RandLoraLayer], adapter_name: str, owner: str) -> Basis | AwaitedBasis:
+    """The basis that ``pair`` stands for, bound to ``layers``: their own if the numbers are the same."""
+    if not layers:
+        raise CheckpointError(f"the file holds bases for {owner!r}, but no layer of the model uses them")
+    current = layers[0].bases[adapter_name]
+    if isinstance(current, Basis) and pair.A.ndim == pair.B.ndim == 3 and current.same_numbers(*pair):
+        return current
+    basis = basis_from_projections(*pair)
+    for layer in layers:
+        if not basis.covers(layer.r[adapter_name], layer.min_dim, layer.max_dim):
+            raise CheckpointError(
+                f"the file's bases of shapes {tuple(pair.A.shape)} and {tuple(pair.B.shape)} are too small for a "
+                f"{layer.out_features}×{layer.in_features} layer of rank {layer.r[adapter_name]}: the adapter was made "
+                "for another model or another r"
+            )
+    for layer in layers:
+        layer.bind_basis(adapter_name, basis)
+    return basis
+
+
+def _verify(layers: list[RandLoraLayer], expected: str, adapter_name: str) -> None:
+    found = fingerprint(layers, adapter_name)
+    if found != expected:
+        raise BasisMismatchError(
+            f"the bases in the file have fingerprint {found}, the adapter was trained with {expected}: the file is "
+            "damaged or belongs to another config"
+        )

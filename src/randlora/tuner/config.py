@@ -1,0 +1,200 @@
+"""What a RandLoRA adapter is: the fields of its ``adapter_config.json``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from peft import PeftConfig, PeftType
+
+from randlora.errors import ConfigError
+from randlora.tuner.atomic import write_json
+
+_EXTENSIONS = (
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "sparsity",
+    "randlora_scaling",
+    "basis_fingerprint",
+)
+"""Fields that PEFT's own RandLora does not know; they stand in the file only where they say something."""
+
+
+@dataclass
+class RandLoraConfig(PeftConfig):
+    """Configuration of a RandLoRA adapter (Albert et al., ICLR 2025, arXiv 2502.00987).
+
+    Every field of PEFT's own RandLora is here with the same default; files of either load in the other.
+
+    Args:
+        r: Rank of each random basis. A layer has n = ceil(min(out, in) / r) of them, so that a *smaller* r means
+            *more* trainable parameters: n·(r + min(out, in)) per layer.
+        target_modules: Names (list), a regular expression (str) or ``"all-linear"``. ``None`` takes the usual
+            attention projections of the architectures that Transformers knows.
+        projection_prng_key: Seed of the bases; the lowest 32 bits count.
+        save_projection: Whether the adapter file holds the bases. It need not: they are regenerated bit for bit on
+            any machine and compared with ``basis_fingerprint``.
+        sparse: Ternary bases, P(-1) = P(+1) = 1/6.
+        very_sparse: Ternary bases, P(-1) = P(+1) = 1/(2√D), D the smaller dimension of the largest adapted shape.
+            (PEFT's docstring says 1/√D; its code, and this one, follow Li, Hastie & Church 2006.)
+        sparsity: Ternary bases of any other density, P(-1) = P(+1) = 1/(2·sparsity).
+        randlora_dropout: Dropout probability on the adapter's input.
+        randlora_alpha: Scaling numerator, see ``randlora_scaling``.
+        randlora_scaling: ``"peft"`` scales the update by alpha/r, 20 by default. ``"paper"`` scales it by
+            alpha/(r·√n); the paper and its authors' code use it with alpha = 2·r. In the adapter file 1/√n is
+            folded into γ, so that readers which know only alpha/r compute the same update.
+        fan_in_fan_out: Whether the base layer stores its weight as (in, out). Known without being told for
+            ``nn.Linear`` and Transformers' ``Conv1D``.
+        bias: Which biases train: ``"none"``, ``"all"`` or ``"randlora_only"``.
+        modules_to_save: Further modules that are trained in full and saved.
+        init_weights: Whether the update starts at zero (λ = 0). ``False`` starts at a random one, for tests.
+        layers_to_transform: Indices of the layers to adapt; only with a list of ``target_modules``.
+        layers_pattern: Name of the list of layers that ``layers_to_transform`` counts in.
+        exclude_modules: Names or a regular expression of modules to leave alone.
+        rank_pattern: Ranks that differ from ``r``, by module name or regular expression.
+        alpha_pattern: Alphas that differ from ``randlora_alpha``, likewise.
+        basis_fingerprint: SHA-256 of the adapter's bases. Recorded when the adapter is created; on loading, bases
+            that differ are an error.
+
+    Raises:
+        ConfigError: naming every value that cannot mean anything.
+    """
+
+    r: int = field(default=32, metadata={"help": "Rank of each random basis; smaller means more parameters"})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt"})
+    projection_prng_key: int = field(default=0, metadata={"help": "Seed of the bases"})
+    save_projection: bool = field(default=True, metadata={"help": "Whether the adapter file holds the bases"})
+    sparse: bool = field(default=False, metadata={"help": "Ternary bases with a third of non-zeros"})
+    very_sparse: bool = field(default=False, metadata={"help": "Ternary bases with 1/√D of non-zeros"})
+    randlora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input"})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Base layers store (in, out) weights"})
+    randlora_alpha: float = field(default=640, metadata={"help": "Scaling numerator"})
+    bias: Literal["none", "all", "randlora_only"] = field(
+        default="none", metadata={"help": "Biases to train"}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full and saved"}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "Whether the update starts at zero"})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Layer indices to adapt"}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers"}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone"})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Ranks by module name"})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Alphas by module name"})
+    sparsity: float | None = field(default=None, metadata={"help": "s of ternary bases, P(±1) = 1/(2s) each"})
+    randlora_scaling: Literal["peft", "paper"] = field(
+        default="peft", metadata={"help": "alpha/r, or the paper's alpha/(r·√n)"}
+    )
+    basis_fingerprint: str | None = field(default=None, metadata={"help": "SHA-256 of the adapter's bases"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.RANDLORA
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own convention
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        faults = [*self._number_faults(), *self._choice_faults()]
+        if faults:
+            raise ConfigError("RandLoraConfig: " + "; ".join(faults))
+
+    @classmethod
+    def adopt(cls, config: PeftConfig) -> RandLoraConfig:
+        """A config of this class with the values of ``config``, which may be PEFT's own RandLora config.
+
+        Always a new object, so that one config can be used for several models.
+        """
+        known = {f.name for f in fields(cls) if f.init}
+        adopted = cls(**{name: value for name, value in vars(config).items() if name in known})
+        for name in ("auto_mapping", "peft_version"):
+            if hasattr(config, name):
+                setattr(adopted, name, getattr(config, name))
+        return adopted
+
+    def ternary_sparsity(self, min_dim: int) -> float | None:
+        """The number s of the bases' distribution, ``None`` for dense ones; ``min_dim`` is m as drawn."""
+        if self.very_sparse:
+            return math.sqrt(min_dim)
+        return 3.0 if self.sparse else self.sparsity
+
+    def scaling(self, rank: int, alpha: float, num_bases: int) -> float:
+        """Factor of the update of a layer: alpha/r, or the paper's alpha/(r·√n)."""
+        return alpha / rank if self.randlora_scaling == "peft" else alpha / (rank * math.sqrt(num_bases))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The file's content: fields unknown to PEFT only where they differ from their default, lists sorted."""
+        content: dict[str, Any] = super().to_dict()
+        plain = type(self)()
+        for name in _EXTENSIONS:
+            if content[name] == getattr(plain, name):
+                del content[name]
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in content.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes ``adapter_config.json`` into ``save_directory``, whole or not at all."""
+        content = self.to_dict()
+        if kwargs.get("auto_mapping_dict") is not None:
+            content["auto_mapping"] = kwargs["auto_mapping_dict"]
+        write_json(content, save_directory, "adapter_config.json")
+
+    def _number_faults(self) -> list[str]:
+        faults = [f"r={self.r!r} must be an integer of at least 1"] if not _is_rank(self.r) else []
+        faults += [
+            f"rank_pattern[{name!r}]={rank!r} must be an integer of at least 1"
+            for name, rank in self.rank_pattern.items()
+            if not _is_rank(rank)
+        ]
+        if not _is_positive(self.randlora_alpha):
+            faults.append(f"randlora_alpha={self.randlora_alpha!r} must be a finite number above 0")
+        faults += [
+            f"alpha_pattern[{name!r}]={alpha!r} must be a finite number above 0"
+            for name, alpha in self.alpha_pattern.items()
+            if not _is_positive(alpha)
+        ]
+        if not _is_number(self.randlora_dropout) or not 0 <= self.randlora_dropout < 1:
+            faults.append(f"randlora_dropout={self.randlora_dropout!r} must be a number from 0 to below 1")
+        if self.sparsity is not None and not (_is_positive(self.sparsity) and self.sparsity >= 1):
+            faults.append(
+                f"sparsity={self.sparsity!r} must be a finite number of at least 1 (P(±1) = 1/(2·sparsity))"
+            )
+        if not isinstance(self.projection_prng_key, int) or isinstance(self.projection_prng_key, bool):
+            faults.append(f"projection_prng_key={self.projection_prng_key!r} must be an integer")
+        return faults
+
+    def _choice_faults(self) -> list[str]:
+        faults = []
+        if self.bias not in ("none", "all", "randlora_only"):
+            faults.append(f"bias={self.bias!r} must be 'none', 'all' or 'randlora_only'")
+        if self.randlora_scaling not in ("peft", "paper"):
+            faults.append(f"randlora_scaling={self.randlora_scaling!r} must be 'peft' or 'paper'")
+        chosen = [name for name in ("sparse", "very_sparse", "sparsity") if getattr(self, name)]
+        if len(chosen) > 1:
+            faults.append(f"{' and '.join(chosen)} contradict each other: give one of them")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            faults.append(
+                f"layers_to_transform={self.layers_to_transform!r} needs target_modules as a list of names, "
+                f"not the expression {self.target_modules!r}"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            faults.append(f"layers_pattern={self.layers_pattern!r} means nothing without layers_to_transform")
+        return faults
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_positive(value: object) -> bool:
+    return _is_number(value) and value > 0  # type: ignore[operator]

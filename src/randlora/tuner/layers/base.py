@@ -1,0 +1,235 @@
+"""The state and the operations that every kind of adapted layer has: once, for all of them."""
+
+from __future__ import annotations
+
+import warnings
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from randlora.errors import MergeError
+from randlora.ops import linear as ops
+from randlora.ops.bases import AwaitedBasis, Basis, num_bases
+
+
+class RandLoraLayer(BaseTunerLayer):
+    """Adapters of one base layer.
+
+    A subclass wraps one kind of base layer: it sets ``in_features`` and ``out_features``, says how its weight is laid
+    out, and computes its forward.
+
+    Attributes:
+        randlora_lambda: per adapter λ of shape (r, n), trained, float32.
+        randlora_gamma: per adapter γ of shape (n, m), trained, float32; m = min(in, out).
+        bases: per adapter the frozen A and B, shared with all other layers; no part of the module tree.
+        r: per adapter the rank of each basis.
+        scaling: per adapter the factor of the update.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("randlora_lambda", "randlora_gamma")
+    other_param_names: tuple[str, ...] = ("randlora_dropout", "bases", "r", "scaling", "num_bases")
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
+        self.base_layer = base_layer
+        self.in_features = in_features
+        self.out_features = out_features
+        self.randlora_lambda = nn.ParameterDict({})
+        self.randlora_gamma = nn.ParameterDict({})
+        self.randlora_dropout = nn.ModuleDict({})
+        self.bases: dict[str, Basis | AwaitedBasis] = {}
+        self.r: dict[str, int] = {}
+        self.num_bases: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._unmerged_weight: Tensor | None = None
+
+    @property
+    def min_dim(self) -> int:
+        """m, the smaller dimension of the weight."""
+        return min(self.in_features, self.out_features)
+
+    @property
+    def max_dim(self) -> int:
+        """M, the larger dimension of the weight."""
+        return max(self.in_features, self.out_features)
+
+    @property
+    def randlora_A(self) -> dict[str, Tensor]:
+        """Per adapter the whole basis A of shape (r, 1, m); every layer reads a slice of it."""
+        return {name: self.basis(name).projections()[0] for name in self.bases}
+
+    @property
+    def randlora_B(self) -> dict[str, Tensor]:
+        """Per adapter the whole basis B of shape (M, n, r); every layer reads a slice of it."""
+        return {name: self.basis(name).projections()[1] for name in self.bases}
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        r: int,
+        scaling: float,
+        randlora_dropout: float = 0.0,
+        init_weights: bool = True,
+        inference_mode: bool = False,
+    ) -> None:
+        """Adds the parameters of an adapter; its bases are bound when all layers are known (``bind_basis``)."""
+        n = num_bases(r, self.min_dim)
+        if r > self.min_dim:
+            warnings.warn(
+                f"r={r} is larger than the smaller dimension {self.min_dim} of a {self.out_features}×{self.in_features} "
+                f"layer: it gets one basis and {r + self.min_dim} parameters, and its update is full-rank all the same. "
+                f"A smaller r gives it more parameters.",
+                stacklevel=2,
+            )
+        self.r[adapter_name], self.num_bases[adapter_name], self.scaling[adapter_name] = r, n, scaling
+        self.randlora_dropout[adapter_name] = (
+            nn.Dropout(randlora_dropout) if randlora_dropout > 0 else nn.Identity()
+        )
+        self.randlora_lambda[adapter_name] = nn.Parameter(torch.randn(r, n, dtype=torch.float32))
+        self.randlora_gamma[adapter_name] = nn.Parameter(
+            torch.full((n, self.min_dim), 1 / self.max_dim, dtype=torch.float32)
+        )
+        if init_weights:
+            self.reset_randlora_parameters(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def reset_randlora_parameters(self, adapter_name: str) -> None:
+        """λ = 0 and γ = 1 / max(n, m), as the authors' code and PEFT do."""
+        if adapter_name in self.randlora_lambda:
+            gamma = self.randlora_gamma[adapter_name]
+            nn.init.zeros_(self.randlora_lambda[adapter_name])
+            nn.init.constant_(gamma, 1 / max(gamma.shape))
+
+    def bind_basis(self, adapter_name: str, basis: Basis | AwaitedBasis) -> None:
+        """Gives the adapter its bases."""
+        self.bases[adapter_name] = basis
+
+    def get_scaled_bases(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """The two factors of the update in the order in which they are applied to an input, without ``scaling``.
+
+        Returns:
+            (first, second) with ``F.linear(F.linear(x, first), second)`` the unscaled update: Ã (q, m) and B (M, q),
+            or Bᵀ and Ãᵀ where out < in. q = n·r.
+        """
+        lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
+        device = lam.device if device is None else device
+        lam, gamma = lam.to(device), gamma.to(device)
+        A, B = self._sliced_bases(adapter, device, _at_least_float32(lam.dtype))
+        scaled = ops.scaled_basis(A, lam, gamma, A.dtype)
+        return (scaled, B) if self.out_features >= self.in_features else (B.T, scaled.T)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW in the layout of the base layer's weight, on its device, in float32 or wider.
+
+        Args:
+            adapter: name of the adapter.
+        """
+        lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
+        A, B = self._sliced_bases(adapter, lam.device, _at_least_float32(lam.dtype))
+        wide = self.out_features < self.in_features
+        return self._to_weight_layout(ops.delta_weight(A, B, lam, gamma, self.scaling[adapter], wide))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the updates of the adapters to the base weight.
+
+        The original weight is kept aside until ``unmerge``, which restores it bit for bit.
+
+        Args:
+            safe_merge: refuse a merged weight that is not finite, and leave the layer as it was.
+            adapter_names: adapters to merge; by default the active ones.
+
+        Raises:
+            MergeError: with ``safe_merge``, if the merged weight holds NaN or infinity.
+        """
+        names = [
+            name for name in check_adapters_to_merge(self, adapter_names) if name in self.randlora_lambda
+        ]
+        if not names:
+            return
+        merged = self.merged_weight(names)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise MergeError(
+                f"NaNs detected in the merged weights: merging {', '.join(names)} into a "
+                f"{self.out_features}×{self.in_features} layer of {merged.dtype} gives values that are not finite. "
+                "The base weight is unchanged."
+            )
+        weight = self.get_base_layer().weight
+        if self._unmerged_weight is None:
+            self._unmerged_weight = weight.data
+        weight.data = merged
+        self.merged_adapters.extend(names)
+
+    def merged_weight(self, adapter_names: list[str]) -> Tensor:
+        """The base weight plus the updates of ``adapter_names``, summed in float32 or wider and rounded once."""
+        weight = self.get_base_layer().weight.data
+        total = sum(
+            (self.get_delta_weight(name).detach().to(weight.device) for name in adapter_names), start=weight
+        )
+        return total.to(weight.dtype)
+
+    def unmerge(self) -> None:
+        """Puts the original base weight back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        weight = self.get_base_layer().weight
+        if self._unmerged_weight is not None:
+            # the model may have been moved or cast in between
+            weight.data = self._unmerged_weight.to(device=weight.device, dtype=weight.dtype)
+        self._unmerged_weight = None
+        self.merged_adapters = []
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """The update is additive, so that PEFT can approximate it by a LoRA."""
+        return True
+
+    def _to_weight_layout(self, update: Tensor) -> Tensor:
+        """(out, in) to the layout in which the base layer stores its weight."""
+        raise NotImplementedError
+
+    def basis(self, adapter_name: str) -> Basis:
+        """The adapter's bases.
+
+        Raises:
+            BasisMismatchError: if they were to come from its file, and no file has been loaded.
+        """
+        basis = self.bases[adapter_name]
+        if isinstance(basis, AwaitedBasis):
+            raise basis.error()
+        return basis
+
+    def _sliced_bases(
+        self, adapter_name: str, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Views A (r, m) and B (M, q) of the shared bases."""
+        A, B = self.basis(adapter_name).tensors(device, dtype)
+        return A[:, : self.min_dim], B[: self.max_dim, : self.num_bases[adapter_name] * self.r[adapter_name]]
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Moves λ and γ to the base layer's device; their dtype is the business of ``autocast_adapter_dtype``."""
+        if device is None:
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is None:
+            return
+        for parameters in (self.randlora_lambda, self.randlora_gamma):
+            if adapter_name in parameters and parameters[adapter_name].device.type != "meta":
+                parameters[adapter_name].data = parameters[adapter_name].data.to(device)
+
+    def __repr__(self) -> str:
+        return "randlora." + super().__repr__()
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast asks for, else that of the input."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

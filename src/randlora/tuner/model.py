@@ -1,0 +1,173 @@
+"""RandLoRA as a PEFT tuner: which modules are adapted, and by what."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from randlora.errors import MergeError, UnsupportedLayerError
+from randlora.ops.bases import num_bases
+from randlora.tuner import checkpoint
+from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.layers.linear import Linear, linear_shape
+
+
+class RandLoraModel(BaseTuner):
+    """A model with RandLoRA adapters.
+
+    Args:
+        model: the model to adapt.
+        peft_config: a :class:`RandLoraConfig`, or PEFT's own, or several by adapter name.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: create λ and γ on the meta device, to be filled by a file.
+        state_dict: adapt the modules that its keys name instead of those that the config targets.
+
+    Raises:
+        UnsupportedLayerError: if a targeted module is of a kind that cannot be adapted.
+        BasisMismatchError: if the config records other bases than this model defines.
+    """
+
+    prefix: str = "randlora_"
+    tuner_layer_cls = RandLoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Adds the adapter's layers, then their bases; on failure the model is as it was."""
+        self.peft_config[adapter_name] = RandLoraConfig.adopt(self.peft_config[adapter_name])
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            layers = checkpoint.adapter_layers(model, adapter_name)
+            if layers:
+                checkpoint.bind_defined_bases(layers, self.peft_config[adapter_name], adapter_name)
+        except Exception:
+            self._withdraw(model, adapter_name)
+            raise
+
+    def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
+        """Takes back what a failed injection has added to the model."""
+        for layer in checkpoint.adapter_layers(model, adapter_name):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                layer.delete_adapter(adapter_name)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, RandLoraLayer) and not module.randlora_lambda:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.base_layer)
+
+    def _create_and_replace(
+        self,
+        peft_config: RandLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        base_layer = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        _require_supported(base_layer, current_key, peft_config)
+        rank = peft_config.rank_pattern.get(
+            get_pattern_key(list(peft_config.rank_pattern), current_key), peft_config.r
+        )
+        alpha = peft_config.alpha_pattern.get(
+            get_pattern_key(list(peft_config.alpha_pattern), current_key), peft_config.randlora_alpha
+        )
+        adapter = {
+            "r": rank,
+            "scaling": peft_config.scaling(rank, alpha, num_bases(rank, min(linear_shape(base_layer)))),
+            "randlora_dropout": peft_config.randlora_dropout,
+            "init_weights": peft_config.init_weights,
+            "inference_mode": peft_config.inference_mode,
+        }
+        if isinstance(target, RandLoraLayer):
+            target.update_layer(adapter_name, **adapter)
+            return
+        layer = Linear(target, adapter_name, **adapter)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # an additional adapter is not active, hence not trained
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """λ and γ are float32; without ``autocast_adapter_dtype`` they take the dtype of their base layer."""
+        for layer in checkpoint.adapter_layers(self.model, adapter_name):
+            dtype = torch.float32
+            if not autocast_adapter_dtype:
+                _, base_dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+                dtype = base_dtype if base_dtype is not None and base_dtype.is_floating_point else dtype
+            for parameters in (layer.randlora_lambda, layer.randlora_gamma):
+                parameters[adapter_name].data = parameters[adapter_name].data.to(dtype)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # modules_to_save
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges adapters into the base weights of all layers, or, with ``safe_merge``, of none if one is refused.
+
+        Raises:
+            MergeError: with ``safe_merge``, if a merged weight would not be finite.
+        """
+        try:
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        except MergeError:
+            self.unmerge_adapter()
+            raise
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The adapter's file: λ and γ (the scaling's share folded in), and the bases once."""
+        content = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        layers = checkpoint.adapter_layers(model, adapter_name)
+        if not layers or not isinstance(config, RandLoraConfig):
+            return content
+        config.basis_fingerprint = checkpoint.fingerprint(layers, adapter_name)
+        content = checkpoint.fold_scaling(content, config, adapter_name)
+        prefix = "base_model." if any(key.startswith("base_model.model.") for key in content) else ""
+        projections = checkpoint.projections_to_save(layers, config, adapter_name)
+        return content | {f"{prefix}{name}.{adapter_name}": value for name, value in projections.items()}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Binds the file's bases and hands on the parameters."""
+        if isinstance(config, RandLoraConfig):
+            state_dict = checkpoint.take_projections(state_dict, model, config, adapter_name)
+            state_dict = checkpoint.unfold_scaling(state_dict, config)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _require_supported(base_layer: nn.Module, name: str, config: RandLoraConfig) -> None:
+    if not isinstance(base_layer, nn.Linear | Conv1D):
+        raise UnsupportedLayerError(
+            f"target module {name!r} is a {type(base_layer).__name__}, which RandLoRA cannot adapt; supported are "
+            "`torch.nn.Linear` and `transformers.pytorch_utils.Conv1D`. Name other modules in `target_modules`, or add "
+            "this one to `exclude_modules`."
+        )
+    if config.fan_in_fan_out and isinstance(base_layer, nn.Linear):
+        warnings.warn(
+            f"fan_in_fan_out=True has no effect on {name!r}: a `torch.nn.Linear` stores its weight as (out, in).",
+            stacklevel=2,
+        )

@@ -1,0 +1,46 @@
+"""Puts this package in the place of PEFT's own RandLora. The one module that writes to PEFT.
+
+PEFT's ``register_peft_method`` refuses a name that is taken, and its enum has no free one, so the entries are written
+directly.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import peft.peft_model
+from peft import PeftType
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+
+from randlora.tuner.atomic import write_atomically
+from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.model import RandLoraModel
+
+
+def register() -> None:
+    """Makes PEFT use this package for ``PeftType.RANDLORA``; doing it again changes nothing."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] = RandLoraConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = RandLoraModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.RANDLORA] = RandLoraModel.prefix
+    save_file = peft.peft_model.safe_save_file
+    if not hasattr(save_file, "__wrapped__"):
+        peft.peft_model.safe_save_file = _save_whole_or_not_at_all(save_file)
+
+
+def _save_whole_or_not_at_all(save_file: Callable[..., None]) -> Callable[..., None]:
+    """PEFT's way of writing a safetensors file, made atomic where the file holds a RandLoRA adapter."""
+
+    @functools.wraps(save_file)
+    def save(tensors: dict[str, Any], filename: str, metadata: dict[str, str] | None = None) -> None:
+        if any(RandLoraModel.prefix in key for key in tensors):
+            write_atomically(filename, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        else:
+            save_file(tensors, filename, metadata=metadata)
+
+    return save
