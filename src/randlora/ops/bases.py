@@ -61,9 +61,7 @@ class BasisSpec:
 
     def whole(self) -> BasisSpec:
         """The same draw with nothing cut away."""
-        return BasisSpec(
-            self.rank, self.min_dim, self.max_dim, self.key, self.sparsity, self.min_dim, self.max_dim
-        )
+        return BasisSpec(self.rank, self.min_dim, self.max_dim, self.key, self.sparsity, self.min_dim, self.max_dim)
 
 
 def num_bases(rank: int, min_dim: int) -> int:
@@ -213,12 +211,10 @@ def basis_from_projections(A: torch.Tensor, B: torch.Tensor) -> Basis:
     """
     if A.ndim != 3 or B.ndim != 3 or A.shape[1] != 1 or A.shape[0] != B.shape[2] or not A.is_floating_point():
         raise BasisMismatchError(
-            f"projections of shapes {tuple(A.shape)} ({A.dtype}) and {tuple(B.shape)} ({B.dtype}) are no RandLoRA bases; "
-            "expected floating point A (r, 1, m) and B (M, n, r)"
+            f"projections of shapes {tuple(A.shape)} ({A.dtype}) and {tuple(B.shape)} ({B.dtype}) are no RandLoRA "
+            "bases; expected floating point A (r, 1, m) and B (M, n, r)"
         )
-    dtype = next(
-        (d for d in _WIDE_DTYPES if all(torch.equal(t.to(d).to(t.dtype), t) for t in (A, B))), A.dtype
-    )
+    dtype = next((d for d in _WIDE_DTYPES if all(torch.equal(t.to(d).to(t.dtype), t) for t in (A, B))), A.dtype)
     basis = Basis(
         A.detach().to("cpu", dtype).squeeze(1).contiguous(),
         B.detach().to("cpu", dtype).flatten(1).contiguous(),
@@ -271,7 +267,7 @@ def _kaiming_bits(words: np.ndarray, fan_in: int) -> np.ndarray:
     bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(fan_in))
     low = np.float32(-bound)
     span = np.float32(np.float32(bound) - low)
-    # 24-bit word times 24-bit span, plus low: exact in float64, so that one rounding follows, as of a fused multiply-add
+    # 24-bit word times 24-bit span, plus low: exact in float64, so that one rounding follows, as of an fma
     values = words.astype(np.float64)
     values *= float(span) * 2.0**-24
     values += float(low)
@@ -284,9 +280,7 @@ def _kaiming_bits(words: np.ndarray, fan_in: int) -> np.ndarray:
 def _round_to_bfloat16(values: np.ndarray) -> np.ndarray:
     """Bit patterns (uint16) of float32 values rounded to nearest, ties to even."""
     bits = values.view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(
-        np.uint16
-    )
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
 
 def _divide_by_std(bits: np.ndarray, counts: np.ndarray) -> torch.Tensor:
@@ -295,9 +289,7 @@ def _divide_by_std(bits: np.ndarray, counts: np.ndarray) -> torch.Tensor:
     values = (patterns << np.uint32(16)).view(np.float32)
     present = np.nonzero(counts)[0]
     std = _std(values[present].astype(np.float64).tolist(), counts[present].tolist())
-    std_bf16 = (_round_to_bfloat16(np.array([std], np.float32)).astype(np.uint32) << np.uint32(16)).view(
-        np.float32
-    )[0]
+    std_bf16 = (_round_to_bfloat16(np.array([std], np.float32)).astype(np.uint32) << np.uint32(16)).view(np.float32)[0]
     table = np.zeros(1 << 16, np.uint16)
     table[present] = _round_to_bfloat16(values[present] / std_bf16)
     return torch.from_numpy(table[bits].view(np.int16)).view(torch.bfloat16)
@@ -324,9 +316,7 @@ def _draw_ternary(spec: BasisSpec, sparsity: float) -> Basis:
     a = a_codes.reshape(r, spec.min_dim)[:, : spec.used_min_dim]
     b = b_codes.reshape(M, n, r)[:used_M, :used_n].reshape(used_M, used_n * r)
     factors = (_ternary_factor(a_codes), _ternary_factor(b_codes))
-    return Basis(
-        torch.from_numpy(np.ascontiguousarray(a)), torch.from_numpy(np.ascontiguousarray(b)), factors, spec
-    )
+    return Basis(torch.from_numpy(np.ascontiguousarray(a)), torch.from_numpy(np.ascontiguousarray(b)), factors, spec)
 
 
 def _ternary_codes(words: np.ndarray, sparsity: float) -> np.ndarray:

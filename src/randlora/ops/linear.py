@@ -27,7 +27,7 @@ def adapted_linear(
     weight: Tensor | None = None,  # (out, in)
     bias: Tensor | None = None,  # (out,)
 ) -> Tensor:  # (..., out)
-    """x (W + ΔW)ᵀ + bias, or x ΔWᵀ alone where no ``weight`` is given, in the dtype of x.
+    """X (W + ΔW)ᵀ + bias, or x ΔWᵀ alone where no ``weight`` is given, in the dtype of x.
 
     The way of computing it is the cheapest that is exact (``plan.choose``). Differentiable in x, λ, γ and bias, any
     number of times; ``weight`` is taken as frozen.
@@ -81,7 +81,7 @@ class _AdaptedLinear(torch.autograd.Function):
         wide = out_features < x.shape[-1]
         with torch.autocast(x.device.type, enabled=False):
             At = scaled_basis(A, lam * scaling, gamma, x.dtype)
-            if plan.forward == "fused":
+            if plan.forward == "fused" and weight is not None:
                 return F.linear(x, _sum_weight(weight, B, At, wide), bias)
             if plan.forward == "weight":
                 update = F.linear(x, _oriented(B @ At, wide))
@@ -107,8 +107,11 @@ class _AdaptedLinear(torch.autograd.Function):
             g2 = grads[0].reshape(-1, grads[0].shape[-1])  # (T, out)
             x2 = x.reshape(-1, x.shape[-1])  # (T, in)
             At = scaled_basis(A, lam * ctx.scaling, gamma, x.dtype)
-            way = _token_gradients if ctx.plan.backward == "token" else _weight_gradients
-            dAt, dx = way(x2, g2, B, At, weight, ctx.wide, needs_x, ctx.plan.backward == "fused")
+            if ctx.plan.backward == "token":
+                dAt, dx = _token_gradients(x2, g2, B, At, weight, ctx.wide, needs_x)
+            else:
+                fused = ctx.plan.backward == "fused"
+                dAt, dx = _weight_gradients(x2, g2, B, At, weight, ctx.wide, needs_x, fused)
             d_lam, d_gamma = _scaling_gradients(dAt, A, lam, gamma, ctx.scaling)
             d_bias = g2.sum(0).to(ctx.bias_dtype) if needs_bias else None
         dx = dx if dx is None else dx.reshape(x.shape)
@@ -132,7 +135,6 @@ def _token_gradients(
     weight: Tensor | None,
     wide: bool,
     needs_x: bool,
-    _fused: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """dÃ (q, m) and dx (T, in) without forming ΔW."""
     if wide:
@@ -160,9 +162,7 @@ def _weight_gradients(
     return dAt, dx if weight is None else torch.addmm(dx, g, weight.to(g.dtype))
 
 
-def _scaling_gradients(
-    dAt: Tensor, A: Tensor, lam: Tensor, gamma: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
+def _scaling_gradients(dAt: Tensor, A: Tensor, lam: Tensor, gamma: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """dλ (r, n) and dγ (n, m) from dÃ, summed in the wider of the dtypes."""
     r, n = lam.shape
     wide_dtype = torch.promote_types(lam.dtype, dAt.dtype)

@@ -24,9 +24,7 @@ def delta_weight(
     bases = B[:M, : n * r].reshape(M, r, n)
     update = torch.zeros(M, m, dtype=torch.promote_types(A.dtype, lam.dtype), device=A.device)
     for b in range(n):
-        update += (
-            bases[:, :, b].to(update) @ torch.diag(lam[:, b]) @ A[:, :m].to(update) @ torch.diag(gamma[b])
-        )
+        update += bases[:, :, b].to(update) @ torch.diag(lam[:, b]) @ A[:, :m].to(update) @ torch.diag(gamma[b])
     return scaling * (update if out_features >= in_features else update.T)
 
 

@@ -1,0 +1,1 @@
+"""RandLoRA as a PEFT tuner. The only folder that knows PEFT's internals."""

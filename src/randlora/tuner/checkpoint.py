@@ -34,9 +34,7 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> list[RandLoraLayer]:
     return [m for m in model.modules() if isinstance(m, RandLoraLayer) and adapter_name in m.randlora_lambda]
 
 
-def define_bases(
-    layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str
-) -> dict[int, BasisSpec]:
+def define_bases(layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> dict[int, BasisSpec]:
     """Which bases the adapter needs, by rank.
 
     As PEFT does, they are drawn for the largest output and the largest input dimension among all layers of the
@@ -94,9 +92,7 @@ def _combined(bases: Iterable[Basis]) -> str:
     return "-".join(basis.fingerprint for basis in sorted(bases, key=lambda basis: basis.rank))
 
 
-def projections_to_save(
-    layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str
-) -> dict[str, Tensor]:
+def projections_to_save(layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> dict[str, Tensor]:
     """The bases of rank ``config.r`` by their names in the file, nothing if they are not to be saved.
 
     Bases of other ranks (``rank_pattern``) are never written; the fingerprint covers them.
@@ -113,9 +109,7 @@ def projections_to_save(
     return {f"randlora_A{suffix}": A, f"randlora_B{suffix}": B}
 
 
-def fold_scaling(
-    state_dict: dict[str, Tensor], config: RandLoraConfig, adapter_name: str
-) -> dict[str, Tensor]:
+def fold_scaling(state_dict: dict[str, Tensor], config: RandLoraConfig, adapter_name: str) -> dict[str, Tensor]:
     """With the paper's scaling, γ/√n: what a reader must find who scales by alpha/r alone."""
     if config.randlora_scaling == "peft":
         return state_dict
@@ -177,9 +171,7 @@ def _pairs(projections: dict[str, Tensor]) -> dict[str, _Pair]:
         by_owner.setdefault(owner, {})[_PROJECTIONS[name]] = value
     for owner, found in by_owner.items():
         if len(found) < 2:
-            raise CheckpointError(
-                f"the file holds only randlora_{next(iter(found))} of the two bases of {owner!r}"
-            )
+            raise CheckpointError(f"the file holds only randlora_{next(iter(found))} of the two bases of {owner!r}")
     return {owner: _Pair(**found) for owner, found in by_owner.items()}
 
 

@@ -71,19 +71,11 @@ class RandLoraConfig(PeftConfig):
     randlora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input"})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Base layers store (in, out) weights"})
     randlora_alpha: float = field(default=640, metadata={"help": "Scaling numerator"})
-    bias: Literal["none", "all", "randlora_only"] = field(
-        default="none", metadata={"help": "Biases to train"}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained in full and saved"}
-    )
+    bias: Literal["none", "all", "randlora_only"] = field(default="none", metadata={"help": "Biases to train"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full and saved"})
     init_weights: bool = field(default=True, metadata={"help": "Whether the update starts at zero"})
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Layer indices to adapt"}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers"}
-    )
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone"})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Ranks by module name"})
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Alphas by module name"})
@@ -162,9 +154,7 @@ class RandLoraConfig(PeftConfig):
         if not _is_number(self.randlora_dropout) or not 0 <= self.randlora_dropout < 1:
             faults.append(f"randlora_dropout={self.randlora_dropout!r} must be a number from 0 to below 1")
         if self.sparsity is not None and not (_is_positive(self.sparsity) and self.sparsity >= 1):
-            faults.append(
-                f"sparsity={self.sparsity!r} must be a finite number of at least 1 (P(±1) = 1/(2·sparsity))"
-            )
+            faults.append(f"sparsity={self.sparsity!r} must be a finite number of at least 1 (P(±1) = 1/(2·sparsity))")
         if not isinstance(self.projection_prng_key, int) or isinstance(self.projection_prng_key, bool):
             faults.append(f"projection_prng_key={self.projection_prng_key!r} must be an integer")
         return faults

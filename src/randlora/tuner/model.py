@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class RandLoraModel(BaseTuner):
 
     prefix: str = "randlora_"
     tuner_layer_cls = RandLoraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(
         self,
@@ -49,12 +49,12 @@ class RandLoraModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Adds the adapter's layers, then their bases; on failure the model is as it was."""
-        self.peft_config[adapter_name] = RandLoraConfig.adopt(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name] = RandLoraConfig.adopt(self.peft_config[adapter_name])
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             layers = checkpoint.adapter_layers(model, adapter_name)
             if layers:
-                checkpoint.bind_defined_bases(layers, self.peft_config[adapter_name], adapter_name)
+                checkpoint.bind_defined_bases(layers, config, adapter_name)
         except Exception:
             self._withdraw(model, adapter_name)
             raise
@@ -72,7 +72,7 @@ class RandLoraModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: RandLoraConfig,
+        peft_config: RandLoraConfig,  # type: ignore[override]
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -80,15 +80,13 @@ class RandLoraModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        base_layer = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         _require_supported(base_layer, current_key, peft_config)
-        rank = peft_config.rank_pattern.get(
-            get_pattern_key(list(peft_config.rank_pattern), current_key), peft_config.r
-        )
+        rank = peft_config.rank_pattern.get(get_pattern_key(list(peft_config.rank_pattern), current_key), peft_config.r)
         alpha = peft_config.alpha_pattern.get(
             get_pattern_key(list(peft_config.alpha_pattern), current_key), peft_config.randlora_alpha
         )
-        adapter = {
+        adapter: dict[str, Any] = {
             "r": rank,
             "scaling": peft_config.scaling(rank, alpha, num_bases(rank, min(linear_shape(base_layer)))),
             "randlora_dropout": peft_config.randlora_dropout,
@@ -136,9 +134,7 @@ class RandLoraModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """The adapter's file: λ and γ (the scaling's share folded in), and the bases once."""
-        content = super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
-        )
+        content = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         layers = checkpoint.adapter_layers(model, adapter_name)
         if not layers or not isinstance(config, RandLoraConfig):
             return content

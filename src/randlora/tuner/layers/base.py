@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from typing import cast
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
@@ -77,15 +79,13 @@ class RandLoraLayer(BaseTunerLayer):
         n = num_bases(r, self.min_dim)
         if r > self.min_dim:
             warnings.warn(
-                f"r={r} is larger than the smaller dimension {self.min_dim} of a {self.out_features}×{self.in_features} "
-                f"layer: it gets one basis and {r + self.min_dim} parameters, and its update is full-rank all the same. "
-                f"A smaller r gives it more parameters.",
+                f"r={r} is larger than the smaller dimension {self.min_dim} of a {self.out_features}×"
+                f"{self.in_features} layer: it gets one basis and {r + self.min_dim} parameters, and its update is "
+                "full-rank all the same. A smaller r gives it more parameters.",
                 stacklevel=2,
             )
         self.r[adapter_name], self.num_bases[adapter_name], self.scaling[adapter_name] = r, n, scaling
-        self.randlora_dropout[adapter_name] = (
-            nn.Dropout(randlora_dropout) if randlora_dropout > 0 else nn.Identity()
-        )
+        self.randlora_dropout[adapter_name] = nn.Dropout(randlora_dropout) if randlora_dropout > 0 else nn.Identity()
         self.randlora_lambda[adapter_name] = nn.Parameter(torch.randn(r, n, dtype=torch.float32))
         self.randlora_gamma[adapter_name] = nn.Parameter(
             torch.full((n, self.min_dim), 1 / self.max_dim, dtype=torch.float32)
@@ -143,9 +143,7 @@ class RandLoraLayer(BaseTunerLayer):
         Raises:
             MergeError: with ``safe_merge``, if the merged weight holds NaN or infinity.
         """
-        names = [
-            name for name in check_adapters_to_merge(self, adapter_names) if name in self.randlora_lambda
-        ]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.randlora_lambda]
         if not names:
             return
         merged = self.merged_weight(names)
@@ -155,7 +153,7 @@ class RandLoraLayer(BaseTunerLayer):
                 f"{self.out_features}×{self.in_features} layer of {merged.dtype} gives values that are not finite. "
                 "The base weight is unchanged."
             )
-        weight = self.get_base_layer().weight
+        weight = self._base_weight()
         if self._unmerged_weight is None:
             self._unmerged_weight = weight.data
         weight.data = merged
@@ -163,10 +161,10 @@ class RandLoraLayer(BaseTunerLayer):
 
     def merged_weight(self, adapter_names: list[str]) -> Tensor:
         """The base weight plus the updates of ``adapter_names``, summed in float32 or wider and rounded once."""
-        weight = self.get_base_layer().weight.data
-        total = sum(
-            (self.get_delta_weight(name).detach().to(weight.device) for name in adapter_names), start=weight
-        )
+        weight = self._base_weight().data
+        total = weight
+        for name in adapter_names:
+            total = total + self.get_delta_weight(name).detach().to(weight.device)
         return total.to(weight.dtype)
 
     def unmerge(self) -> None:
@@ -174,7 +172,7 @@ class RandLoraLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = self.get_base_layer().weight
+        weight = self._base_weight()
         if self._unmerged_weight is not None:
             # the model may have been moved or cast in between
             weight.data = self._unmerged_weight.to(device=weight.device, dtype=weight.dtype)
@@ -184,6 +182,9 @@ class RandLoraLayer(BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """The update is additive, so that PEFT can approximate it by a LoRA."""
         return True
+
+    def _base_weight(self) -> nn.Parameter:
+        return cast("nn.Parameter", self.get_base_layer().weight)
 
     def _to_weight_layout(self, update: Tensor) -> Tensor:
         """(out, in) to the layout in which the base layer stores its weight."""
@@ -200,16 +201,12 @@ class RandLoraLayer(BaseTunerLayer):
             raise basis.error()
         return basis
 
-    def _sliced_bases(
-        self, adapter_name: str, device: torch.device, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def _sliced_bases(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Views A (r, m) and B (M, q) of the shared bases."""
         A, B = self.basis(adapter_name).tensors(device, dtype)
         return A[:, : self.min_dim], B[: self.max_dim, : self.num_bases[adapter_name] * self.r[adapter_name]]
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves λ and γ to the base layer's device; their dtype is the business of ``autocast_adapter_dtype``."""
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())

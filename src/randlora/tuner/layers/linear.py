@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Linear(nn.Module, RandLoraLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **adapter: Any) -> None:
         super().__init__()
-        inner = base_layer
+        inner: Any = base_layer
         while hasattr(inner, "base_layer"):
             inner = inner.base_layer
         in_features, out_features = linear_shape(inner)
@@ -46,9 +46,10 @@ class Linear(nn.Module, RandLoraLayer):
         if args or kwargs or not self._can_take_weight(names[0], x, dtype):
             result = self.base_layer(x, *args, **kwargs)
         else:
-            weight = self.base_layer.weight
-            weight = weight.T if self.fan_in_fan_out else weight
-            result = self._update(names.pop(0), x, dtype, weight, self.base_layer.bias)
+            weight = self._base_weight()
+            oriented = weight.T if self.fan_in_fan_out else weight
+            bias = cast("Tensor | None", self.base_layer.bias)
+            result = self._update(names.pop(0), x, dtype, oriented, bias)
         for name in names:
             result = result + self._update(name, x, dtype).to(result.dtype)
         return result
