@@ -245,7 +245,5 @@ def test_a_broken_command_is_seen(line: str) -> None:
 
 def test_a_broken_link_is_seen(tmp_path: Path) -> None:
     (tmp_path / "there.md").write_text("# One heading\n")
-    text = (
-        "[a](there.md) [b](there.md#one-heading) [c](https://example.org) ![d](gone.png) [e](there.md#other)"
-    )
+    text = "[a](there.md) [b](there.md#one-heading) [c](https://example.org) ![d](gone.png) [e](there.md#other)"
     assert broken_links(text, tmp_path) == ["gone.png", "there.md#other"]
