@@ -46,7 +46,7 @@ test: $(READY)
 lint: $(READY)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) -m mypy
+	$(PY) -m mypy src benchmarks
 
 bench: $(READY)
 	$(PY) -m benchmarks

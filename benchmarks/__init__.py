@@ -1,0 +1,1 @@
+"""Honest measurements: `python -m benchmarks --help`. Names of benchmarks are names of files here."""

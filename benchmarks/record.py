@@ -1,0 +1,50 @@
+"""A result as a file that says where it comes from."""
+
+import json
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("randlora", "torch", "peft", "transformers", "accelerate", "safetensors", "numpy")
+
+
+def save(name: str, rows: list[dict[str, Any]], machine: dict[str, Any]) -> Path:
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    content = {
+        "benchmark": name,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine,
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "rows": rows,
+    }
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def this_machine() -> dict[str, Any]:
+    """What the figures depend on; asked before a benchmark runs, for the load that others put on the machine."""
+    cpu = Path("/proc/cpuinfo")
+    models = [line.partition(": ")[2] for line in cpu.read_text().splitlines() if line.startswith("model name")]
+    return {
+        "platform": platform.platform(),
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "torch threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def commit() -> str:
+    """The commit, with a mark where the tree differs from it; empty outside a clone."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    run = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    return run.stdout.strip()

@@ -1,0 +1,70 @@
+"""The package's own promises: version, typing, ranges, pins, and what conftest does to fresh memory."""
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import tomllib
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import randlora
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DEPENDENCIES = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["dependencies"])}
+EXTRAS = [Requirement(line) for name in ("train", "demo", "dev") for line in PROJECT["optional-dependencies"][name]]
+PINS = {
+    canonicalize_name(name): pin
+    for name, pin in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+}
+
+
+def test_version_is_the_same_everywhere() -> None:
+    assert randlora.__version__ == PROJECT["version"] == version("randlora")
+
+
+def test_public_names_exist() -> None:
+    assert all(hasattr(randlora, name) for name in randlora.__all__)
+
+
+def test_types_are_shipped() -> None:
+    assert (Path(randlora.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.parametrize("requirement", [*DEPENDENCIES.values(), *EXTRAS], ids=str)
+def test_every_requirement_is_pinned_within_its_range(requirement: Requirement) -> None:
+    name = canonicalize_name(requirement.name)
+    assert name == "randlora" or requirement.specifier.contains(PINS[name])
+
+
+def test_pins_name_no_local_build() -> None:
+    assert not [pin for pin in PINS.values() if "+" in pin]
+
+
+def test_the_oldest_peft_under_test_is_the_oldest_promised() -> None:
+    tested = re.search(r"^MIN_PEFT := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    promised = re.search(r">=([\d.]+)", str(DEPENDENCIES["peft"].specifier))
+    assert tested is not None
+    assert promised is not None
+    assert tested[1].startswith(promised[1])
+    assert re.fullmatch(r"(\.0)*", tested[1].removeprefix(promised[1]))
+
+
+def test_fresh_memory_is_nan() -> None:
+    assert torch.empty(3).isnan().all()
+    assert torch.ones(2).new_empty(3).isnan().all()
+    assert torch.empty_like(torch.ones(3, dtype=torch.bfloat16)).isnan().all()
+
+
+def test_every_file_that_the_design_lays_out_exists() -> None:
+    layout = (ROOT / "docs" / "design.md").read_text().partition("## 5. Layout")[2]
+    folder, missing = "", []
+    for indent, name in re.findall(r"^    ( +)([\w/]+(?:\.py|/))", layout, re.MULTILINE):
+        if len(indent) == 2:
+            folder = name if name.endswith("/") else ""
+        path = ROOT / "src" / "randlora" / (folder if len(indent) > 2 else "") / name
+        missing += [] if path.exists() else [name]
+    assert not missing
