@@ -96,6 +96,7 @@ class Basis:
         self.max_dim, self.num_bases = b.shape[0], b.shape[1] // self.rank
         self._cast: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
         self._fingerprint: str | None = None
+        self._projections: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def tensors(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A of shape (r, m) and B of shape (M, n·r) on ``device`` in ``dtype``, cast once and then kept.
@@ -111,9 +112,11 @@ class Basis:
 
     def projections(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A (r, 1, m) and B (M, n, r) on the CPU in the smallest dtype that a file may hold without loss."""
-        dtype = self._compact[0].dtype if self._compact[0].is_floating_point() else torch.float32
-        a, b = self.tensors(torch.device("cpu"), dtype)
-        return a.unsqueeze(1), b.view(self.max_dim, self.num_bases, self.rank)
+        if self._projections is None:
+            dtype = self._compact[0].dtype if self._compact[0].is_floating_point() else torch.float32
+            a, b = self.tensors(torch.device("cpu"), dtype)
+            self._projections = (a.unsqueeze(1), b.view(self.max_dim, self.num_bases, self.rank))
+        return self._projections
 
     @property
     def fingerprint(self) -> str:
@@ -147,7 +150,8 @@ class Basis:
                 torch.empty_like(self._compact[0], device=device, dtype=dtype),
                 torch.empty_like(self._compact[1], device=device, dtype=dtype),
             )
-        with torch.no_grad():
+        # kept tensors must serve training too, wherever they were first asked for
+        with torch.inference_mode(False), torch.no_grad():
             a, b = (
                 tensor.to(device=device, dtype=dtype)
                 if tensor.is_floating_point()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from randlora.errors import MergeError, UnsupportedLayerError
-from randlora.ops.bases import num_bases
+from randlora.ops.bases import AwaitedBasis, Basis, num_bases
 from randlora.tuner import checkpoint
 from randlora.tuner.config import RandLoraConfig
-from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.layers.base import ProjectionView, RandLoraLayer
 from randlora.tuner.layers.linear import Linear, linear_shape
 
 
@@ -40,6 +41,25 @@ class RandLoraModel(BaseTuner):
     tuner_layer_cls = RandLoraLayer
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    @property
+    def randlora_A(self) -> Mapping[str, Tensor]:
+        """Per adapter the basis A of shape (r, 1, m) that all its layers of rank ``config.r`` share."""
+        return ProjectionView(self._bases, 0)
+
+    @property
+    def randlora_B(self) -> Mapping[str, Tensor]:
+        """Per adapter the basis B of shape (M, n, r) that all its layers of rank ``config.r`` share."""
+        return ProjectionView(self._bases, 1)
+
+    def _bases(self) -> dict[str, Basis | AwaitedBasis]:
+        return {
+            name: basis
+            for layer in self.model.modules()
+            if isinstance(layer, RandLoraLayer)
+            for name, basis in layer.bases.items()
+            if layer.r[name] == cast("RandLoraConfig", self.peft_config[name]).r
+        }
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -55,6 +75,7 @@ class RandLoraModel(BaseTuner):
             layers = checkpoint.adapter_layers(model, adapter_name)
             if layers:
                 checkpoint.bind_defined_bases(layers, config, adapter_name)
+                _warn_of_single_bases(layers, adapter_name)
         except Exception:
             self._withdraw(model, adapter_name)
             raise
@@ -153,6 +174,20 @@ class RandLoraModel(BaseTuner):
             state_dict = checkpoint.take_projections(state_dict, model, config, adapter_name)
             state_dict = checkpoint.unfold_scaling(state_dict, config)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _warn_of_single_bases(layers: list[RandLoraLayer], adapter_name: str) -> None:
+    """Says what a rank above a layer's smaller dimension means."""
+    small = [layer for layer in layers if layer.r[adapter_name] > layer.min_dim]
+    if small:
+        layer = min(small, key=lambda layer: layer.min_dim)
+        warnings.warn(
+            f"r={layer.r[adapter_name]} is larger than the smaller dimension of {len(small)} of {len(layers)} adapted "
+            f"layers, {layer.min_dim} for one of shape {layer.out_features}×{layer.in_features}: such a layer gets a "
+            "single basis and r + min(out, in) parameters. Its update is full-rank all the same; a smaller r gives it "
+            "more parameters.",
+            stacklevel=2,
+        )
 
 
 def _require_supported(base_layer: nn.Module, name: str, config: RandLoraConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import cast
 
 import torch
@@ -57,14 +58,14 @@ class RandLoraLayer(BaseTunerLayer):
         return max(self.in_features, self.out_features)
 
     @property
-    def randlora_A(self) -> dict[str, Tensor]:
+    def randlora_A(self) -> Mapping[str, Tensor]:
         """Per adapter the whole basis A of shape (r, 1, m); every layer reads a slice of it."""
-        return {name: self.basis(name).projections()[0] for name in self.bases}
+        return ProjectionView(lambda: self.bases, 0)
 
     @property
-    def randlora_B(self) -> dict[str, Tensor]:
+    def randlora_B(self) -> Mapping[str, Tensor]:
         """Per adapter the whole basis B of shape (M, n, r); every layer reads a slice of it."""
-        return {name: self.basis(name).projections()[1] for name in self.bases}
+        return ProjectionView(lambda: self.bases, 1)
 
     def update_layer(
         self,
@@ -77,13 +78,6 @@ class RandLoraLayer(BaseTunerLayer):
     ) -> None:
         """Adds the parameters of an adapter; its bases are bound when all layers are known (``bind_basis``)."""
         n = num_bases(r, self.min_dim)
-        if r > self.min_dim:
-            warnings.warn(
-                f"r={r} is larger than the smaller dimension {self.min_dim} of a {self.out_features}×"
-                f"{self.in_features} layer: it gets one basis and {r + self.min_dim} parameters, and its update is "
-                "full-rank all the same. A smaller r gives it more parameters.",
-                stacklevel=2,
-            )
         self.r[adapter_name], self.num_bases[adapter_name], self.scaling[adapter_name] = r, n, scaling
         self.randlora_dropout[adapter_name] = nn.Dropout(randlora_dropout) if randlora_dropout > 0 else nn.Identity()
         self.randlora_lambda[adapter_name] = nn.Parameter(torch.randn(r, n, dtype=torch.float32))
@@ -196,10 +190,7 @@ class RandLoraLayer(BaseTunerLayer):
         Raises:
             BasisMismatchError: if they were to come from its file, and no file has been loaded.
         """
-        basis = self.bases[adapter_name]
-        if isinstance(basis, AwaitedBasis):
-            raise basis.error()
-        return basis
+        return known_basis(self.bases[adapter_name])
 
     def _sliced_bases(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Views A (r, m) and B (M, q) of the shared bases."""
@@ -218,6 +209,39 @@ class RandLoraLayer(BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "randlora." + super().__repr__()
+
+
+class ProjectionView(Mapping[str, Tensor]):
+    """What PEFT's users know as ``randlora_A`` and ``randlora_B``: the bases by adapter, as they are now.
+
+    Args:
+        bases: gives the adapters' bases.
+        which: 0 for A, 1 for B.
+    """
+
+    def __init__(self, bases: Callable[[], Mapping[str, Basis | AwaitedBasis]], which: int) -> None:
+        self._bases = bases
+        self._which = which
+
+    def __getitem__(self, adapter_name: str) -> Tensor:
+        return known_basis(self._bases()[adapter_name]).projections()[self._which]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bases())
+
+    def __len__(self) -> int:
+        return len(self._bases())
+
+
+def known_basis(basis: Basis | AwaitedBasis) -> Basis:
+    """The basis itself.
+
+    Raises:
+        BasisMismatchError: if it was to come from a file, and no file has been loaded.
+    """
+    if isinstance(basis, AwaitedBasis):
+        raise basis.error()
+    return basis
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
