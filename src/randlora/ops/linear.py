@@ -7,6 +7,7 @@ Names follow the paper: A (r, m) and B (M, q) are the frozen bases with q = n·r
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -79,18 +80,21 @@ class _AdaptedLinear(torch.autograd.Function):
         plan: Plan,
     ) -> Tensor:
         wide = out_features < x.shape[-1]
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             At = scaled_basis(A, lam * scaling, gamma, x.dtype)
             if plan.forward == "fused" and weight is not None:
                 return F.linear(x, _sum_weight(weight, B, At, wide), bias)
-            if plan.forward == "weight":
-                update = F.linear(x, _oriented(B @ At, wide))
+            x2 = x.reshape(-1, x.shape[-1])  # (T, in)
+            if plan.forward == "token":
+                first, second = (x2 @ B, At) if wide else (x2 @ At.T, B.T)
             else:
-                update = (x @ B) @ At if wide else F.linear(F.linear(x, At), B)
+                first, second = x2, _oriented(B @ At, wide).T
             if weight is None:
-                return update
-            bias = None if bias is None else bias.to(x.dtype)
-            return F.linear(x, weight.to(x.dtype), bias) + update
+                y = first @ second
+            else:
+                base = F.linear(x2, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+                y = torch.addmm(base, first, second)  # one rounding of the sum in half precision
+            return y.reshape(*x.shape[:-1], out_features)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -103,7 +107,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, lam, gamma, weight = ctx.saved_tensors
         needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[8]
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             g2 = grads[0].reshape(-1, grads[0].shape[-1])  # (T, out)
             x2 = x.reshape(-1, x.shape[-1])  # (T, in)
             At = scaled_basis(A, lam * ctx.scaling, gamma, x.dtype)
@@ -116,6 +120,13 @@ class _AdaptedLinear(torch.autograd.Function):
             d_bias = g2.sum(0).to(ctx.bias_dtype) if needs_bias else None
         dx = dx if dx is None else dx.reshape(x.shape)
         return dx, None, None, d_lam, d_gamma, None, None, None, d_bias, None
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Products run in the dtype of their operands, which the caller has chosen."""
+    if not torch.amp.is_autocast_available(device_type):  # the meta device, for one
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _oriented(update: Tensor, wide: bool) -> Tensor:  # (M, m) -> (out, in)

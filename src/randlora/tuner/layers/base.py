@@ -204,8 +204,9 @@ class RandLoraLayer(BaseTunerLayer):
         if device is None:
             return
         for parameters in (self.randlora_lambda, self.randlora_gamma):
-            if adapter_name in parameters and parameters[adapter_name].device.type != "meta":
-                parameters[adapter_name].data = parameters[adapter_name].data.to(device)
+            held = parameters[adapter_name] if adapter_name in parameters else None
+            if held is not None and held.device != device and held.device.type != "meta":
+                parameters[adapter_name] = nn.Parameter(held.detach().to(device), requires_grad=held.requires_grad)
 
     def __repr__(self) -> str:
         return "randlora." + super().__repr__()
@@ -247,7 +248,7 @@ def known_basis(basis: Basis | AwaitedBasis) -> Basis:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast asks for, else that of the input."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
