@@ -204,7 +204,7 @@ class RandLoraLayer(BaseTunerLayer):
         if device is None:
             return
         for parameters in (self.randlora_lambda, self.randlora_gamma):
-            held = parameters[adapter_name] if adapter_name in parameters else None
+            held = parameters.get(adapter_name, None)
             if held is not None and held.device != device and held.device.type != "meta":
                 parameters[adapter_name] = nn.Parameter(held.detach().to(device), requires_grad=held.requires_grad)
 
