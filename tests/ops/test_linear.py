@@ -1,0 +1,402 @@
+"""Every plan of the adapted layer against the plain formula: outputs, each gradient by name, and what is kept."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from randlora.ops import naive
+from randlora.ops.linear import adapted_linear, can_fuse, delta_weight, scaled_basis
+from randlora.ops.plan import force
+
+WAYS = ("token", "weight", "fused")
+PLANS = list(itertools.product(WAYS, WAYS))
+SCALING = 1.7
+
+
+class Case:
+    """Random values for a layer of the given sizes, drawn in float64 and rounded to ``dtype``."""
+
+    def __init__(self, out, in_, rank, batch=(5,), dtype=torch.float64, *, weight=True, bias=True, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        n, m, M = -(-min(out, in_) // rank), min(out, in_), max(out, in_)
+        parameter_dtype = torch.promote_types(dtype, torch.float32)
+        self.out, self.in_, self.dtype = out, in_, dtype
+        self.A = draw(rank, m).to(dtype)
+        self.B = (draw(M, n * rank) / (n * rank) ** 0.5).to(dtype)
+        self.weight = (draw(out, in_) / in_**0.5).to(dtype) if weight else None
+        self.grad = draw(*batch, out).to(dtype)
+        self.leaves = {
+            "x": draw(*batch, in_).to(dtype),
+            "lam": draw(rank, n).to(parameter_dtype),
+            "gamma": draw(n, m).to(parameter_dtype),
+        }
+        if bias:
+            self.leaves["bias"] = draw(out).to(parameter_dtype)
+
+    def run(self, leaves):
+        return adapted_linear(
+            leaves["x"],
+            self.A,
+            self.B,
+            leaves["lam"],
+            leaves["gamma"],
+            SCALING,
+            self.out,
+            self.weight,
+            leaves.get("bias") if self.weight is not None else None,
+        )
+
+    def results(self) -> dict[str, torch.Tensor]:
+        """Output and every gradient by name."""
+        leaves = {name: value.detach().clone().requires_grad_() for name, value in self.leaves.items()}
+        y = self.run(leaves)
+        y.backward(self.grad)
+        return {"y": y.detach()} | {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+    def expected(self) -> dict[str, torch.Tensor]:
+        """The same from the plain formula in float64, differentiated by autograd."""
+        leaves = {name: value.detach().double().clone().requires_grad_() for name, value in self.leaves.items()}
+        update = naive.delta_weight(
+            self.A.double(), self.B.double(), leaves["lam"], leaves["gamma"], SCALING, self.out, self.in_
+        )
+        weight = torch.zeros_like(update) if self.weight is None else self.weight.double()
+        y = naive.linear(leaves["x"], weight, leaves.get("bias") if self.weight is not None else None, update)
+        y.backward(self.grad.double())
+        return {"y": y.detach()} | {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+    def check(self, tolerance):
+        found, expected = self.results(), self.expected()
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            dtype = self.dtype if name in ("y", "x") else self.leaves[name].dtype
+            assert found[name].dtype == dtype, name
+            assert found[name].shape == value.shape, name
+            error = (found[name].double() - value).norm()
+            assert error <= tolerance * value.norm(), f"{name}: relative error {error / value.norm():.2e}"
+
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""Relative, per tensor: the demands of the project for 64 and 32 bits, about ten half-ulps for 16."""
+
+dims = st.integers(1, 20)
+batches = st.sampled_from([(), (1,), (7,), (40,), (2, 3), (2, 1, 4), (0,), (3, 0)])
+
+
+class TestAgainstThePlainFormula:
+    @pytest.mark.parametrize("plan", PLANS, ids="-".join)
+    @settings(deadline=None)
+    @given(
+        out=dims,
+        in_=dims,
+        rank=st.integers(1, 25),
+        batch=batches,
+        dtype=st.sampled_from([torch.float64, torch.float32]),
+        weight=st.booleans(),
+        bias=st.booleans(),
+        seed=st.integers(0, 1000),
+    )
+    def test_every_plan(self, plan, out, in_, rank, batch, dtype, weight, bias, seed):
+        with force(*plan):
+            Case(out, in_, rank, batch, dtype, weight=weight, bias=bias, seed=seed).check(TOLERANCE[dtype])
+
+    @settings(deadline=None)
+    @given(out=dims, in_=dims, rank=st.integers(1, 25), batch=batches, bias=st.booleans(), seed=st.integers(0, 1000))
+    def test_the_chosen_plan(self, out, in_, rank, batch, bias, seed):
+        Case(out, in_, rank, batch, torch.float64, bias=bias, seed=seed).check(1e-10)
+
+    @pytest.mark.parametrize("plan", [("token", "token"), ("weight", "weight"), ("fused", "fused")], ids="-".join)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(("out", "in_"), [(48, 32), (32, 48), (40, 40)], ids=["tall", "wide", "square"])
+    @pytest.mark.parametrize("weight", [True, False])
+    def test_half_precision_against_float64(self, plan, dtype, out, in_, weight):
+        with force(*plan):
+            Case(out, in_, 6, (4, 9), dtype, weight=weight).check(TOLERANCE[dtype])
+
+    @pytest.mark.parametrize("plan", [("token", "token"), ("weight", "weight"), ("fused", "fused")], ids="-".join)
+    def test_a_small_update_survives_a_bf16_weight(self, plan):
+        """ΔW far below half an ulp of W: formed in bf16, W + ΔW would be W."""
+        case = Case(64, 64, 8, (1,), torch.bfloat16, bias=False)
+        case.leaves["lam"] *= 2e-5
+        one = {"lam": torch.zeros_like(case.leaves["lam"])}
+        with force(*plan):
+            frozen = case.run(case.leaves | one)
+            # The output is bf16 as well, so look at the update where the base's product is zero.
+            case.weight = torch.full_like(case.weight, 1.0)
+            case.leaves["x"] = torch.zeros_like(case.leaves["x"])
+            case.leaves["x"][0, 0], case.leaves["x"][0, 1] = 1.0, -1.0
+            y = case.run(case.leaves)
+        update = naive.delta_weight(
+            case.A.double(),
+            case.B.double(),
+            case.leaves["lam"].double(),
+            case.leaves["gamma"].double(),
+            SCALING,
+            64,
+            64,
+        )
+        expected = case.leaves["x"].double() @ update.T
+        assert expected.abs().max() < 2**-9
+        assert (y.double() - expected).norm() <= 0.04 * expected.norm()
+        assert frozen.isfinite().all()
+
+    @pytest.mark.parametrize("plan", PLANS, ids="-".join)
+    @pytest.mark.parametrize(("out", "in_"), [(9, 6), (6, 9)], ids=["tall", "wide"])
+    def test_input_without_gradient(self, plan, out, in_):
+        case = Case(out, in_, 4)
+        expected = case.expected()
+        leaves = {name: value.detach().clone().requires_grad_(name != "x") for name, value in case.leaves.items()}
+        with force(*plan):
+            case.run(leaves).backward(case.grad)
+        assert leaves["x"].grad is None
+        for name in ("lam", "gamma", "bias"):
+            torch.testing.assert_close(leaves[name].grad, expected[name], rtol=1e-10, atol=1e-10)
+
+    def test_transposed_and_sliced_operands(self):
+        """Views, as the layers pass them: cut bases, a transposed weight (Conv1D), a strided input."""
+        case = Case(9, 6, 4, (5,))
+        expected = case.expected()
+        case.A = torch.cat([case.A, case.A], dim=1)[:, :6]
+        case.B = torch.cat([case.B, case.B], dim=1)[:, :8]
+        case.weight = case.weight.T.contiguous().T
+        case.leaves["x"] = torch.stack([case.leaves["x"]] * 2, dim=-1)[..., 0]
+        case.grad = case.grad.T.contiguous().T
+        for plan in PLANS:
+            with force(*plan):
+                for name, value in case.results().items():
+                    torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10)
+
+    def test_bases_and_weight_take_no_gradient(self):
+        case = Case(9, 6, 4)
+        case.A.requires_grad_()
+        case.B.requires_grad_()
+        case.results()
+        assert case.A.grad is None
+        assert case.B.grad is None
+
+
+class TestPieces:
+    @settings(deadline=None)
+    @given(out=dims, in_=dims, rank=st.integers(1, 25), seed=st.integers(0, 1000))
+    def test_delta_weight(self, out, in_, rank, seed):
+        case = Case(out, in_, rank, seed=seed)
+        lam, gamma = case.leaves["lam"], case.leaves["gamma"]
+        expected = naive.delta_weight(case.A, case.B, lam, gamma, SCALING, out, in_)
+        found = delta_weight(case.A, case.B, lam, gamma, SCALING, wide=out < in_)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+    def test_scaled_basis_is_formed_in_the_wider_dtype(self):
+        case = Case(9, 6, 4, dtype=torch.bfloat16)
+        lam, gamma = case.leaves["lam"], case.leaves["gamma"]
+        exact = scaled_basis(case.A.double(), lam.double(), gamma.double(), torch.float64)
+        found = scaled_basis(case.A, lam, gamma, torch.float32)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+        assert scaled_basis(case.A, lam, gamma, torch.bfloat16).dtype == torch.bfloat16
+
+    @pytest.mark.parametrize(
+        ("compute", "weight", "expected"),
+        [
+            (torch.float32, torch.float32, True),
+            (torch.float64, torch.float64, True),
+            (torch.bfloat16, torch.bfloat16, False),
+            (torch.float16, torch.float16, False),
+            (torch.bfloat16, torch.float32, False),
+            (torch.float32, torch.bfloat16, False),
+        ],
+    )
+    def test_only_wide_weights_are_fused(self, compute, weight, expected):
+        assert can_fuse(compute, weight) is expected
+
+
+SHAPES = pytest.mark.parametrize(("out", "in_", "rank"), [(5, 3, 2), (3, 5, 2), (4, 4, 6)], ids=["tall", "wide", "r>m"])
+
+
+class TestDerivatives:
+    @pytest.mark.parametrize("plan", PLANS, ids="-".join)
+    @SHAPES
+    @pytest.mark.parametrize("weight", [True, False])
+    def test_gradcheck(self, plan, out, in_, rank, weight):
+        case = Case(out, in_, rank, (3,), weight=weight, bias=weight)
+        leaves = {name: value.requires_grad_() for name, value in case.leaves.items()}
+        with force(*plan):
+            assert gradcheck(lambda *values: case.run(dict(zip(leaves, values, strict=True))), tuple(leaves.values()))
+
+    @pytest.mark.parametrize("plan", PLANS, ids="-".join)
+    @SHAPES
+    def test_gradgradcheck(self, plan, out, in_, rank):
+        case = Case(out, in_, rank, (2,))
+        leaves = {name: value.requires_grad_() for name, value in case.leaves.items()}
+        with force(*plan):
+            assert gradgradcheck(
+                lambda *values: case.run(dict(zip(leaves, values, strict=True))), tuple(leaves.values())
+            )
+
+    @pytest.mark.parametrize("plan", PLANS, ids="-".join)
+    @pytest.mark.parametrize(("out", "in_"), [(9, 6), (6, 9)], ids=["tall", "wide"])
+    def test_functional_grad(self, plan, out, in_):
+        case = Case(out, in_, 4)
+        with force(*plan):
+            found = torch.func.grad(lambda leaves: (case.run(leaves) * case.grad).sum())(case.leaves)
+        for name, value in found.items():
+            torch.testing.assert_close(value, case.expected()[name], rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("plan", PLANS, ids="-".join)
+    @pytest.mark.parametrize(("out", "in_"), [(9, 6), (6, 9)], ids=["tall", "wide"])
+    def test_gradients_per_sample_by_vmap(self, plan, out, in_):
+        case = Case(out, in_, 4, (3, 2))
+        parameters = {name: value for name, value in case.leaves.items() if name != "x"}
+
+        def loss(parameters, x, grad):
+            return (case.run(parameters | {"x": x}) * grad).sum()
+
+        with force(*plan):
+            found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(
+                parameters, case.leaves["x"], case.grad
+            )
+        for index in range(3):
+            sample = Case(out, in_, 4, (3, 2))
+            sample.leaves["x"], sample.grad = case.leaves["x"][index], case.grad[index]
+            for name, value in sample.expected().items():
+                if name in found:
+                    torch.testing.assert_close(found[name][index], value, rtol=1e-10, atol=1e-10)
+
+    def test_vmap_over_models(self):
+        case = Case(9, 6, 4)
+        lams = torch.stack([case.leaves["lam"], -case.leaves["lam"]])
+        found = torch.func.vmap(lambda lam: case.run(case.leaves | {"lam": lam}))(lams)
+        for index in range(2):
+            torch.testing.assert_close(found[index], case.run(case.leaves | {"lam": lams[index]}))
+
+    def test_forward_mode_is_refused_in_words(self):
+        case = Case(9, 6, 4)
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward mode"):
+            torch.func.jvp(lambda x: case.run(case.leaves | {"x": x}), (case.leaves["x"],), (case.leaves["x"],))
+
+
+class Allocations(TorchDispatchMode):
+    """Remembers every storage that an operation returns, without keeping it alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    def alive(self) -> int:
+        """Bytes that are still held."""
+        return sum(nbytes for storage, nbytes in self.storages.values() if not storage.expired())
+
+
+@pytest.mark.parametrize("plan", PLANS, ids="-".join)
+@pytest.mark.parametrize(("out", "in_"), [(30, 20), (20, 30)], ids=["tall", "wide"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+class TestMemory:
+    def test_nothing_is_saved_but_what_exists_anyway(self, plan, out, in_, dtype):
+        case = Case(out, in_, 4, (16,), dtype)
+        leaves = {name: value.requires_grad_() for name, value in case.leaves.items()}
+        known = {t.untyped_storage().data_ptr() for t in (*leaves.values(), case.A, case.B, case.weight)}
+        saved = []
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+            force(*plan),
+        ):
+            y = case.run(leaves)
+        assert {leaves[name].data_ptr() for name in ("x", "lam", "gamma")} <= {t.data_ptr() for t in saved}
+        extra = [tuple(t.shape) for t in saved if t.untyped_storage().data_ptr() not in known]
+        assert not extra
+        y.backward(case.grad)
+
+    def test_temporaries_die_with_the_call(self, plan, out, in_, dtype):
+        case = Case(out, in_, 4, (16,), dtype)
+        leaves = {name: value.requires_grad_() for name, value in case.leaves.items()}
+        with force(*plan), Allocations() as forward:
+            y = case.run(leaves)
+        assert len(forward.storages) > 1
+        inputs = sum(
+            t.untyped_storage().nbytes()
+            for t in (*leaves.values(), case.A, case.B, case.weight)
+            if t.untyped_storage()._cdata in forward.storages
+        )
+        assert forward.alive() - inputs == y.untyped_storage().nbytes()
+
+        with Allocations() as backward:
+            y.backward(case.grad)
+        gradients = sum(leaf.grad.untyped_storage().nbytes() for leaf in leaves.values())
+        known = {t.untyped_storage()._cdata for t in (*leaves.values(), case.A, case.B, case.weight, case.grad, y)}
+        fresh = [s for cdata, s in backward.storages.items() if cdata not in known]
+        assert sum(nbytes for storage, nbytes in fresh if not storage.expired()) <= gradients
+
+
+class TestCompile:
+    @pytest.mark.parametrize("plan", [None, ("token", "token"), ("weight", "weight"), ("fused", "fused")], ids=str)
+    def test_one_graph_without_recompilation(self, plan):
+        torch._dynamo.reset()
+        case = Case(9, 6, 4, (5,), torch.float32)
+        compiled = torch.compile(case.run, fullgraph=True, backend="aot_eager")
+        plan = plan or ("token", "token")
+        with force(*plan):
+            expected = case.results()
+            for step in range(3):
+                leaves = {name: value.detach().clone().requires_grad_() for name, value in case.leaves.items()}
+                with torch._dynamo.config.patch(error_on_recompile=step > 0):
+                    y = compiled(leaves)
+                    y.backward(case.grad)
+                torch.testing.assert_close(y.detach(), expected["y"])
+                for name, leaf in leaves.items():
+                    torch.testing.assert_close(leaf.grad, expected[name])
+
+    def test_unforced(self):
+        torch._dynamo.reset()
+        case = Case(9, 6, 4, (5,), torch.float32)
+        expected = case.results()
+        leaves = {name: value.detach().clone().requires_grad_() for name, value in case.leaves.items()}
+        torch.compile(case.run, fullgraph=True, backend="aot_eager")(leaves).backward(case.grad)
+        for name, leaf in leaves.items():
+            torch.testing.assert_close(leaf.grad, expected[name])
+
+
+@pytest.mark.parametrize("plan", PLANS, ids="-".join)
+def test_autocast_around_the_call_changes_nothing(plan):
+    """The caller decides the dtype; inside, products run in it."""
+    case = Case(9, 6, 4, (5,), torch.float32)
+    with force(*plan):
+        expected = case.results()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = case.results()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_frozen_layer_where_lambda_is_zero():
+    case = Case(9, 6, 4, (5,), torch.float32)
+    case.leaves["lam"].zero_()
+    expected = nn.functional.linear(case.leaves["x"], case.weight, case.leaves["bias"])
+    for plan in PLANS:
+        with force(*plan):
+            assert torch.equal(case.run(case.leaves), expected), plan
+
+
+def test_an_empty_batch_gives_zero_gradients():
+    """Sums over nothing are zero, not whatever the memory held."""
+    for plan in PLANS:
+        with force(*plan):
+            results = Case(9, 6, 4, (0,), torch.float32).results()
+        assert results["y"].shape == (0, 9)
+        for name in ("lam", "gamma", "bias"):
+            assert torch.equal(results[name], torch.zeros_like(results[name])), (plan, name)
