@@ -46,7 +46,7 @@ class Step:
 
 
 def run(quick: bool) -> list[dict[str, Any]]:
-    shape, batches, rounds = (LLAMA_QUICK, (64, 256), 3) if quick else (LLAMA, (256, 2048), 7)
+    shape, batches, rounds = (LLAMA_QUICK, (64, 256), 3) if quick else (LLAMA, (256, 2048), 5)
     return [row for tokens in batches for row in compare(shape, tokens, rounds)]
 
 
