@@ -1,0 +1,435 @@
+"""What every kind of adapted layer does: one contract, inherited by all."""
+
+import copy
+import itertools
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from randlora import Linear, MergeError, RandLoraLayer
+from randlora.ops import naive
+from randlora.ops.plan import force
+
+from .helpers import assert_close, conv1d, ours, randomise, theirs
+
+RANK = 4
+SCALING = 6.0 / RANK
+PLANS = list(itertools.product(("token", "weight", "fused"), repeat=2))
+INEXACT = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+class LayerContract:
+    """A subclass says which base layer it is about."""
+
+    in_features: int
+    out_features: int
+    config: dict = {}  # noqa: RUF012
+
+    def make_base(self) -> nn.Module:
+        raise NotImplementedError
+
+    def weight_of(self, base: nn.Module) -> torch.Tensor:
+        """The base weight as (out, in)."""
+        raise NotImplementedError
+
+    def model(self, dtype=torch.float32, rank=RANK, **config):
+        torch.manual_seed(0)
+        base = nn.Sequential(self.make_base()).to(dtype)
+        model = ours(base, r=rank, randlora_alpha=SCALING * rank, target_modules=["0"], **config)
+        return randomise(model.double() if dtype == torch.float64 else model)
+
+    def layer(self, dtype=torch.float32, **config) -> Linear:
+        return self.model(dtype, **config).model[0]
+
+    def input(self, dtype=torch.float32, batch=(5,)):
+        generator = torch.Generator().manual_seed(2)
+        return torch.randn(*batch, self.in_features, generator=generator, dtype=torch.float64).to(dtype)
+
+    def update(self, layer, adapter="default"):
+        """ΔW as (out, in) in float64, by the plain formula."""
+        A, B = layer.randlora_A[adapter], layer.randlora_B[adapter]
+        lam, gamma = layer.randlora_lambda[adapter].detach(), layer.randlora_gamma[adapter].detach()
+        A, B = A.squeeze(1).double(), B.flatten(1).double()
+        scaling = layer.scaling[adapter]
+        return naive.delta_weight(A, B, lam.double(), gamma.double(), scaling, self.out_features, self.in_features)
+
+    def expected(self, layer, x, *adapters):
+        """The layer's output in float64."""
+        base = layer.get_base_layer()
+        update = sum(self.update(layer, adapter) for adapter in adapters or ("default",))
+        bias = None if base.bias is None else base.bias.detach().double()
+        return F.linear(x.double(), self.weight_of(base).detach().double() + update, bias)
+
+    def base_output(self, layer, x):
+        return layer.get_base_layer()(x)
+
+    # kind and names
+
+    def test_kind_and_names(self):
+        layer = self.layer()
+        assert isinstance(layer, Linear)
+        assert isinstance(layer, RandLoraLayer)
+        assert (layer.in_features, layer.out_features) == (self.in_features, self.out_features)
+        n = -(-min(self.in_features, self.out_features) // RANK)
+        assert layer.r == {"default": RANK}
+        assert layer.scaling == {"default": SCALING}
+        assert layer.randlora_lambda["default"].shape == (RANK, n)
+        assert layer.randlora_gamma["default"].shape == (n, min(self.in_features, self.out_features))
+
+    def test_it_prints_under_its_own_name(self):
+        assert repr(self.layer()).startswith("randlora.Linear(")  # as PEFT's does
+
+    def test_bases_are_no_part_of_the_module_tree(self):
+        layer = self.layer()
+        assert not list(layer.buffers())
+        adapter = {name for name in layer.state_dict() if not name.startswith("base_layer")}
+        assert adapter == {"randlora_lambda.default", "randlora_gamma.default"}
+
+    def test_starts_as_the_base_layer(self):
+        layer = self.layer()
+        layer.reset_randlora_parameters("default")
+        n, m = layer.randlora_gamma["default"].shape
+        assert torch.equal(layer.randlora_lambda["default"], torch.zeros(RANK, n))
+        assert torch.equal(layer.randlora_gamma["default"], torch.full((n, m), 1 / max(n, m)))
+        x = self.input()
+        assert torch.equal(layer(x), self.base_output(layer, x))
+
+    def test_without_init_weights_it_starts_elsewhere(self):
+        torch.manual_seed(0)
+        layer = ours(nn.Sequential(self.make_base()), r=RANK, target_modules=["0"], init_weights=False).model[0]
+        assert layer.randlora_lambda["default"].all()
+        x = self.input()
+        assert not torch.allclose(layer(x), self.base_output(layer, x))
+
+    # the update
+
+    def test_delta_weight_is_the_formula_in_the_layout_of_the_weight(self):
+        layer = self.layer()
+        update = layer.get_delta_weight("default")
+        assert update.shape == layer.get_base_layer().weight.shape
+        assert update.dtype == torch.float32
+        expected = self.update(layer)
+        expected = expected if self.weight_of(layer.get_base_layer()) is layer.get_base_layer().weight else expected.T
+        assert_close(update.detach(), expected, 1e-6)
+
+    def test_delta_weight_and_scaled_bases_are_those_of_peft(self):
+        mine = self.model(dtype=torch.float64)
+        torch.manual_seed(0)
+        base = nn.Sequential(self.make_base())
+        peft = theirs(base, r=RANK, randlora_alpha=SCALING * RANK, target_modules=["0"], **self.config)
+        peft = randomise(peft.double()).model[0]
+        mine = randomise(mine.double()).model[0]
+        found, expected = mine.get_scaled_bases("default"), peft.get_scaled_bases("default")
+        for first, second in zip(found, expected, strict=True):
+            assert_close(first.detach(), second.detach(), 1e-10)
+        assert_close(mine.get_delta_weight("default").detach(), peft.get_delta_weight("default").detach(), 1e-10)
+
+    def test_scaled_bases_are_applied_in_their_order(self):
+        layer = self.layer()
+        first, second = layer.get_scaled_bases("default")
+        x = self.input()
+        update = F.linear(F.linear(x, first), second) * layer.scaling["default"]
+        assert_close(update.detach(), x.double() @ self.update(layer).T, 1e-5)
+
+    # forward and backward
+
+    @pytest.mark.parametrize("plan", PLANS, ids="-".join)
+    @pytest.mark.parametrize("dtype", list(INEXACT), ids=str)
+    def test_output(self, plan, dtype):
+        layer, x = self.layer(dtype), self.input(dtype)
+        with force(*plan):
+            y = layer(x)
+        assert y.dtype == dtype
+        assert_close(y.detach(), self.expected(layer, x), INEXACT[dtype])
+
+    @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (2, 3, 4), (0,), (2, 0)], ids=str)
+    def test_input_shapes(self, batch):
+        layer, x = self.layer(), self.input(batch=batch)
+        y = layer(x)
+        assert y.shape == (*batch, self.out_features)
+        torch.testing.assert_close(y.double(), self.expected(layer, x), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("rank", [1, 3, 7, 64])
+    def test_ranks_that_do_not_divide_or_exceed_the_dimensions(self, rank):
+        layer, x = self.layer(rank=rank), self.input()
+        m = min(self.in_features, self.out_features)
+        assert layer.randlora_lambda["default"].shape == (rank, -(-m // rank))
+        assert_close(layer(x).detach(), self.expected(layer, x), 1e-5)
+        assert torch.linalg.matrix_rank(self.update(layer)) == m
+
+    @pytest.mark.parametrize("plan", PLANS, ids="-".join)
+    def test_gradients(self, plan):
+        layer, x = self.layer(torch.float64).double(), self.input(torch.float64).requires_grad_()
+        grad = torch.randn(5, self.out_features, dtype=torch.float64)
+        with force(*plan):
+            layer(x).backward(grad)
+        found = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+        assert set(found) == {"randlora_lambda.default", "randlora_gamma.default"}
+
+        lam, gamma = (
+            p["default"].detach().clone().requires_grad_() for p in (layer.randlora_lambda, layer.randlora_gamma)
+        )
+        A, B = layer.randlora_A["default"].squeeze(1).double(), layer.randlora_B["default"].flatten(1).double()
+        update = naive.delta_weight(A, B, lam, gamma, SCALING, self.out_features, self.in_features)
+        x2 = x.detach().clone().requires_grad_()
+        F.linear(x2, self.weight_of(layer.get_base_layer()).detach() + update).backward(grad)
+        assert_close(found["randlora_lambda.default"], lam.grad, 1e-10)
+        assert_close(found["randlora_gamma.default"], gamma.grad, 1e-10)
+        assert_close(x.grad, x2.grad, 1e-10)
+
+    def test_a_trainable_base_weight_gets_its_gradient(self):
+        layer, x = self.layer(), self.input()
+        base = layer.get_base_layer()
+        base.weight.requires_grad_()
+        layer(x).sum().backward()
+        expected = torch.ones(5, self.out_features).T @ x
+        assert_close(self.weight_of_grad(base), expected, 1e-5)
+
+    def weight_of_grad(self, base):
+        return base.weight.grad
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_autocast(self, dtype):
+        layer, x = self.layer(dtype), self.input()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x if dtype == torch.float32 else x.to(dtype))
+        assert y.dtype == torch.bfloat16
+        assert_close(y.detach(), self.expected(layer, x), 3e-2)
+        y.float().sum().backward()
+        assert layer.randlora_lambda["default"].grad.dtype == torch.float32
+        assert layer.randlora_lambda["default"].grad.abs().sum() > 0
+
+    def test_dropout_drops_the_adapters_input_alone(self):
+        layer, x = self.layer(randlora_dropout=0.5), self.input()
+        layer.train()
+        torch.manual_seed(7)
+        y = layer(x)
+        torch.manual_seed(7)
+        dropped = F.dropout(x, 0.5)
+        expected = self.base_output(layer, x).double() + dropped.double() @ self.update(layer).T
+        assert_close(y.detach(), expected, 1e-5)
+        layer.eval()
+        assert_close(layer(x).detach(), self.expected(layer, x), 1e-5)
+
+    @pytest.mark.parametrize("plan", [("token", "token"), ("fused", "fused")], ids="-".join)
+    def test_dropout_is_never_fused(self, plan):
+        layer, x = self.layer(randlora_dropout=0.5).train(), self.input()
+        torch.manual_seed(7)
+        with force(*plan):
+            y = layer(x)
+        torch.manual_seed(7)
+        expected = self.base_output(layer, x).double() + F.dropout(x, 0.5).double() @ self.update(layer).T
+        assert_close(y.detach(), expected, 1e-5)
+
+    def test_hooks_of_the_base_layer_run(self):
+        layer, x = self.layer(), self.input()
+        called = []
+        layer.get_base_layer().register_forward_hook(lambda *args: called.append("after"))
+        layer.get_base_layer().register_forward_pre_hook(lambda *args: called.append("before"))
+        assert_close(layer(x).detach(), self.expected(layer, x), 1e-5)
+        assert called == ["before", "after"]
+
+    def test_a_base_layer_of_another_class_computes_its_own_output(self):
+        layer, x = self.layer(), self.input()
+        base = layer.get_base_layer()
+        before = self.expected(layer, x)
+
+        class Shifted(type(base)):
+            def forward(self, x):
+                return super().forward(x) + 1
+
+        base.__class__ = Shifted
+        assert_close(layer(x).detach(), before + 1, 1e-5)
+
+    def test_a_wrong_input_dtype_is_as_wrong_as_for_the_base_layer(self):
+        layer = self.layer()
+        with pytest.raises(RuntimeError, match="dtype"):
+            self.base_output(layer, self.input(torch.float64))
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(self.input(torch.float64))
+
+    # several adapters
+
+    def two(self):
+        model = self.model()
+        from randlora import RandLoraConfig
+
+        config = RandLoraConfig(r=3, randlora_alpha=5, target_modules=["0"], projection_prng_key=9, sparse=True)
+        model.peft_config["other"] = config
+        model.inject_adapter(model.model, "other")
+        return randomise(model, "other", seed=8)
+
+    def test_several_active_adapters_add_up(self):
+        model, x = self.two(), self.input()
+        layer = model.model[0]
+        for active in (["default"], ["other"], ["default", "other"], ["other", "default"]):
+            layer.set_adapter(active)
+            assert_close(layer(x).detach(), self.expected(layer, x, *active), 1e-5, str(active))
+
+    def test_deleted_adapter_leaves_the_other(self):
+        model, x = self.two(), self.input()
+        layer = model.model[0]
+        layer.set_adapter("other")
+        expected = layer(x)
+        layer.delete_adapter("default")
+        assert torch.equal(layer(x), expected)
+        for held in (layer.r, layer.scaling, layer.bases, layer.randlora_lambda, layer.randlora_gamma):
+            assert list(held) == ["other"]
+
+    def test_disabled_adapters_leave_the_base_layer(self):
+        layer, x = self.layer(), self.input()
+        layer.enable_adapters(False)
+        assert torch.equal(layer(x), self.base_output(layer, x))
+        assert not layer.randlora_lambda["default"].requires_grad
+        layer.enable_adapters(True)
+        assert layer.randlora_lambda["default"].requires_grad
+        assert_close(layer(x).detach(), self.expected(layer, x), 1e-5)
+
+    # merging
+
+    @pytest.mark.parametrize("dtype", list(INEXACT), ids=str)
+    @pytest.mark.parametrize("safe", [True, False])
+    def test_merge_and_bit_exact_unmerge(self, dtype, safe):
+        layer, x = self.layer(dtype), self.input(dtype)
+        weight = layer.get_base_layer().weight
+        original = weight.detach().clone()
+        expected = self.expected(layer, x)
+        layer.merge(safe_merge=safe)
+        assert layer.merged
+        assert layer.get_base_layer().weight is weight
+        assert not torch.equal(weight, original)
+        assert_close(layer(x).detach(), expected, INEXACT[dtype])
+        layer.unmerge()
+        assert not layer.merged
+        assert weight.dtype == dtype
+        assert torch.equal(weight, original)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_several_merged_adapters(self, dtype):
+        model = self.two().to(dtype)
+        layer, x = model.model[0], self.input(dtype)
+        original = layer.get_base_layer().weight.detach().clone()
+        expected = self.expected(layer, x, "default", "other")
+        layer.merge(adapter_names=["default"])
+        with pytest.warns(UserWarning, match="additionally merging other"):
+            layer.merge(adapter_names=["other"])
+        assert layer.merged_adapters == ["default", "other"]
+        assert_close(layer(x).detach(), expected, INEXACT[dtype])
+        layer.unmerge()
+        assert torch.equal(layer.get_base_layer().weight, original)
+
+    def test_merged_weight_is_rounded_once(self):
+        layer = self.layer(torch.bfloat16)
+        base = layer.get_base_layer()
+        expected = (base.weight.detach().float() + layer.get_delta_weight("default").detach()).bfloat16()
+        layer.merge()
+        assert torch.equal(base.weight, expected)
+
+    def test_merging_twice_merges_once(self):
+        layer, x = self.layer(), self.input()
+        layer.merge()
+        once = layer(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            layer.merge()
+        assert torch.equal(layer(x), once)
+
+    def test_unmerging_what_is_not_merged_warns(self):
+        layer = self.layer()
+        original = layer.get_base_layer().weight.detach().clone()
+        with pytest.warns(UserWarning, match="Already unmerged"):
+            layer.unmerge()
+        assert torch.equal(layer.get_base_layer().weight, original)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_safe_merge_refuses(self, value):
+        layer = self.layer()
+        original = layer.get_base_layer().weight.detach().clone()
+        layer.randlora_lambda["default"].data[0, 0] = value
+        with pytest.raises(MergeError, match="default"):
+            layer.merge(safe_merge=True)
+        assert not layer.merged
+        assert torch.equal(layer.get_base_layer().weight, original)
+
+    def test_disabling_unmerges(self):
+        layer, x = self.layer(), self.input()
+        plain = self.base_output(layer, x)
+        layer.merge()
+        layer.enable_adapters(False)
+        assert torch.equal(layer(x), plain)
+        assert not layer.merged
+
+    # copies
+
+    def test_deep_copies_share_the_bases_and_nothing_else(self):
+        layer, x = self.layer(), self.input()
+        twin = copy.deepcopy(layer)
+        assert twin.bases["default"] is layer.bases["default"]
+        expected = layer(x)
+        layer.randlora_lambda["default"].data.zero_()
+        assert torch.equal(twin(x), expected)
+
+    def test_pickle(self):
+        layer, x = self.layer(), self.input()
+        twin = pickle.loads(pickle.dumps(layer))
+        assert torch.equal(twin(x), layer(x))
+
+
+class LinearContract(LayerContract):
+    def make_base(self):
+        return nn.Linear(self.in_features, self.out_features)
+
+    def weight_of(self, base):
+        return base.weight
+
+
+class Conv1DContract(LayerContract):
+    config = {"fan_in_fan_out": True}  # noqa: RUF012
+
+    def make_base(self):
+        return conv1d(self.in_features, self.out_features)
+
+    def weight_of(self, base):
+        return base.weight.T
+
+    def weight_of_grad(self, base):
+        return base.weight.grad.T
+
+    def test_a_wrong_input_dtype_is_as_wrong_as_for_the_base_layer(self):
+        with pytest.raises(RuntimeError):
+            self.layer()(self.input(torch.float64))
+
+
+class TestTallLinear(LinearContract):
+    in_features, out_features = 9, 14
+
+
+class TestWideLinear(LinearContract):
+    in_features, out_features = 14, 9
+
+
+class TestSquareLinear(LinearContract):
+    in_features, out_features = 10, 10
+
+
+class TestLinearWithoutBias(LinearContract):
+    in_features, out_features = 9, 14
+
+    def make_base(self):
+        return nn.Linear(self.in_features, self.out_features, bias=False)
+
+
+class TestTallConv1D(Conv1DContract):
+    in_features, out_features = 9, 14
+
+
+class TestWideConv1D(Conv1DContract):
+    in_features, out_features = 14, 9
+
+
+class TestSquareConv1D(Conv1DContract):
+    in_features, out_features = 10, 10
