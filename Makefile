@@ -57,8 +57,8 @@ $(MIN_PEFT_DIR)/.ready: $(READY)
 	@touch $@
 
 test-min-peft: $(MIN_PEFT_DIR)/.ready
-	PYTHONPATH=$(MIN_PEFT_DIR) $(PY) -c 'import peft; assert peft.__version__ == "$(MIN_PEFT)", peft.__version__'
-	PYTHONPATH=$(MIN_PEFT_DIR) $(TEST) tests/tuner
+	PYTHONPATH="$(CURDIR)/$(MIN_PEFT_DIR)" $(PY) -c 'import peft; assert peft.__version__ == "$(MIN_PEFT)", peft.__version__'
+	PYTHONPATH="$(CURDIR)/$(MIN_PEFT_DIR)" $(TEST) tests/tuner
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
