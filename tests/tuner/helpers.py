@@ -127,8 +127,11 @@ def theirs(model: nn.Module, adapter: str = "default", **config) -> TheirModel:
 def side_by_side(
     build: Callable[[], nn.Module], dtype: torch.dtype = torch.float32, **config
 ) -> tuple[TheirModel, RandLoraModel]:
-    """PEFT's model and ours with the same base weights, λ and γ; each has drawn its own bases."""
-    their_model = randomise(theirs(build(), **config)).to(dtype)
+    """PEFT's model and ours with the same base weights, λ and γ; each has drawn its own bases.
+
+    The updates are moderate: large ones saturate softmax and tanh, and then any rounding is magnified.
+    """
+    their_model = randomise(theirs(build(), **config), scale=0.1).to(dtype)
     our_model = ours(build(), **config).to(dtype)
     copy_adapter(their_model, our_model)
     return their_model, our_model
