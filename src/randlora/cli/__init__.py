@@ -1,0 +1,1 @@
+"""The `randlora` command: one file per subcommand."""

@@ -220,8 +220,8 @@ def basis_from_projections(A: torch.Tensor, B: torch.Tensor) -> Basis:
         )
     dtype = next((d for d in _WIDE_DTYPES if all(torch.equal(t.to(d).to(t.dtype), t) for t in (A, B))), A.dtype)
     basis = Basis(
-        A.detach().to("cpu", dtype).squeeze(1).contiguous(),
-        B.detach().to("cpu", dtype).flatten(1).contiguous(),
+        A.detach().to("cpu", dtype, copy=True).squeeze(1).contiguous(),
+        B.detach().to("cpu", dtype, copy=True).flatten(1).contiguous(),
     )
     with _live_lock:
         return _live.setdefault(basis.fingerprint, basis)

@@ -33,12 +33,16 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None])
 def write_json(content: dict[str, Any], folder: str | os.PathLike[str], name: str) -> None:
     """Writes ``content`` as sorted, indented JSON to ``folder/name``; makes the folder."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2, sort_keys=True)
-    write_atomically(Path(folder) / name, lambda temporary: _write_text(temporary, text))
+    write_text(Path(folder) / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _write_text(path: str, text: str) -> None:
-    Path(path).write_text(text + "\n", encoding="utf-8")
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes ``text`` as UTF-8 to ``path``."""
+
+    def write(temporary: str) -> None:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
 
 
 def _sync(path: str) -> None:

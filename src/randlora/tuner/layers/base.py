@@ -208,9 +208,6 @@ class RandLoraLayer(BaseTunerLayer):
             if held is not None and held.device != device and held.device.type != "meta":
                 parameters[adapter_name] = nn.Parameter(held.detach().to(device), requires_grad=held.requires_grad)
 
-    def __repr__(self) -> str:
-        return "randlora." + super().__repr__()
-
 
 class ProjectionView(Mapping[str, Tensor]):
     """What PEFT's users know as ``randlora_A`` and ``randlora_B``: the bases by adapter, as they are now.

@@ -94,6 +94,9 @@ class Linear(nn.Module, RandLoraLayer):
         same_dtype = weight.dtype == x.dtype or dtype != x.dtype  # else the base layer says what is wrong
         return plain and same_dtype and not weight.requires_grad and weight.device == x.device
 
+    def __repr__(self) -> str:
+        return "randlora." + super().__repr__()
+
     def _to_weight_layout(self, update: Tensor) -> Tensor:
         return update.T if self.fan_in_fan_out else update
 

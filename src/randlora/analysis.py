@@ -1,0 +1,37 @@
+"""What an adapter does to a weight."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from randlora.errors import ConfigError
+
+
+def delta_weight(model: PeftModel, module: str, adapter: str = "default") -> Tensor:
+    """ΔW of one adapted module of a PEFT model, of any additive method, in float32.
+
+    Args:
+        model: the model.
+        module: name of the module within the base model.
+        adapter: name of the adapter.
+
+    Raises:
+        ConfigError: if the module carries no such adapter.
+    """
+    layer = dict(model.get_base_model().named_modules()).get(module)
+    if layer is None or not hasattr(layer, "get_delta_weight"):
+        raise ConfigError(f"{module!r} is no adapted module of the model")
+    with torch.no_grad():
+        return layer.get_delta_weight(adapter).float()
+
+
+def singular_values(update: Tensor) -> Tensor:
+    """Singular values of an update (out, in), largest first, computed in float64."""
+    return torch.linalg.svdvals(update.double())
+
+
+def numerical_rank(values: Tensor) -> int:
+    """How many singular values stand out of the rounding of float32."""
+    return int((values > values.max() * len(values) * torch.finfo(torch.float32).eps).sum())

@@ -1,0 +1,68 @@
+"""The comparison of several methods as a table, in the terminal and in Markdown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+
+from randlora.report.statistics import wilson_interval
+
+_COLUMNS = ("method", "trainable", "accuracy", "95% interval", "s/step", "peak memory", "saved")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's result.
+
+    Attributes:
+        method: its name.
+        trainable: number of trainable parameters.
+        correct: correctly classified test examples.
+        tested: test examples.
+        seconds_per_step: median time of a training step.
+        peak_memory_bytes: most memory that the run's process has held.
+        saved_bytes: bytes of what was saved.
+    """
+
+    method: str
+    trainable: int
+    correct: int
+    tested: int
+    seconds_per_step: float
+    peak_memory_bytes: int
+    saved_bytes: int
+
+    def cells(self) -> list[str]:
+        """The row as text."""
+        low, high = wilson_interval(self.correct, self.tested)
+        return [
+            self.method,
+            f"{self.trainable:,}",
+            f"{self.correct / self.tested:.1%}",
+            f"{low:.1%} – {high:.1%}",
+            f"{self.seconds_per_step:.2f}",
+            _bytes(self.peak_memory_bytes),
+            _bytes(self.saved_bytes),
+        ]
+
+
+def terminal_table(rows: list[Row], title: str) -> Table:
+    """The table for the terminal."""
+    table = Table(title=title, box=box.SIMPLE_HEAVY, title_justify="left")
+    for number, column in enumerate(_COLUMNS):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row.cells())
+    return table
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """The table in Markdown."""
+    lines = [_COLUMNS, ("---", *["---:"] * (len(_COLUMNS) - 1)), *(row.cells() for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"

@@ -1,0 +1,77 @@
+"""The ways of fine-tuning that a run can take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from randlora.errors import ConfigError
+from randlora.train.settings import TrainSettings
+from randlora.tuner.config import RandLoraConfig
+
+_HEADS = ("classifier", "score")  # what Transformers calls a new classification head, and PEFT trains in full
+_TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
+
+
+def prepare(model: PreTrainedModel, settings: TrainSettings) -> nn.Module:
+    """Makes ``model`` ready to train as ``settings.method`` says; a new classification head trains in every method.
+
+    Raises:
+        ConfigError: if the method cannot be applied to the model or the task.
+    """
+    if settings.method == "full":
+        return model
+    if settings.method == "head":
+        return _only_head(model, settings)
+    common: dict[str, Any] = {
+        "r": settings.r,
+        "target_modules": settings.targets,
+        "modules_to_save": list(settings.modules_to_save) or None,
+        "task_type": _TASK_TYPES[settings.task],
+    }
+    if settings.method == "lora":
+        common["lora_alpha"] = settings.alpha or 2 * settings.r
+        config: Any = LoraConfig(lora_dropout=settings.dropout, **common)
+    else:
+        config = RandLoraConfig(
+            randlora_alpha=settings.alpha or 20 * settings.r,
+            randlora_scaling=settings.scaling,
+            randlora_dropout=settings.dropout,
+            sparse=settings.sparse,
+            very_sparse=settings.very_sparse,
+            save_projection=settings.save_projection,
+            **common,
+        )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def matched_lora_rank(shapes: list[tuple[int, int]], rank: int) -> int:
+    """The LoRA rank with the number of trainable parameters nearest to RandLoRA's of ``rank``.
+
+    Args:
+        shapes: (in_features, out_features) of the adapted layers.
+        rank: r of RandLoRA.
+    """
+    randlora = sum(-(-min(shape) // rank) * (rank + min(shape)) for shape in shapes)
+    return max(1, round(randlora / sum(sum(shape) for shape in shapes)))
+
+
+def _only_head(model: PreTrainedModel, settings: TrainSettings) -> nn.Module:
+    head = next((getattr(model, name) for name in _HEADS if hasattr(model, name)), None)
+    if settings.task != "sequence-classification" or head is None:
+        raise ConfigError(
+            f"method='head' trains a new classification head, which {type(model).__name__} does not have; choose "
+            "randlora, lora or full"
+        )
+    model.requires_grad_(False)
+    head.requires_grad_(True)
+    for name, module in model.named_modules():
+        if any(name == wanted or name.endswith(f".{wanted}") for wanted in settings.modules_to_save):
+            module.requires_grad_(True)
+    return model

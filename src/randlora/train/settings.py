@@ -1,0 +1,142 @@
+"""What a training run is: the keys of its YAML file and the flags of ``randlora train``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from randlora.errors import ConfigError
+
+Method = Literal["randlora", "lora", "full", "head"]
+Task = Literal["sequence-classification", "causal-lm"]
+
+LEARNING_RATES: dict[str, float] = {"randlora": 3e-4, "lora": 1e-3, "full": 1e-4, "head": 3e-3}
+"""Where none is given. Chosen on a part of the demo's training data, see ``docs/training.md``."""
+
+
+class TrainSettings(BaseModel):
+    """One training run.
+
+    Raises:
+        ConfigError: from :func:`load_settings`, naming every unknown key and every bad value.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description="Model to fine-tune: a local folder or a name on the hub.")
+    data: str = Field(
+        description="Training data: a .csv, .jsonl, .json or .parquet file, a folder written by "
+        "datasets' save_to_disk, or a dataset on the hub."
+    )
+    eval_data: str | None = Field(
+        None, description="Evaluation data, likewise. By default a part of the training data."
+    )
+    eval_fraction: float = Field(0.1, gt=0, lt=1, description="Part of the training data held out for evaluation.")
+    task: Task = Field("sequence-classification", description="sequence-classification or causal-lm.")
+    text_column: str = Field("text", description="Column that holds the text.")
+    label_column: str = Field("label", description="Column that holds the label; labels may be text or numbers.")
+    max_length: int = Field(256, ge=2, description="Longest input in tokens. Causal-lm: length of a packed chunk.")
+
+    method: Method = Field("randlora", description="randlora, lora, full (all weights) or head (the new head alone).")
+    r: int = Field(32, ge=1, description="Rank. RandLoRA: a smaller r means more trainable parameters.")
+    alpha: float | None = Field(
+        None, gt=0, description="Scaling numerator; by default 20·r for randlora, 2·r for lora."
+    )
+    scaling: Literal["peft", "paper"] = Field("peft", description="RandLoRA: alpha/r, or the paper's alpha/(r·√n).")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="Modules to adapt: all-linear, names separated by commas, or a regular expression."
+    )
+    modules_to_save: list[str] = Field(
+        [],
+        description="Modules trained in full, besides a new head, in every method: "
+        "names, separated by commas on the command line.",
+    )
+    sparse: bool = Field(False, description="RandLoRA: ternary bases, a third of them not zero.")
+    very_sparse: bool = Field(False, description="RandLoRA: ternary bases, 1/√D of them not zero.")
+    save_projection: bool = Field(False, description="RandLoRA: write the bases into the adapter file.")
+
+    learning_rate: float | None = Field(None, gt=0, description="Peak learning rate; by default one for the method.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Course of the learning rate.")
+    warmup_fraction: float = Field(0.06, ge=0, lt=1, description="Part of the steps in which the rate rises.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the training data.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps, whatever the epochs.")
+    batch_size: int = Field(32, ge=1, description="Examples per device and forward pass.")
+    gradient_accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
+    bf16: bool = Field(False, description="Compute in bfloat16 by autocast.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward to save memory.")
+    seed: int = Field(0, ge=0, description="Seed of the split, the order of the data, the head and dropout.")
+
+    output_dir: str = Field("runs/train", description="Folder for everything that the run writes.")
+    save_steps: int | None = Field(None, ge=1, description="Checkpoint every so many steps; by default each epoch.")
+    eval_steps: int | None = Field(None, ge=1, description="Evaluate every so many steps; by default at the end.")
+    resume: str | None = Field(
+        None,
+        description="auto: go on from the run's last complete checkpoint, if it has one; or the path of a checkpoint.",
+    )
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model or dataset.")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate given, or the method's."""
+        return LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
+
+    @field_validator("modules_to_save", mode="before")
+    @classmethod
+    def _split_names(cls, value: object) -> object:
+        return _names(value) if isinstance(value, str) else value
+
+    @property
+    def targets(self) -> str | list[str]:
+        """Modules to adapt as PEFT takes them."""
+        given = self.target_modules
+        return _names(given) if isinstance(given, str) and (given.isidentifier() or "," in given) else given
+
+
+def load_settings(config: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> TrainSettings:
+    """Settings of a YAML file, with ``overrides`` (flags) over it.
+
+    Raises:
+        ConfigError: if the file cannot be read, or naming every unknown key and bad value at once.
+    """
+    values = {} if config is None else _read_yaml(Path(config))
+    values.update(overrides or {})
+    try:
+        return TrainSettings(**values)
+    except ValidationError as error:
+        faults = "\n".join(f"  {_explain(fault)}" for fault in error.errors())
+        raise ConfigError(f"the settings{f' of {config}' if config else ''} cannot be used:\n{faults}") from None
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {str(path)!r}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(path)!r} is no YAML file: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{str(path)!r} must hold `key: value` lines, but holds a {type(content).__name__}")
+    return content
+
+
+def _explain(fault: Any) -> str:
+    name = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, TrainSettings.model_fields, n=1)
+        return f"{name}: there is no such setting" + (f"; did you mean {near[0]!r}?" if near else "")
+    if fault["type"] == "missing":
+        return f"{name}: missing; {TrainSettings.model_fields[name].description}"
+    return f"{name}={fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"

@@ -1,0 +1,90 @@
+"""Whether a saved adapter predicts what it predicted when it was trained; run in a process of its own.
+
+``python -m randlora.train.verify RUN`` reads a run's folder, loads the adapter onto a fresh base model, predicts,
+merges, predicts again, and prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import randlora  # noqa: F401 - registers the method
+from randlora.train import tasks
+from randlora.train.data import load_data
+from randlora.train.settings import TrainSettings, load_settings
+
+TOLERANCE = 1e-3
+"""Largest accepted difference of a logit; merging rounds W + ΔW once in float32."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Predictions of the trained, the reloaded and the merged model side by side.
+
+    Attributes:
+        examples: number of predictions compared.
+        reloaded_difference: largest difference of a logit between trained and reloaded.
+        merged_difference: largest difference of a logit between trained and merged.
+        same_labels: whether all three predict the same labels throughout.
+    """
+
+    examples: int
+    reloaded_difference: float
+    merged_difference: float
+    same_labels: bool
+
+    @property
+    def holds(self) -> bool:
+        """Whether the three models are the same."""
+        return self.same_labels and max(self.reloaded_difference, self.merged_difference) <= TOLERANCE
+
+
+def verify(run: Path) -> Verification:
+    """Compares the predictions that a classification run saved with those of its adapter, loaded and merged."""
+    settings = load_settings(run / "resolved.yaml")
+    data = load_data(settings)
+    trained = np.load(run / "predictions.npz")["logits"]
+    tokenizer = tasks.load_tokenizer(settings)
+    base = tasks.load_model(settings, data.labels, tokenizer)
+    model = PeftModel.from_pretrained(base, str(run / "adapter")).eval()
+    texts = list(data.evaluation["text"])
+    reloaded = _predict(model, tokenizer, texts, settings)
+    merged = _predict(model.merge_and_unload(), tokenizer, texts, settings)
+    labels = [logits.argmax(-1) for logits in (trained, reloaded, merged)]
+    return Verification(
+        examples=len(texts),
+        reloaded_difference=float(np.abs(trained - reloaded).max()),
+        merged_difference=float(np.abs(trained - merged).max()),
+        same_labels=all(np.array_equal(labels[0], other) for other in labels[1:]),
+    )
+
+
+@torch.inference_mode()
+def _predict(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], settings: TrainSettings
+) -> np.ndarray:
+    """Logits (examples, labels), in the batches in which the trained model predicted."""
+    size = 2 * settings.batch_size
+    logits = []
+    for start in range(0, len(texts), size):
+        batch = tokenizer(
+            texts[start : start + size],
+            padding=True,
+            truncation=True,
+            max_length=settings.max_length,
+            return_tensors="pt",
+        )
+        logits.append(model(**batch).logits)
+    return torch.cat(logits).numpy()
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(verify(Path(sys.argv[1])))))
