@@ -122,6 +122,17 @@ class RandLoraModel(BaseTuner):
             layer.requires_grad_(False)  # an additional adapter is not active, hence not trained
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Puts ``new_module`` in the place of ``child``.
+
+        PEFT hands the weight of what it unwraps to what was inside, which has it already, and stumbles over
+        ``modules_to_save`` that have no weight of their own, such as BERT's pooler.
+        """
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """λ and γ are float32; without ``autocast_adapter_dtype`` they take the dtype of their base layer."""
         for layer in checkpoint.adapter_layers(self.model, adapter_name):
