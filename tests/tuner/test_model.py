@@ -192,9 +192,9 @@ class TestKinds:
 
 
 ADAPTERS = {
-    "a": {"r": 4, "randlora_alpha": 8, "target_modules": STACK_TARGETS},
-    "b": {"r": 7, "randlora_alpha": 3, "target_modules": ["tall", "wide"], "projection_prng_key": 5, "sparse": True},
-    "c": {"r": 2, "randlora_alpha": 9, "target_modules": ["wide"], "save_projection": False, "sparsity": 2.5},
+    "x": {"r": 4, "randlora_alpha": 8, "target_modules": STACK_TARGETS},
+    "y": {"r": 7, "randlora_alpha": 3, "target_modules": ["tall", "wide"], "projection_prng_key": 5, "sparse": True},
+    "z": {"r": 2, "randlora_alpha": 9, "target_modules": ["wide"], "save_projection": False, "sparsity": 2.5},
 }
 
 
@@ -203,7 +203,7 @@ def alone(name: str):
     return randomise(get_peft_model(stack(), RandLoraConfig(**ADAPTERS[name]), adapter_name=name), name, seed=ord(name))
 
 
-def together(order=("a", "b", "c")):
+def together(order=("x", "y", "z")):
     model = get_peft_model(stack(), RandLoraConfig(**ADAPTERS[order[0]]), adapter_name=order[0])
     for name in order[1:]:
         model.add_adapter(name, RandLoraConfig(**ADAPTERS[name]))
@@ -213,39 +213,39 @@ def together(order=("a", "b", "c")):
 
 
 class TestSeveralAdapters:
-    @pytest.mark.parametrize("order", list(itertools.permutations("abc")), ids="".join)
+    @pytest.mark.parametrize("order", list(itertools.permutations("xyz")), ids="".join)
     def test_side_by_side_in_any_order(self, order):
         """Other ranks, keys, densities and targets: PEFT refuses or breaks the first one."""
         model = together(order)
-        for name in "abcab":
+        for name in "xyzxy":
             model.set_adapter(name)
             assert torch.equal(output(model), output(alone(name))), name
 
     def test_deleting_one_leaves_the_others(self):
         model = together()
-        model.delete_adapter("a")
-        assert set(model.peft_config) == {"b", "c"}
-        for name in "bc":
+        model.delete_adapter("x")
+        assert set(model.peft_config) == {"y", "z"}
+        for name in "yz":
             model.set_adapter(name)
             assert torch.equal(output(model), output(alone(name)))
-        assert not any(".a" in name.rpartition("randlora_")[2] for name in model.state_dict() if "randlora_" in name)
+        assert not any(".x" in name.rpartition("randlora_")[2] for name in model.state_dict() if "randlora_" in name)
 
     def test_a_deleted_name_can_be_used_again(self):
         model = together()
-        model.set_adapter("b")
-        model.delete_adapter("a")
-        model.add_adapter("a", RandLoraConfig(**ADAPTERS["a"] | {"r": 3}))
-        model.set_adapter("a")
-        assert model.base_model.model.tall.r["a"] == 3
-        assert output(randomise(model, "a")).isfinite().all()
+        model.set_adapter("y")
+        model.delete_adapter("x")
+        model.add_adapter("x", RandLoraConfig(**ADAPTERS["x"] | {"r": 3}))
+        model.set_adapter("x")
+        assert model.base_model.model.tall.r["x"] == 3
+        assert output(randomise(model, "x")).isfinite().all()
 
     def test_updates_of_active_adapters_add_up_in_each_layer(self):
         model = together()
-        model.base_model.set_adapter(["a", "b", "c"])
+        model.base_model.set_adapter(["x", "y", "z"])
         plain = stack()
         with torch.no_grad():
             for name in STACK_TARGETS:
-                for adapter in "abc":
+                for adapter in "xyz":
                     layer = getattr(alone(adapter).base_model.model, name)
                     if hasattr(layer, "randlora_lambda"):
                         getattr(plain, name).weight += layer.get_delta_weight(adapter)
@@ -253,22 +253,22 @@ class TestSeveralAdapters:
 
     def test_only_the_active_adapter_trains(self):
         model = together()
-        for active in "abc":
+        for active in "xyz":
             model.set_adapter(active)
             trainable = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
             assert trainable == {active}
 
     def test_set_adapter_in_inference_mode_trains_nothing(self):
         model = together()
-        model.set_adapter("b", inference_mode=True)
+        model.set_adapter("y", inference_mode=True)
         assert not any(p.requires_grad for p in model.parameters())
 
     def test_a_new_adapter_starts_frozen_and_without_effect(self):
         model = together()
         before = output(model)
-        model.add_adapter("d", RandLoraConfig(r=3, target_modules=["square", "head"]))
+        model.add_adapter("w", RandLoraConfig(r=3, target_modules=["square", "head"]))
         assert torch.equal(output(model), before)
-        assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith(".d"))
+        assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith(".w"))
 
     def test_disable_adapter_context(self):
         model, plain = together(), output(stack())
@@ -278,7 +278,7 @@ class TestSeveralAdapters:
         assert torch.equal(output(model), before)
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         assert trainable
-        assert all(name.endswith(".a") for name in trainable)
+        assert all(name.endswith(".x") for name in trainable)
 
     def test_disable_and_enable_layers(self):
         model = together()
@@ -289,13 +289,13 @@ class TestSeveralAdapters:
         assert torch.equal(output(model), before)
 
     def test_they_share_a_basis_only_if_it_is_the_same(self):
-        model = get_peft_model(stack(), RandLoraConfig(r=4, target_modules=STACK_TARGETS), adapter_name="a")
+        model = get_peft_model(stack(), RandLoraConfig(r=4, target_modules=STACK_TARGETS), adapter_name="x")
         same = {"r": 4, "target_modules": ["tall", "wide", "square"], "randlora_alpha": 3}
         model.add_adapter("same", RandLoraConfig(**same))
         model.add_adapter("other", RandLoraConfig(**same, projection_prng_key=1))
         bases = model.base_model.model.tall.bases
-        assert bases["same"] is bases["a"]
-        assert bases["other"] is not bases["a"]
+        assert bases["same"] is bases["x"]
+        assert bases["other"] is not bases["x"]
 
     def test_unload_gives_the_base_model_back(self):
         plain = stack()
@@ -306,23 +306,23 @@ class TestSeveralAdapters:
 
     def test_modules_to_save_of_two_adapters(self):
         config = RandLoraConfig(r=4, target_modules=["tall"], modules_to_save=["head"])
-        model = get_peft_model(stack(), config, adapter_name="a")
-        model.add_adapter("b", RandLoraConfig(r=3, target_modules=["tall"], modules_to_save=["head"]))
-        model.base_model.model.head.modules_to_save["b"].weight.data.zero_()
-        model.base_model.model.head.modules_to_save["b"].bias.data.fill_(2.0)
+        model = get_peft_model(stack(), config, adapter_name="x")
+        model.add_adapter("y", RandLoraConfig(r=3, target_modules=["tall"], modules_to_save=["head"]))
+        model.base_model.model.head.modules_to_save["y"].weight.data.zero_()
+        model.base_model.model.head.modules_to_save["y"].bias.data.fill_(2.0)
         first = output(model)
-        model.set_adapter("b")
+        model.set_adapter("y")
         assert torch.equal(output(model), torch.full((6, 3), 2.0))
-        model.set_adapter("a")
+        model.set_adapter("x")
         assert torch.equal(output(model), first)
 
     def test_a_deep_copy_is_independent(self):
         model = together()
         twin = copy.deepcopy(model)
         before = output(twin)
-        randomise(model, "a", seed=99)
+        randomise(model, "x", seed=99)
         assert torch.equal(output(twin), before)
-        assert twin.base_model.model.tall.bases["a"] is model.base_model.model.tall.bases["a"]
+        assert twin.base_model.model.tall.bases["x"] is model.base_model.model.tall.bases["x"]
 
 
 class TestDropout:
@@ -341,17 +341,17 @@ class TestDropout:
 
     def test_each_adapter_has_its_own(self):
         config = {"r": 4, "target_modules": ["tall"]}
-        model = get_peft_model(stack(), RandLoraConfig(randlora_dropout=0.3, **config), adapter_name="a")
-        model.add_adapter("b", RandLoraConfig(**config))
+        model = get_peft_model(stack(), RandLoraConfig(randlora_dropout=0.3, **config), adapter_name="x")
+        model.add_adapter("y", RandLoraConfig(**config))
         dropout = model.base_model.model.tall.randlora_dropout
-        assert isinstance(dropout["a"], nn.Dropout)
-        assert dropout["a"].p == 0.3
-        assert isinstance(dropout["b"], nn.Identity)
+        assert isinstance(dropout["x"], nn.Dropout)
+        assert dropout["x"].p == 0.3
+        assert isinstance(dropout["y"], nn.Identity)
 
 
 class TestFailedInjection:
     def test_a_second_adapter_that_fails_leaves_the_first(self, monkeypatch):
-        model = together(("a", "b"))
+        model = together(("x", "y"))
         before, state, names = output(model), snapshot(model), adapted(model)
 
         def fail(*args):
@@ -359,7 +359,7 @@ class TestFailedInjection:
 
         monkeypatch.setattr("randlora.tuner.checkpoint.get_basis", fail)
         with pytest.raises(MemoryError):
-            model.add_adapter("d", RandLoraConfig(r=3, target_modules=["tall", "head"]))
+            model.add_adapter("w", RandLoraConfig(r=3, target_modules=["tall", "head"]))
         monkeypatch.undo()
         assert adapted(model) == names
         assert type(model.base_model.model.head) is nn.Linear
@@ -367,22 +367,22 @@ class TestFailedInjection:
         assert torch.equal(output(model), before)
 
     def test_the_name_of_a_failed_adapter_is_free(self):
-        model = together(("a",))
+        model = together(("x",))
         with pytest.raises(ValueError, match="not_there"):
-            model.add_adapter("d", RandLoraConfig(r=3, target_modules=["not_there"]))
-        model.add_adapter("d", RandLoraConfig(r=3, target_modules=["tall"]))
-        model.set_adapter("d")
+            model.add_adapter("w", RandLoraConfig(r=3, target_modules=["not_there"]))
+        model.add_adapter("w", RandLoraConfig(r=3, target_modules=["tall"]))
+        model.set_adapter("w")
         assert output(model).isfinite().all()
 
     def test_what_trains_stays_as_it_was(self):
-        model = together(("a",))
+        model = together(("x",))
         model.base_model.model.bad = nn.Bilinear(2, 2, 2).requires_grad_(False)
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         with pytest.raises(UnsupportedLayerError):
-            model.add_adapter("d", RandLoraConfig(r=3, target_modules=["tall", "bad"]))
+            model.add_adapter("w", RandLoraConfig(r=3, target_modules=["tall", "bad"]))
         assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
-        assert "d" not in model.base_model.model.tall.randlora_lambda
-        assert "d" not in model.base_model.model.tall.r
+        assert "w" not in model.base_model.model.tall.randlora_lambda
+        assert "w" not in model.base_model.model.tall.r
 
 
 class TestMetaDevice:
