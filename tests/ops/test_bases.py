@@ -21,6 +21,7 @@ from peft.tuners.randlora import RandLoraModel as PeftModel
 from torch import nn
 
 from randlora.errors import BasisMismatchError
+from randlora.ops import bases
 from randlora.ops.bases import Basis, BasisSpec, basis_from_projections, get_basis, num_bases
 
 CPU = torch.device("cpu")
@@ -440,6 +441,12 @@ class TestSameNumbers:
 
 
 class TestStatistics:
+    def test_the_edges_of_the_ternary_intervals_are_zero(self):
+        """Strictly below 1/(2s) and strictly above 1 - 1/(2s), as PEFT has it; with s = 2 both edges can be drawn."""
+        quarter = 2**22  # of 2²⁴
+        words = np.array([0, quarter - 1, quarter, 3 * quarter, 3 * quarter + 1, 2**24 - 1], np.uint32)
+        assert bases._ternary_codes(words, 2.0).tolist() == [-1, -1, 0, 0, 1, 1]
+
     @pytest.mark.parametrize("sparsity", [1.0, 1.5, 3.0, math.sqrt(1024), 100.0])
     def test_density_of_ternary_bases(self, sparsity):
         codes = torch.sign(get_basis(spec_of(32, 1024, 512, key=71, sparsity=sparsity)).projections()[1])

@@ -116,6 +116,17 @@ class LayerContract:
         expected = expected if self.weight_of(layer.get_base_layer()) is layer.get_base_layer().weight else expected.T
         assert_close(update.detach(), expected, 1e-6)
 
+    def test_delta_weight_of_half_precision_parameters_is_formed_in_float32(self):
+        layer = self.layer(torch.bfloat16)
+        for parameters in (layer.randlora_lambda, layer.randlora_gamma):
+            parameters["default"].data = parameters["default"].data.bfloat16()
+        update = layer.get_delta_weight("default")
+        assert update.dtype == torch.float32
+        expected = self.update(layer)
+        expected = expected if update.shape == expected.shape and not self.config else expected.T
+        assert_close(update.detach(), expected, 1e-2)
+        assert {factor.dtype for factor in layer.get_scaled_bases("default")} == {torch.float32}
+
     def test_delta_weight_and_scaled_bases_are_those_of_peft(self):
         mine = self.model(dtype=torch.float64)
         torch.manual_seed(0)
@@ -225,13 +236,21 @@ class LayerContract:
         expected = self.base_output(layer, x).double() + F.dropout(x, 0.5).double() @ self.update(layer).T
         assert_close(y.detach(), expected, 1e-5)
 
-    def test_hooks_of_the_base_layer_run(self):
+    @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+    def test_hooks_of_the_base_layer_run(self, kind):
         layer, x = self.layer(), self.input()
         called = []
-        layer.get_base_layer().register_forward_hook(lambda *args: called.append("after"))
-        layer.get_base_layer().register_forward_pre_hook(lambda *args: called.append("before"))
+        getattr(layer.get_base_layer(), kind)(lambda *args: called.append(kind))
         assert_close(layer(x).detach(), self.expected(layer, x), 1e-5)
-        assert called == ["before", "after"]
+        assert called == [kind]
+
+    @pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+    def test_backward_hooks_of_the_base_layer_run(self, kind):
+        layer, x = self.layer(), self.input().requires_grad_()
+        called = []
+        getattr(layer.get_base_layer(), kind)(lambda *args: called.append(kind))
+        layer(x).sum().backward()
+        assert called == [kind]
 
     def test_a_base_layer_of_another_class_computes_its_own_output(self):
         layer, x = self.layer(), self.input()

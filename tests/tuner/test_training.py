@@ -175,6 +175,16 @@ class TestPrecision:
             assert value.dtype == torch.float32
             assert_close(value, exact[name], 2e-1, name)
 
+    @pytest.mark.parametrize("init_weights", [True, False])
+    def test_parameters_are_never_rounded_to_the_base_dtype(self, init_weights):
+        config = {"r": 4, "target_modules": STACK_TARGETS, "init_weights": init_weights}
+        torch.manual_seed(0)
+        model = ours(stack().bfloat16(), **config)
+        gamma = model.model.tall.randlora_gamma["default"]
+        assert torch.equal(gamma, torch.full_like(gamma, 1 / 10 if init_weights else 1 / 17))
+        lam = model.model.tall.randlora_lambda["default"]
+        assert init_weights or not torch.equal(lam, lam.bfloat16().float())
+
     def test_lambda_below_the_resolution_of_bf16_trains(self):
         model = ours(stack().bfloat16(), r=4, target_modules=STACK_TARGETS)
         lam = model.model.tall.randlora_lambda["default"]
