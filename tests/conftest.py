@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from fixtures import reviews, sentences, tiny_bert, tiny_llama, tokenizer  # noqa: F401 - fixtures for all tests
+
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.register_profile("slow", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

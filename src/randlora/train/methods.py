@@ -48,7 +48,9 @@ def prepare(model: PreTrainedModel, settings: TrainSettings) -> nn.Module:
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(
+            f"method={settings.method!r} with target_modules={settings.target_modules!r}: {error}"
+        ) from error
 
 
 def matched_lora_rank(shapes: list[tuple[int, int]], rank: int) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import save_file
@@ -102,6 +103,8 @@ def train(settings: TrainSettings) -> TrainResult:
         compute_metrics=tasks.metrics(settings),
         callbacks=[timer],
     )
+    if settings.task == "sequence-classification":
+        trainer.model_accepts_loss_kwargs = False  # its loss is a mean: accumulated ones are to be averaged, not summed
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     if not math.isfinite(outcome.training_loss):
         raise FloatingPointError(
@@ -143,8 +146,10 @@ def _arguments(settings: TrainSettings, output: Path) -> TrainingArguments:
         gradient_accumulation_steps=settings.gradient_accumulation,
         gradient_checkpointing=settings.gradient_checkpointing,
         bf16=settings.bf16,
+        use_cpu=not torch.accelerator.is_available(),
         seed=settings.seed,
         logging_steps=1,
+        logging_nan_inf_filter=False,
         eval_strategy="no" if settings.eval_steps is None else "steps",
         eval_steps=settings.eval_steps,
         save_strategy="epoch" if settings.save_steps is None else "steps",

@@ -1,0 +1,88 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import randlora
+from randlora.cli.app import app
+from randlora.train.settings import TrainSettings
+
+
+def invoke(*arguments: str, code: int = 0):
+    """The command in this process, in a wide terminal."""
+    result = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, list(arguments))
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+def test_version():
+    assert invoke("--version").stdout.strip() == f"randlora {randlora.__version__}"
+
+
+def test_help_names_every_setting_and_shows_examples():
+    text = invoke("train", "--help").stdout
+    for name in TrainSettings.model_fields:
+        assert f"--{name.replace('_', '-')}" in text
+    assert "Examples" in text
+    assert "randlora train --config run.yaml" in text
+    assert "\x1b[" not in text
+
+
+def test_training_prints_one_json_object(tmp_path, tiny_bert, reviews):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {tiny_bert}\ndata: {reviews}\nr: 8\nmax_steps: 5\noutput_dir: {tmp_path}/run\n")
+    flags = ["--max-steps", "2", "--bf16", "--target-modules", "query,value", "--json"]
+    process = subprocess.run(
+        [sys.executable, "-m", "randlora", "train", "-c", str(config), *flags],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    result = json.loads(process.stdout)
+    assert result["steps"] == 2
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
+    adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert adapter["target_modules"] == ["query", "value"]
+    assert "max_steps: 2" in (tmp_path / "run/resolved.yaml").read_text()
+
+
+def test_a_dry_run_trains_nothing(tmp_path, tiny_bert, reviews):
+    output = tmp_path / "run"
+    process = invoke(
+        "train", "--model", tiny_bert, "--data", reviews, "--output-dir", str(output), "--dry-run", "--json"
+    )
+    found = json.loads(process.stdout)
+    assert found["labels"] == ["negative", "positive"]
+    assert found["training_examples"] + found["evaluation_examples"] == 120
+    assert 0 < found["trainable_parameters"] < found["total_parameters"]
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train"], "model: missing"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--model", "m", "--data", "nowhere.csv"], "nowhere.csv"),
+        (["train", "--model", "m", "--data", "d.csv", "--r", "0"], "r=0"),
+        (["train", "--model", "m", "--data", "d.csv", "--r", "many"], "many"),
+        (["train", "--no-such-flag"], "--no-such-flag"),
+        (["no-such-command"], "no-such-command"),
+        (["demo", "--seed", "-1"], "-1"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_are_named(arguments, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert expected in invoke(*arguments, code=2).output
+
+
+def test_a_missing_extra_is_named():
+    program = (
+        "import sys; sys.modules['typer'] = None\nfrom randlora.cli.main import main\nsys.argv = ['randlora']\nmain()"
+    )
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert "pip install 'randlora[train]'" in process.stderr
