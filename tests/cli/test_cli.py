@@ -68,10 +68,10 @@ def test_a_dry_run_trains_nothing(tmp_path, tiny_bert, reviews):
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--model", "m", "--data", "nowhere.csv"], "nowhere.csv"),
         (["train", "--model", "m", "--data", "d.csv", "--r", "0"], "r=0"),
-        (["train", "--model", "m", "--data", "d.csv", "--r", "many"], "many"),
+        (["train", "--model", "m", "--data", "d.csv", "--r", "many"], "--r"),
         (["train", "--no-such-flag"], "--no-such-flag"),
         (["no-such-command"], "no-such-command"),
-        (["demo", "--seed", "-1"], "-1"),
+        (["demo", "--seed", "-1"], "--seed"),
     ],
 )
 def test_mistakes_end_with_code_2_and_are_named(arguments, expected, tmp_path, monkeypatch):

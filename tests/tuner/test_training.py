@@ -206,7 +206,7 @@ def test_compiled_training_in_one_graph_without_recompilation(build):
     block, reference = (m.model if build is stack else m.model.model.layers[0].mlp for m in (model, plain))
     x = features() if build is stack else torch.randn(3, 8, 16)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (block, reference)]
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=1e-6) for m in (block, reference)]
     for step in range(4):
         results = []
         with torch._dynamo.config.patch(error_on_recompile=step > 0):

@@ -73,7 +73,7 @@ def _save(result: DemoResult, rows: list[Row], folder: Path) -> None:
 
     write_json(asdict(result), folder, "results.json")
     write_text(folder / "table.md", markdown_table(rows))
-    demo_figure(folder / "demo.png", result.losses, result.spectra, MODULE)
+    demo_figure(folder / "demo.png", result.losses, result.spectra, ".".join(MODULE.split(".")[2:]))
 
 
 def _show(result: DemoResult, rows: list[Row], folder: Path, seconds: float, to_stderr: bool) -> None:
@@ -81,7 +81,7 @@ def _show(result: DemoResult, rows: list[Row], folder: Path, seconds: float, to_
 
     out = console(to_stderr)
     out.print(terminal_table(rows, f"MiniLM on Rotten Tomatoes, {result.tested:,} test sentences"))
-    out.print("peak memory: of the whole process, libraries included; saved: weights on disk")
+    out.print("accuracy: with its 95% interval; peak memory: of the whole process; saved: weights on disk")
     check = result.verification
     out.print(
         f"trained, reloaded and merged adapter on {check.examples:,} sentences: "

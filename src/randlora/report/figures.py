@@ -58,7 +58,7 @@ def _draw_spectra(axes: Axes, spectra: Mapping[str, Sequence[float]], module: st
         shares = [value / values[0] for value in values]
         kept = [share for share in shares if share > floor]
         axes.plot(range(1, len(kept) + 1), kept, color=color, linestyle=style, linewidth=2, label=method)
-        if len(kept) < len(shares):
+        if len(kept) < len(shares) / 2:
             axes.plot([len(kept)] * 2, [kept[-1], floor], color=color, linestyle=style, linewidth=2)
             axes.annotate(
                 f"{method}: zero after {len(kept)}",
@@ -69,11 +69,11 @@ def _draw_spectra(axes: Axes, spectra: Mapping[str, Sequence[float]], module: st
             )
     axes.set_yscale("log")
     axes.set_ylim(floor, 2)
-    axes.set_title(f"Singular values of ΔW, {module}", loc="left")
+    axes.set_title(f"Singular values of ΔW ({module})", loc="left")
     axes.set_xlabel("index")
     axes.set_ylabel("relative to the largest")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="center right")
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 0.12))
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from randlora.report.statistics import wilson_interval
 
-_COLUMNS = ("method", "trainable", "accuracy", "95% interval", "s/step", "peak memory", "saved")
+_COLUMNS = ("method", "trainable", "accuracy (95%)", "s/step", "peak memory", "saved")
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class Row:
         return [
             self.method,
             f"{self.trainable:,}",
-            f"{self.correct / self.tested:.1%}",
-            f"{low:.1%} – {high:.1%}",
+            f"{self.correct / self.tested:.1%} ({100 * low:.1f}–{100 * high:.1f})",
             f"{self.seconds_per_step:.2f}",
             _bytes(self.peak_memory_bytes),
             _bytes(self.saved_bytes),
@@ -50,7 +49,7 @@ class Row:
 
 def terminal_table(rows: list[Row], title: str) -> Table:
     """The table for the terminal."""
-    table = Table(title=title, box=box.SIMPLE_HEAVY, title_justify="left")
+    table = Table(title=title, box=box.SIMPLE_HEAVY, title_justify="left", padding=(0, 1, 0, 0))
     for number, column in enumerate(_COLUMNS):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
@@ -65,4 +64,4 @@ def markdown_table(rows: list[Row]) -> str:
 
 
 def _bytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
+    return f"{count / 1e6:,.1f} MB" if count < 1e8 else f"{count / 1e6:,.0f} MB"

@@ -109,9 +109,12 @@ def projections_to_save(layers: list[RandLoraLayer], config: RandLoraConfig, ada
     return {f"randlora_A{suffix}": A, f"randlora_B{suffix}": B}
 
 
-def fold_scaling(state_dict: dict[str, Tensor], config: RandLoraConfig, adapter_name: str) -> dict[str, Tensor]:
+def fold_scaling(
+    state_dict: dict[str, Tensor], layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str
+) -> dict[str, Tensor]:
     """With the paper's scaling, γ/√n: what a reader must find who scales by alpha/r alone."""
-    if config.randlora_scaling == "peft":
+    folded_already = any(layer.gamma_factor[adapter_name] != 1 for layer in layers)
+    if config.randlora_scaling == "peft" or folded_already:
         return state_dict
     return {
         key: value / math.sqrt(value.shape[0]) if key.endswith(f".{_GAMMA}.{adapter_name}") else value
@@ -119,10 +122,14 @@ def fold_scaling(state_dict: dict[str, Tensor], config: RandLoraConfig, adapter_
     }
 
 
-def unfold_scaling(state_dict: dict[str, Tensor], config: RandLoraConfig) -> dict[str, Tensor]:
-    """Undoes ``fold_scaling`` on the keys of a file."""
+def unfold_scaling(
+    state_dict: dict[str, Tensor], layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str
+) -> dict[str, Tensor]:
+    """Undoes ``fold_scaling`` on the content of a file."""
     if config.randlora_scaling == "peft":
         return state_dict
+    for layer in layers:
+        layer.unfold_gamma(adapter_name)
     return {
         key: value * math.sqrt(value.shape[0]) if key.endswith(f".{_GAMMA}") else value
         for key, value in state_dict.items()
@@ -154,13 +161,26 @@ def take_projections(
     if config.basis_fingerprint is not None:
         _verify(layers, config.basis_fingerprint, adapter_name)
     elif not pairs:
-        warnings.warn(
-            "the adapter was saved without its bases and without their fingerprint; they are drawn from "
-            f"projection_prng_key={config.projection_prng_key} as PEFT draws them on a machine that supports bfloat16. "
-            "If it was trained on one that does not, its outputs will be wrong.",
-            stacklevel=2,
-        )
+        _warn_of_assumed_bases(config, "the adapter was saved without its bases and without their fingerprint")
     return rest
+
+
+def warn_of_unread_bases(config: RandLoraConfig) -> None:
+    """For a saved adapter whose file is read past PEFT, as ``model.load_adapter`` of Transformers does."""
+    if config.basis_fingerprint is None:
+        _warn_of_assumed_bases(
+            config,
+            "the adapter was saved without a fingerprint of its bases, and this way of loading does not read those in "
+            "its file (`PeftModel.from_pretrained` does)",
+        )
+
+
+def _warn_of_assumed_bases(config: RandLoraConfig, reason: str) -> None:
+    warnings.warn(
+        f"{reason}; they are drawn from projection_prng_key={config.projection_prng_key} as PEFT draws them on a "
+        "machine that supports bfloat16. If the adapter was trained with others, its outputs will be wrong.",
+        stacklevel=3,
+    )
 
 
 def _pairs(projections: dict[str, Tensor]) -> dict[str, _Pair]:

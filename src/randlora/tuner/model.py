@@ -8,13 +8,13 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from randlora.errors import MergeError, UnsupportedLayerError
+from randlora.errors import UnsupportedLayerError
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
 from randlora.tuner import checkpoint
 from randlora.tuner.config import RandLoraConfig
@@ -40,6 +40,19 @@ class RandLoraModel(BaseTuner):
     prefix: str = "randlora_"
     tuner_layer_cls = RandLoraLayer
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        # PeftModel hands over a dict, and reads the bases of a file; direct injection a config, and does not
+        if isinstance(peft_config, PeftConfig) and peft_config.inference_mode:
+            checkpoint.warn_of_unread_bases(cast("RandLoraConfig", self.peft_config[adapter_name]))
 
     @property
     def randlora_A(self) -> Mapping[str, Tensor]:
@@ -107,9 +120,14 @@ class RandLoraModel(BaseTuner):
         alpha = peft_config.alpha_pattern.get(
             get_pattern_key(list(peft_config.alpha_pattern), current_key), peft_config.randlora_alpha
         )
+        scaling = peft_config.scaling(rank, alpha, num_bases(rank, min(linear_shape(base_layer))))
+        # A config that was saved announces a file, in which γ holds the scaling's share. PEFT's way of loading takes
+        # it out again; others, Transformers' among them, put the file's values into γ as they are.
+        gamma_factor = 1.0 if peft_config.basis_fingerprint is None else scaling / (alpha / rank)
         adapter: dict[str, Any] = {
             "r": rank,
-            "scaling": peft_config.scaling(rank, alpha, num_bases(rank, min(linear_shape(base_layer)))),
+            "scaling": scaling / gamma_factor,
+            "gamma_factor": gamma_factor,
             "randlora_dropout": peft_config.randlora_dropout,
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
@@ -150,11 +168,29 @@ class RandLoraModel(BaseTuner):
         Raises:
             MergeError: with ``safe_merge``, if a merged weight would not be finite.
         """
-        try:
-            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        except MergeError:
-            self.unmerge_adapter()
-            raise
+        if safe_merge:
+            self._require_finite_merge(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge and safe_merge:
+            self._require_finite_merge(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
+
+    def _require_finite_merge(self, adapter_names: list[str] | None) -> None:
+        """Looks at every layer before any is changed."""
+        for layer in self.model.modules():
+            if isinstance(layer, RandLoraLayer):
+                wanted = layer.active_adapters if adapter_names is None else adapter_names
+                names = [n for n in wanted if n in layer.randlora_lambda and n not in layer.merged_adapters]
+                with onload_layer(layer):
+                    layer.merged_weight(names, require_finite=True)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -171,7 +207,7 @@ class RandLoraModel(BaseTuner):
         if not layers or not isinstance(config, RandLoraConfig):
             return content
         config.basis_fingerprint = checkpoint.fingerprint(layers, adapter_name)
-        content = checkpoint.fold_scaling(content, config, adapter_name)
+        content = checkpoint.fold_scaling(content, layers, config, adapter_name)
         prefix = "base_model." if any(key.startswith("base_model.model.") for key in content) else ""
         projections = checkpoint.projections_to_save(layers, config, adapter_name)
         return content | {f"{prefix}{name}.{adapter_name}": value for name, value in projections.items()}
@@ -183,7 +219,8 @@ class RandLoraModel(BaseTuner):
         """Binds the file's bases and hands on the parameters."""
         if isinstance(config, RandLoraConfig):
             state_dict = checkpoint.take_projections(state_dict, model, config, adapter_name)
-            state_dict = checkpoint.unfold_scaling(state_dict, config)
+            layers = checkpoint.adapter_layers(model, adapter_name)
+            state_dict = checkpoint.unfold_scaling(state_dict, layers, config, adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 

@@ -27,10 +27,11 @@ class RandLoraLayer(BaseTunerLayer):
         bases: per adapter the frozen A and B, shared with all other layers; no part of the module tree.
         r: per adapter the rank of each basis.
         scaling: per adapter the factor of the update.
+        gamma_factor: per adapter the share of the scaling that γ holds already, 1 unless γ is as a file has it.
     """
 
     adapter_layer_names: tuple[str, ...] = ("randlora_lambda", "randlora_gamma")
-    other_param_names: tuple[str, ...] = ("randlora_dropout", "bases", "r", "scaling", "num_bases")
+    other_param_names: tuple[str, ...] = ("randlora_dropout", "bases", "r", "scaling", "gamma_factor", "num_bases")
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
         self.base_layer = base_layer
@@ -43,6 +44,7 @@ class RandLoraLayer(BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.num_bases: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
+        self.gamma_factor: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Tensor | None = None
@@ -72,6 +74,7 @@ class RandLoraLayer(BaseTunerLayer):
         adapter_name: str,
         r: int,
         scaling: float,
+        gamma_factor: float = 1.0,
         randlora_dropout: float = 0.0,
         init_weights: bool = True,
         inference_mode: bool = False,
@@ -79,10 +82,11 @@ class RandLoraLayer(BaseTunerLayer):
         """Adds the parameters of an adapter; its bases are bound when all layers are known (``bind_basis``)."""
         n = num_bases(r, self.min_dim)
         self.r[adapter_name], self.num_bases[adapter_name], self.scaling[adapter_name] = r, n, scaling
+        self.gamma_factor[adapter_name] = gamma_factor
         self.randlora_dropout[adapter_name] = nn.Dropout(randlora_dropout) if randlora_dropout > 0 else nn.Identity()
         self.randlora_lambda[adapter_name] = nn.Parameter(torch.randn(r, n, dtype=torch.float32))
         self.randlora_gamma[adapter_name] = nn.Parameter(
-            torch.full((n, self.min_dim), 1 / self.max_dim, dtype=torch.float32)
+            torch.full((n, self.min_dim), gamma_factor / self.max_dim, dtype=torch.float32)
         )
         if init_weights:
             self.reset_randlora_parameters(adapter_name)
@@ -94,11 +98,19 @@ class RandLoraLayer(BaseTunerLayer):
         if adapter_name in self.randlora_lambda:
             gamma = self.randlora_gamma[adapter_name]
             nn.init.zeros_(self.randlora_lambda[adapter_name])
-            nn.init.constant_(gamma, 1 / max(gamma.shape))
+            nn.init.constant_(gamma, self.gamma_factor[adapter_name] / max(gamma.shape))
+
+    def unfold_gamma(self, adapter_name: str) -> None:
+        """Takes the scaling's share back from γ, whose values are about to be replaced."""
+        self.scaling[adapter_name] *= self.gamma_factor[adapter_name]
+        self.gamma_factor[adapter_name] = 1.0
 
     def bind_basis(self, adapter_name: str, basis: Basis | AwaitedBasis) -> None:
-        """Gives the adapter its bases."""
+        """Gives the adapter its bases, and casts them for the base layer: not while a compiled step is traced."""
         self.bases[adapter_name] = basis
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if isinstance(basis, Basis) and dtype is not None and dtype.is_floating_point:
+            basis.tensors(device, dtype)
 
     def get_scaled_bases(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """The two factors of the update in the order in which they are applied to an input, without ``scaling``.
@@ -140,26 +152,31 @@ class RandLoraLayer(BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.randlora_lambda]
         if not names:
             return
-        merged = self.merged_weight(names)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise MergeError(
-                f"NaNs detected in the merged weights: merging {', '.join(names)} into a "
-                f"{self.out_features}×{self.in_features} layer of {merged.dtype} gives values that are not finite. "
-                "The base weight is unchanged."
-            )
+        merged = self.merged_weight(names, safe_merge)
         weight = self._base_weight()
         if self._unmerged_weight is None:
             self._unmerged_weight = weight.data
         weight.data = merged
         self.merged_adapters.extend(names)
 
-    def merged_weight(self, adapter_names: list[str]) -> Tensor:
-        """The base weight plus the updates of ``adapter_names``, summed in float32 or wider and rounded once."""
+    def merged_weight(self, adapter_names: list[str], require_finite: bool = False) -> Tensor:
+        """The base weight plus the updates of ``adapter_names``, summed in float32 or wider and rounded once.
+
+        Raises:
+            MergeError: with ``require_finite``, if it holds NaN or infinity.
+        """
         weight = self._base_weight().data
         total = weight
         for name in adapter_names:
             total = total + self.get_delta_weight(name).detach().to(weight.device)
-        return total.to(weight.dtype)
+        merged = total.to(weight.dtype)
+        if require_finite and not torch.isfinite(merged).all():
+            raise MergeError(
+                f"NaNs detected in the merged weights: merging {', '.join(adapter_names)} into a "
+                f"{self.out_features}×{self.in_features} layer of {merged.dtype} gives values that are not finite. "
+                "The base weights are unchanged."
+            )
+        return merged
 
     def unmerge(self) -> None:
         """Puts the original base weight back, bit for bit."""
