@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "train": {"", "convert", "analysis", "tuner", "ops", "errors"},
     "report": {"", "convert", "analysis", "tuner", "ops", "errors"},
     "cli": {"", "train", "report", "convert", "analysis", "tuner", "ops", "errors"},
+    "__main__": {"cli"},
 }
 
 
