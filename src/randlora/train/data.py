@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
 
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
 
 _EVALUATION_SPLITS = ("validation", "test")
+_TEXT_TYPES = ("string", "large_string")
 
 
 class Data(NamedTuple):
@@ -105,6 +106,12 @@ def _columns(data: Dataset, settings: TrainSettings, source: str) -> Dataset:
             raise ConfigError(
                 f"{source!r} has no column {column!r}; it has {data.column_names}. Name the right one by "
                 f"{setting}_column."
+            )
+        feature = data.features[column]
+        fits = isinstance(feature, Value | ClassLabel) and (setting == "label" or feature.dtype in _TEXT_TYPES)
+        if not fits:
+            raise ConfigError(
+                f"column {column!r} of {source!r} holds no {setting}s but {feature}; name another by {setting}_column"
             )
         empty = [row for row, value in enumerate(data[column]) if value is None]
         if empty:

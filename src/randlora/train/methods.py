@@ -22,6 +22,7 @@ def prepare(model: PreTrainedModel, settings: TrainSettings) -> nn.Module:
     Raises:
         ConfigError: if the method cannot be applied to the model or the task.
     """
+    _require_modules(model, settings.modules_to_save)
     if settings.method == "full":
         return model
     if settings.method == "head":
@@ -74,6 +75,18 @@ def _only_head(model: PreTrainedModel, settings: TrainSettings) -> nn.Module:
     model.requires_grad_(False)
     head.requires_grad_(True)
     for name, module in model.named_modules():
-        if any(name == wanted or name.endswith(f".{wanted}") for wanted in settings.modules_to_save):
+        if any(_is_named(name, wanted) for wanted in settings.modules_to_save):
             module.requires_grad_(True)
     return model
+
+
+def _require_modules(model: nn.Module, wanted: list[str]) -> None:
+    """PEFT passes over names of ``modules_to_save`` that the model does not have."""
+    names = [name for name, _ in model.named_modules()]
+    unknown = [one for one in wanted if not any(_is_named(name, one) for name in names)]
+    if unknown:
+        raise ConfigError(f"modules_to_save={unknown}: {type(model).__name__} has no modules of these names")
+
+
+def _is_named(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}")

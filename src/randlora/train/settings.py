@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -91,6 +92,16 @@ class TrainSettings(BaseModel):
     @classmethod
     def _split_names(cls, value: object) -> object:
         return _names(value) if isinstance(value, str) else value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _compiles(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"is no regular expression: {error}") from None
+        return value
 
     @property
     def targets(self) -> str | list[str]:

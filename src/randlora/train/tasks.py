@@ -38,6 +38,7 @@ def load_model(settings: TrainSettings, labels: list[str], tokenizer: PreTrained
         AutoModelForSequenceClassification,
         settings,
         dtype="float32",
+        ignore_mismatched_sizes=True,  # a head for other labels than ours is replaced by a new one
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: number for number, label in enumerate(labels)},
@@ -45,6 +46,17 @@ def load_model(settings: TrainSettings, labels: list[str], tokenizer: PreTrained
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def require_length(model: PreTrainedModel, settings: TrainSettings) -> None:
+    """Refuses inputs longer than the model has positions for.
+
+    Raises:
+        ConfigError: naming both lengths.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and settings.max_length > positions:
+        raise ConfigError(f"max_length={settings.max_length}: {settings.model!r} takes at most {positions} tokens")
 
 
 def tokenize(data: Dataset, tokenizer: PreTrainedTokenizerBase, settings: TrainSettings) -> Dataset:
