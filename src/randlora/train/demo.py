@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -94,6 +95,7 @@ def run_demo(output: Path, size: DemoSize, seed: int, say: Callable[[str], None]
             seed=seed,
             output_dir=str(output / method),
         )
+        shutil.rmtree(output / method / "checkpoints", ignore_errors=True)  # of an earlier demo in this folder
         runs[name] = train_in_own_process(settings)
     say("The saved RandLoRA adapter, loaded in a fresh process, then merged …")
     verification = Verification(**_run_python("randlora.train.verify", str(output / "randlora")))

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_callback import ProgressCallback
 
 from randlora.errors import ConfigError
 from randlora.train import tasks
+from randlora.train.callbacks import LossOnBar, StopIfDiverged
 from randlora.train.data import Data, load_data
 from randlora.train.measure import StepTimer, peak_memory_bytes
 from randlora.train.methods import prepare
+from randlora.train.resume import checkpoint_to_resume, is_finished
 from randlora.train.settings import TrainSettings
 from randlora.tuner.atomic import write_atomically, write_json, write_text
 
@@ -32,7 +36,7 @@ class TrainResult:
         method: randlora, lora, full or head.
         trainable_parameters: number of values that train, new heads included.
         steps: optimizer steps taken in all, those before a resume included.
-        metrics: last training loss, and loss with accuracy or perplexity on the evaluation data.
+        metrics: mean training loss of all steps, and loss with accuracy or perplexity on the evaluation data.
         seconds_per_step: median over the steps of this process.
         peak_memory_bytes: most memory that this process has held, model and libraries included.
         result_path: folder of the adapter, the model or the head.
@@ -74,6 +78,7 @@ def resolve(settings: TrainSettings) -> Resolved:
     tokenizer = tasks.load_tokenizer(settings)
     set_seed(settings.seed)  # the head's initial weights
     model = tasks.load_model(settings, data.labels, tokenizer)
+    tasks.require_length(model, settings)
     return Resolved(settings, data, tokenizer, prepare(model, settings))
 
 
@@ -86,10 +91,9 @@ def train(settings: TrainSettings) -> TrainResult:
     Raises:
         ConfigError: naming what cannot be used.
     """
+    checkpoint = checkpoint_to_resume(settings)
     run = resolve(settings)
-    output = Path(settings.output_dir)
-    checkpoint = _checkpoint_to_resume(settings, output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = _make_folder(settings.output_dir)
     write_text(output / "resolved.yaml", yaml.safe_dump(settings.model_dump(), sort_keys=False))
 
     timer = StepTimer()
@@ -101,27 +105,21 @@ def train(settings: TrainSettings) -> TrainResult:
         eval_dataset=evaluation,
         data_collator=tasks.collator(run.tokenizer, settings),
         compute_metrics=tasks.metrics(settings),
-        callbacks=[timer],
+        callbacks=[timer, StopIfDiverged(settings.peak_learning_rate)],
     )
     if settings.task == "sequence-classification":
         trainer.model_accepts_loss_kwargs = False  # its loss is a mean: accumulated ones are to be averaged, not summed
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    if not math.isfinite(outcome.training_loss):
-        raise FloatingPointError(
-            f"the training loss is {outcome.training_loss}: lower learning_rate={settings.peak_learning_rate} or alpha"
-        )
-    prediction = trainer.predict(evaluation, metric_key_prefix="eval")
-    metrics = tasks.with_perplexity(dict(prediction.metrics or {}), settings)
-    if settings.task == "sequence-classification":
-        _save_predictions(output / "predictions.npz", np.asarray(prediction.predictions), prediction.label_ids)
-
-    folder = _save_result(run.model, settings, output)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(LossOnBar)
+    _take_steps(trainer, checkpoint)
+    folder = _save_result(run.model, settings, output)  # before the evaluation, which may fail for want of memory
     run.tokenizer.save_pretrained(folder)
+    metrics = _evaluate(trainer, evaluation, settings, output)
     result = TrainResult(
         method=settings.method,
         trainable_parameters=run.trainable_parameters,
         steps=trainer.state.global_step,
-        metrics={"train_loss": outcome.training_loss, **metrics},
+        metrics={"train_loss": _mean_loss(trainer.state), **metrics},
         seconds_per_step=timer.median_seconds,
         peak_memory_bytes=peak_memory_bytes(),
         result_path=str(folder),
@@ -160,19 +158,36 @@ def _arguments(settings: TrainSettings, output: Path) -> TrainingArguments:
     )
 
 
-def _checkpoint_to_resume(settings: TrainSettings, output: Path) -> str | None:
-    """The checkpoint to go on from.
+def _make_folder(path: str) -> Path:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir={path!r} cannot be made: {error.strerror}") from error
+    return Path(path)
 
-    The Trainer writes ``trainer_state.json`` last, so that a checkpoint which has it is complete.
-    """
-    if settings.resume is None:
-        return None
-    if settings.resume != "auto":
-        if not (Path(settings.resume) / "trainer_state.json").is_file():
-            raise ConfigError(f"resume={settings.resume!r} is not the folder of a complete checkpoint")
-        return settings.resume
-    complete = [state.parent for state in (output / "checkpoints").glob("checkpoint-*/trainer_state.json")]
-    return str(max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]))) if complete else None
+
+def _take_steps(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Trains to the end; a run that was cut off between its last step and its result only needs its weights back."""
+    if checkpoint is None or not is_finished(checkpoint):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return
+    # Trainer.train would take one step more than max_steps here.
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def _evaluate(trainer: Trainer, data: Dataset, settings: TrainSettings, output: Path) -> dict[str, float]:
+    """Metrics on the evaluation data; the logits of a classifier are kept, those of a whole vocabulary are not."""
+    if settings.task == "causal-lm":
+        return tasks.with_perplexity(trainer.evaluate(data), settings)
+    prediction = trainer.predict(data, metric_key_prefix="eval")
+    _save_predictions(output / "predictions.npz", np.asarray(prediction.predictions), prediction.label_ids)
+    return dict(prediction.metrics or {})
+
+
+def _mean_loss(state: TrainerState) -> float:
+    """Over all steps, those before a resume included, which the Trainer's own mean leaves out."""
+    return fmean(entry["loss"] for entry in state.log_history if "loss" in entry)
 
 
 def _save_result(model: Any, settings: TrainSettings, output: Path) -> Path:
