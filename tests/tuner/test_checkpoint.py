@@ -325,6 +325,16 @@ class TestFromPeft:
             loaded = load(tmp_path)
         assert_close(output(loaded).detach(), expected, 1e-5)
 
+    def test_weights_loaded_into_an_adapter_that_was_made_here_are_not_doubted(self, tmp_path):
+        """As the Trainer does when it resumes."""
+        config = {"target_modules": CUT, "save_projection": False}
+        trained = saved(tmp_path, **config)
+        model = get_peft_model(stack(), RandLoraConfig(r=4, randlora_alpha=8, **config)).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model.load_adapter(str(tmp_path), "default", is_trainable=True)
+        assert torch.equal(output(model), output(trained))
+
     def test_copies_that_differ_between_layers_are_refused(self, tmp_path):
         saved_by_peft(tmp_path, target_modules=CUT)
         key = next(key for key in basis_keys(tmp_path) if "wide.randlora_B" in key)

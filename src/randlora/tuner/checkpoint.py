@@ -160,14 +160,14 @@ def take_projections(
         )
     if config.basis_fingerprint is not None:
         _verify(layers, config.basis_fingerprint, adapter_name)
-    elif not pairs:
+    elif not pairs and config.read_from_file:
         _warn_of_assumed_bases(config, "the adapter was saved without its bases and without their fingerprint")
     return rest
 
 
 def warn_of_unread_bases(config: RandLoraConfig) -> None:
     """For a saved adapter whose file is read past PEFT, as ``model.load_adapter`` of Transformers does."""
-    if config.basis_fingerprint is None:
+    if config.read_from_file and config.basis_fingerprint is None:
         _warn_of_assumed_bases(
             config,
             "the adapter was saved without a fingerprint of its bases, and this way of loading does not read those in "

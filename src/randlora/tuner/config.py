@@ -87,6 +87,7 @@ class RandLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.read_from_file = self.peft_type is not None  # a file names its type, whoever writes code does not
         self.peft_type = PeftType.RANDLORA
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own convention
@@ -106,6 +107,7 @@ class RandLoraConfig(PeftConfig):
         """
         known = {f.name for f in fields(cls) if f.init}
         adopted = cls(**{name: value for name, value in vars(config).items() if name in known})
+        adopted.read_from_file = getattr(config, "read_from_file", config.inference_mode)
         for name in ("auto_mapping", "peft_version"):
             if hasattr(config, name):
                 setattr(adopted, name, getattr(config, name))

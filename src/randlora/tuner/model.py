@@ -51,7 +51,7 @@ class RandLoraModel(BaseTuner):
     ) -> None:
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
         # PeftModel hands over a dict, and reads the bases of a file; direct injection a config, and does not
-        if isinstance(peft_config, PeftConfig) and peft_config.inference_mode:
+        if isinstance(peft_config, PeftConfig):
             checkpoint.warn_of_unread_bases(cast("RandLoraConfig", self.peft_config[adapter_name]))
 
     @property
