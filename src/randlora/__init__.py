@@ -16,6 +16,7 @@ from randlora.errors import (
 )
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.layers.held import set_weight_cache
 from randlora.tuner.layers.linear import Linear
 from randlora.tuner.model import RandLoraModel
 from randlora.tuner.register import register
@@ -35,6 +36,7 @@ __all__ = [
     "RandLoraModel",
     "UnsupportedLayerError",
     "get_peft_model",
+    "set_weight_cache",
 ]
 
 register()

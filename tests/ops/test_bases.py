@@ -21,10 +21,12 @@ from peft.tuners.randlora import RandLoraModel as PeftModel
 from torch import nn
 
 from randlora.errors import BasisMismatchError
-from randlora.ops import bases
+from randlora.ops import bases, bf16
 from randlora.ops.bases import Basis, BasisSpec, basis_from_projections, get_basis, num_bases
+from randlora.ops.operands import DenseBases
+from randlora.ops.sparse import SparseBases
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 def spec_of(
@@ -246,11 +248,11 @@ class TestIndependence:
         spec = spec_of(6, 20, 30, key=36, sparsity=sparsity)
         with torch.inference_mode():
             basis = get_basis(spec)
-            basis.tensors(CPU, torch.float32)
-        A, _ = basis.tensors(CPU, torch.float32)
-        lam = torch.ones(A.shape, requires_grad=True)
-        (lam * A).sum().backward()  # a tensor of inference mode may not be saved for backward
-        assert torch.equal(lam.grad, A)
+            basis.operands(CPU, torch.float64, 20, 30, 4)
+        first = basis.operands(CPU, torch.float64, 20, 30, 4)[0]
+        lam = torch.ones(first.shape, requires_grad=True)
+        (lam * first).sum().backward()  # a tensor of inference mode may not be saved for backward
+        assert torch.equal(lam.grad, first.to(lam.dtype))
 
     def test_global_generators_are_neither_read_nor_touched(self, sparsity):
         spec = spec_of(6, 20, 30, key=34, sparsity=sparsity)
@@ -289,7 +291,7 @@ class TestStorage:
 
     @pytest.mark.parametrize("sparsity", [None, 3.0])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-    def test_tensors_are_cast_once_from_the_exact_numbers(self, sparsity, dtype):
+    def test_tensors_are_cast_from_the_exact_numbers(self, sparsity, dtype):
         basis = get_basis(spec_of(4, 20, 30, key=44, sparsity=sparsity))
         A, B = basis.tensors(CPU, dtype)
         assert A.shape == (4, 20)
@@ -299,9 +301,6 @@ class TestStorage:
         exact_A, exact_B = basis.projections()
         assert torch.equal(A, exact_A.squeeze(1).to(dtype))
         assert torch.equal(B, exact_B.flatten(1).to(dtype))
-        again = basis.tensors(CPU, dtype)
-        assert again[0] is A
-        assert again[1] is B
 
     def test_meta_tensors_have_the_shapes(self):
         A, B = get_basis(spec_of(4, 20, 30, key=45, sparsity=3.0)).tensors(torch.device("meta"), torch.float32)
@@ -311,14 +310,68 @@ class TestStorage:
         assert B.dtype == torch.float32
 
 
+class TestOperands:
+    """What layers multiply with: slices, made once, in the smallest form that products can read."""
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_dense_are_cast_once_or_not_at_all(self, dtype):
+        basis = get_basis(spec_of(4, 20, 30, key=46))
+        first, again = (basis.operands(CPU, dtype, 12, 9, 3) for _ in range(2))
+        assert isinstance(first, DenseBases)
+        assert first.A.shape == (4, 12)
+        assert first.B.shape == (9, 12)
+        assert first.B.data_ptr() == again.B.data_ptr()
+        A, B = basis.tensors(CPU, torch.float64)
+        assert torch.equal(first.A.double(), A[:, :12].to(first.A.dtype).double())
+        assert torch.equal(first.B.double(), B[:9, :12].to(first.B.dtype).double())
+        exact = dtype == torch.bfloat16 or (dtype == torch.float32 and bf16.available)
+        assert basis.nbytes == 680 * (2 if exact else 2 + dtype.itemsize)
+
+    @pytest.mark.parametrize("available", [True, False])
+    def test_float32_products_read_bfloat16_where_the_machine_can(self, monkeypatch, available):
+        monkeypatch.setattr(bf16, "available", available)
+        basis = get_basis(spec_of(4, 20, 30, key=47))
+        assert basis.operands(CPU, torch.float32, 20, 30, 5).B.dtype == (torch.bfloat16 if available else torch.float32)
+
+    def test_codes_stay_codes(self):
+        basis = get_basis(spec_of(4, 20, 30, key=48, sparsity=3.0))
+        bases = basis.operands(CPU, torch.float32, 20, 30, 5)
+        assert bases.A.dtype == bases.B.dtype == torch.int8
+        assert basis.nbytes == 680
+        A, B = basis.tensors(CPU, torch.float64)
+        found = basis.factor * bases.B.double() @ bases.A.double().repeat(5, 1)
+        torch.testing.assert_close(found, B @ A.repeat(5, 1))
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_very_sparse_are_compressed(self, dtype):
+        basis = get_basis(spec_of(4, 20, 30, key=49, sparsity=40.0))
+        bases = basis.operands(CPU, dtype, 12, 9, 3)
+        assert isinstance(bases, SparseBases)
+        assert basis.operands(CPU, dtype, 12, 9, 3) is bases
+        assert bases.values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        A, B = basis.tensors(CPU, torch.float64)
+        spread = torch.zeros(4, 12, dtype=bases.values.dtype).scatter_add(1, bases.columns, bases.values)
+        identity = torch.eye(12, dtype=bases.values.dtype)
+        found = bases.B.matmul(identity), bases.B.T.matmul(torch.eye(9, dtype=bases.values.dtype)).T
+        torch.testing.assert_close(spread.double() * basis._factors[0], A[:, :12])
+        for matrix in found:
+            torch.testing.assert_close(matrix.double() * basis._factors[1], B[:9, :12])
+
+    def test_on_the_meta_device(self):
+        for sparsity in (None, 3.0, 40.0):
+            bases = get_basis(spec_of(4, 20, 30, key=50, sparsity=sparsity)).operands(META, torch.float32, 12, 9, 3)
+            assert bases.A.is_meta
+            assert bases.B.shape == (9, 12)
+
+
 class TestSharing:
     def test_the_same_spec_is_the_same_object(self):
         assert get_basis(spec_of(4, 20, 30, key=51)) is get_basis(spec_of(4, 20, 30, key=51))
 
     def test_it_is_freed_when_nothing_uses_it(self):
         basis = get_basis(spec_of(4, 20, 30, key=52))
-        A, B = basis.tensors(CPU, torch.float32)
-        kept = [weakref.ref(basis), weakref.ref(A), weakref.ref(B)]
+        A, B = basis.operands(CPU, torch.float64, 20, 30, 5)
+        kept = [weakref.ref(basis), weakref.ref(A._base), weakref.ref(B._base)]
         del basis, A, B
         gc.collect()
         assert [ref() for ref in kept] == [None] * 3

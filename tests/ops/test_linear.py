@@ -13,18 +13,31 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from randlora.ops import naive
-from randlora.ops.linear import adapted_linear, can_fuse, delta_weight, scaled_basis
-from randlora.ops.plan import force
+from randlora.ops.linear import adapted_linear, can_fuse, delta_weight
+from randlora.ops.operands import DenseBases
+from randlora.ops.plan import Plan, force
+from randlora.ops.sparse import SparseBases, compress, padded_rows
 
 WAYS = ("token", "weight", "fused")
-PLANS = list(itertools.product(WAYS, WAYS))
+PLANS = [Plan(*ways) for ways in itertools.product(WAYS, WAYS, WAYS[:2])]
+UNIFORM = [Plan("token", "token", "token"), Plan("weight", "weight", "weight"), Plan("fused", "fused", "weight")]
+KINDS = ("dense", "split", "codes", "sparse")
 SCALING = 1.7
 
 
-class Case:
-    """Random values for a layer of the given sizes, drawn in float64 and rounded to ``dtype``."""
+def plan_name(plan):
+    return "-".join((plan.output, plan.grad_input, plan.grad_basis)) if isinstance(plan, Plan) else str(plan)
 
-    def __init__(self, out, in_, rank, batch=(5,), dtype=torch.float64, *, weight=True, bias=True, seed=0):
+
+class Case:
+    """Random values for a layer of the given sizes, drawn in float64 and rounded to ``dtype``.
+
+    ``kind`` says how the layer holds its bases; ``A`` and ``B`` are their numbers in any case.
+    """
+
+    def __init__(
+        self, out, in_, rank, batch=(5,), dtype=torch.float64, *, weight=True, bias=True, seed=0, kind="dense"
+    ):
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape):
@@ -33,8 +46,12 @@ class Case:
         n, m, M = -(-min(out, in_) // rank), min(out, in_), max(out, in_)
         parameter_dtype = torch.promote_types(dtype, torch.float32)
         self.out, self.in_, self.dtype = out, in_, dtype
-        self.A = draw(rank, m).to(dtype)
-        self.B = (draw(M, n * rank) / (n * rank) ** 0.5).to(dtype)
+        self.kind = kind
+        self.A, self.B = draw(rank, m).to(dtype), (draw(M, n * rank) / (n * rank) ** 0.5).to(dtype)
+        if kind == "split":
+            self.B = self.B.bfloat16().to(dtype)
+        elif kind in ("codes", "sparse"):
+            self.A, self.B = (t.sign() * (torch.rand(t.shape, generator=generator) < 0.4) for t in (self.A, self.B))
         self.weight = (draw(out, in_) / in_**0.5).to(dtype) if weight else None
         self.grad = draw(*batch, out).to(dtype)
         self.leaves = {
@@ -45,17 +62,26 @@ class Case:
         if bias:
             self.leaves["bias"] = draw(out).to(parameter_dtype)
 
-    def run(self, leaves):
+    def bases(self):
+        """A and B as layers pass them."""
+        if self.kind == "sparse":
+            wide = torch.promote_types(self.dtype, torch.float32)
+            return SparseBases(*padded_rows(self.A.to(wide)), compress(self.B.to(wide)), self.A.shape[1])
+        if self.kind == "codes":
+            return DenseBases(self.A.to(torch.int8), self.B.to(torch.int8))
+        return DenseBases(self.A, self.B.bfloat16() if self.kind == "split" else self.B)
+
+    def run(self, leaves, summed=None):
         return adapted_linear(
             leaves["x"],
-            self.A,
-            self.B,
+            self.bases(),
             leaves["lam"],
             leaves["gamma"],
             SCALING,
             self.out,
             self.weight,
             leaves.get("bias") if self.weight is not None else None,
+            summed,
         )
 
     def results(self) -> dict[str, torch.Tensor]:
@@ -106,8 +132,9 @@ batches = st.sampled_from([(), (1,), (7,), (40,), (2, 3), (2, 1, 4), (0,), (3, 0
 
 
 class TestAgainstThePlainFormula:
-    @pytest.mark.parametrize("plan", PLANS, ids="-".join)
-    @settings(deadline=None)
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("plan", PLANS, ids=plan_name)
+    @settings(deadline=None, max_examples=25)
     @given(
         out=dims,
         in_=dims,
@@ -118,30 +145,34 @@ class TestAgainstThePlainFormula:
         bias=st.booleans(),
         seed=st.integers(0, 1000),
     )
-    def test_every_plan(self, plan, out, in_, rank, batch, dtype, weight, bias, seed):
-        with force(*plan):
-            Case(out, in_, rank, batch, dtype, weight=weight, bias=bias, seed=seed).check(TOLERANCE[dtype])
+    def test_every_plan(self, kind, plan, out, in_, rank, batch, dtype, weight, bias, seed):
+        if kind == "split":
+            dtype = torch.float32
+        case = Case(out, in_, rank, batch, dtype, weight=weight, bias=bias, seed=seed, kind=kind)
+        with force(plan):
+            case.check(TOLERANCE[dtype])
 
     @settings(deadline=None)
     @given(out=dims, in_=dims, rank=st.integers(1, 25), batch=batches, bias=st.booleans(), seed=st.integers(0, 1000))
     def test_the_chosen_plan(self, out, in_, rank, batch, bias, seed):
         Case(out, in_, rank, batch, torch.float64, bias=bias, seed=seed).check(1e-10)
 
-    @pytest.mark.parametrize("plan", [("token", "token"), ("weight", "weight"), ("fused", "fused")], ids="-".join)
+    @pytest.mark.parametrize("plan", UNIFORM, ids=plan_name)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize(("out", "in_"), [(48, 32), (32, 48), (40, 40)], ids=["tall", "wide", "square"])
     @pytest.mark.parametrize("weight", [True, False])
-    def test_half_precision_against_float64(self, plan, dtype, out, in_, weight):
-        with force(*plan):
-            Case(out, in_, 6, (4, 9), dtype, weight=weight).check(TOLERANCE[dtype])
+    @pytest.mark.parametrize("kind", ["dense", "codes", "sparse"])
+    def test_half_precision_against_float64(self, plan, dtype, out, in_, weight, kind):
+        with force(plan):
+            Case(out, in_, 6, (4, 9), dtype, weight=weight, kind=kind).check(TOLERANCE[dtype])
 
-    @pytest.mark.parametrize("plan", [("token", "token"), ("weight", "weight"), ("fused", "fused")], ids="-".join)
+    @pytest.mark.parametrize("plan", UNIFORM, ids=plan_name)
     def test_a_small_update_survives_a_bf16_weight(self, plan):
         """ΔW far below half an ulp of W: formed in bf16, W + ΔW would be W."""
         case = Case(64, 64, 8, (1,), torch.bfloat16, bias=False)
         case.leaves["lam"] *= 2e-5
         one = {"lam": torch.zeros_like(case.leaves["lam"])}
-        with force(*plan):
+        with force(plan):
             frozen = case.run(case.leaves | one)
             # The output is bf16 as well, so look at the update where the base's product is zero.
             case.weight = torch.full_like(case.weight, 1.0)
@@ -162,13 +193,13 @@ class TestAgainstThePlainFormula:
         assert (y.double() - expected).norm() <= 0.04 * expected.norm()
         assert frozen.isfinite().all()
 
-    @pytest.mark.parametrize("plan", PLANS, ids="-".join)
+    @pytest.mark.parametrize("plan", PLANS, ids=plan_name)
     @pytest.mark.parametrize(("out", "in_"), [(9, 6), (6, 9)], ids=["tall", "wide"])
     def test_input_without_gradient(self, plan, out, in_):
         case = Case(out, in_, 4)
         expected = case.expected()
         leaves = {name: value.detach().clone().requires_grad_(name != "x") for name, value in case.leaves.items()}
-        with force(*plan):
+        with force(plan):
             case.run(leaves).backward(case.grad)
         assert leaves["x"].grad is None
         for name in ("lam", "gamma", "bias"):
@@ -184,7 +215,7 @@ class TestAgainstThePlainFormula:
         case.leaves["x"] = torch.stack([case.leaves["x"]] * 2, dim=-1)[..., 0]
         case.grad = case.grad.T.contiguous().T
         for plan in PLANS:
-            with force(*plan):
+            with force(plan):
                 for name, value in case.results().items():
                     torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10)
 
@@ -199,21 +230,25 @@ class TestAgainstThePlainFormula:
 
 class TestPieces:
     @settings(deadline=None)
-    @given(out=dims, in_=dims, rank=st.integers(1, 25), seed=st.integers(0, 1000))
-    def test_delta_weight(self, out, in_, rank, seed):
-        case = Case(out, in_, rank, seed=seed)
+    @given(
+        out=dims, in_=dims, rank=st.integers(1, 25), seed=st.integers(0, 1000), kind=st.sampled_from(KINDS), base=...
+    )
+    def test_delta_weight(self, out: int, in_: int, rank: int, seed: int, kind: str, base: bool):
+        case = Case(out, in_, rank, seed=seed, kind=kind, dtype=torch.float32 if kind == "split" else torch.float64)
         lam, gamma = case.leaves["lam"], case.leaves["gamma"]
         expected = naive.delta_weight(case.A, case.B, lam, gamma, SCALING, out, in_)
-        found = delta_weight(case.A, case.B, lam, gamma, SCALING, wide=out < in_)
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        weight = case.weight if base else None
+        found = delta_weight(case.bases(), lam, gamma, SCALING, wide=out < in_, base=weight)
+        tolerance = 1e-4 if kind == "split" else 1e-10
+        torch.testing.assert_close(found, expected + (weight if base else 0), rtol=tolerance, atol=tolerance)
 
     def test_scaled_basis_is_formed_in_the_wider_dtype(self):
         case = Case(9, 6, 4, dtype=torch.bfloat16)
-        lam, gamma = case.leaves["lam"], case.leaves["gamma"]
-        exact = scaled_basis(case.A.double(), lam.double(), gamma.double(), torch.float64)
-        found = scaled_basis(case.A, lam, gamma, torch.float32)
+        lam, gamma, bases = case.leaves["lam"], case.leaves["gamma"], case.bases()
+        exact = DenseBases(case.A.double(), case.B).scaled(lam.double(), gamma.double(), torch.float64)
+        found = bases.scaled(lam, gamma, torch.float32)
         torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
-        assert scaled_basis(case.A, lam, gamma, torch.bfloat16).dtype == torch.bfloat16
+        assert bases.scaled(lam, gamma, torch.bfloat16).dtype == torch.bfloat16
 
     @pytest.mark.parametrize(
         ("compute", "weight", "expected"),
@@ -231,59 +266,65 @@ class TestPieces:
 
 
 SHAPES = pytest.mark.parametrize(("out", "in_", "rank"), [(5, 3, 2), (3, 5, 2), (4, 4, 6)], ids=["tall", "wide", "r>m"])
+DOUBLE_KINDS = pytest.mark.parametrize("kind", ["dense", "codes", "sparse"])
 
 
 class TestDerivatives:
-    @pytest.mark.parametrize("plan", PLANS, ids="-".join)
+    @pytest.mark.parametrize("plan", PLANS, ids=plan_name)
     @SHAPES
     @pytest.mark.parametrize("weight", [True, False])
-    def test_gradcheck(self, plan, out, in_, rank, weight):
-        case = Case(out, in_, rank, (3,), weight=weight, bias=weight)
+    @DOUBLE_KINDS
+    def test_gradcheck(self, plan, out, in_, rank, weight, kind):
+        case = Case(out, in_, rank, (3,), weight=weight, bias=weight, kind=kind)
         leaves = {name: value.requires_grad_() for name, value in case.leaves.items()}
-        with force(*plan):
+        with force(plan):
             assert gradcheck(lambda *values: case.run(dict(zip(leaves, values, strict=True))), tuple(leaves.values()))
 
-    @pytest.mark.parametrize("plan", PLANS, ids="-".join)
+    @pytest.mark.parametrize("plan", PLANS, ids=plan_name)
     @SHAPES
-    def test_gradgradcheck(self, plan, out, in_, rank):
-        case = Case(out, in_, rank, (2,))
+    @DOUBLE_KINDS
+    def test_gradgradcheck(self, plan, out, in_, rank, kind):
+        case = Case(out, in_, rank, (2,), kind=kind)
         leaves = {name: value.requires_grad_() for name, value in case.leaves.items()}
-        with force(*plan):
+        with force(plan):
             assert gradgradcheck(
                 lambda *values: case.run(dict(zip(leaves, values, strict=True))), tuple(leaves.values())
             )
 
-    @pytest.mark.parametrize("plan", PLANS, ids="-".join)
+    @pytest.mark.parametrize("plan", PLANS, ids=plan_name)
     @pytest.mark.parametrize(("out", "in_"), [(9, 6), (6, 9)], ids=["tall", "wide"])
-    def test_functional_grad(self, plan, out, in_):
-        case = Case(out, in_, 4)
-        with force(*plan):
+    @DOUBLE_KINDS
+    def test_functional_grad(self, plan, out, in_, kind):
+        case = Case(out, in_, 4, kind=kind)
+        with force(plan):
             found = torch.func.grad(lambda leaves: (case.run(leaves) * case.grad).sum())(case.leaves)
         for name, value in found.items():
             torch.testing.assert_close(value, case.expected()[name], rtol=1e-10, atol=1e-10)
 
-    @pytest.mark.parametrize("plan", PLANS, ids="-".join)
+    @pytest.mark.parametrize("plan", PLANS, ids=plan_name)
     @pytest.mark.parametrize(("out", "in_"), [(9, 6), (6, 9)], ids=["tall", "wide"])
-    def test_gradients_per_sample_by_vmap(self, plan, out, in_):
-        case = Case(out, in_, 4, (3, 2))
+    @DOUBLE_KINDS
+    def test_gradients_per_sample_by_vmap(self, plan, out, in_, kind):
+        case = Case(out, in_, 4, (3, 2), kind=kind)
         parameters = {name: value for name, value in case.leaves.items() if name != "x"}
 
         def loss(parameters, x, grad):
             return (case.run(parameters | {"x": x}) * grad).sum()
 
-        with force(*plan):
+        with force(plan):
             found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(
                 parameters, case.leaves["x"], case.grad
             )
         for index in range(3):
-            sample = Case(out, in_, 4, (3, 2))
+            sample = Case(out, in_, 4, (3, 2), kind=kind)
             sample.leaves["x"], sample.grad = case.leaves["x"][index], case.grad[index]
             for name, value in sample.expected().items():
                 if name in found:
                     torch.testing.assert_close(found[name][index], value, rtol=1e-10, atol=1e-10)
 
-    def test_vmap_over_models(self):
-        case = Case(9, 6, 4)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_vmap_over_models(self, kind):
+        case = Case(9, 6, 4, kind=kind, dtype=torch.float32)
         lams = torch.stack([case.leaves["lam"], -case.leaves["lam"]])
         found = torch.func.vmap(lambda lam: case.run(case.leaves | {"lam": lam}))(lams)
         for index in range(2):
@@ -315,7 +356,7 @@ class Allocations(TorchDispatchMode):
         return sum(nbytes for storage, nbytes in self.storages.values() if not storage.expired())
 
 
-@pytest.mark.parametrize("plan", PLANS, ids="-".join)
+@pytest.mark.parametrize("plan", PLANS, ids=plan_name)
 @pytest.mark.parametrize(("out", "in_"), [(30, 20), (20, 30)], ids=["tall", "wide"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 class TestMemory:
@@ -326,7 +367,7 @@ class TestMemory:
         saved = []
         with (
             torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
-            force(*plan),
+            force(plan),
         ):
             y = case.run(leaves)
         assert {leaves[name].data_ptr() for name in ("x", "lam", "gamma")} <= {t.data_ptr() for t in saved}
@@ -337,7 +378,7 @@ class TestMemory:
     def test_temporaries_die_with_the_call(self, plan, out, in_, dtype):
         case = Case(out, in_, 4, (16,), dtype)
         leaves = {name: value.requires_grad_() for name, value in case.leaves.items()}
-        with force(*plan), Allocations() as forward:
+        with force(plan), Allocations() as forward:
             y = case.run(leaves)
         assert len(forward.storages) > 1
         inputs = sum(
@@ -356,13 +397,16 @@ class TestMemory:
 
 
 class TestCompile:
-    @pytest.mark.parametrize("plan", [None, ("token", "token"), ("weight", "weight"), ("fused", "fused")], ids=str)
-    def test_one_graph_without_recompilation(self, plan):
+    @pytest.mark.parametrize("plan", UNIFORM, ids=plan_name)
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_one_graph_without_recompilation(self, plan, kind, dtype):
         torch._dynamo.reset()
-        case = Case(9, 6, 4, (5,), torch.float32)
+        case = Case(9, 6, 4, (5,), dtype, kind=kind)
+        bases = case.bases()
+        case.bases = lambda: bases
         compiled = torch.compile(case.run, fullgraph=True, backend="aot_eager")
-        plan = plan or ("token", "token")
-        with force(*plan):
+        with force(plan):
             expected = case.results()
             for step in range(3):
                 leaves = {name: value.detach().clone().requires_grad_() for name, value in case.leaves.items()}
@@ -373,9 +417,12 @@ class TestCompile:
                 for name, leaf in leaves.items():
                     torch.testing.assert_close(leaf.grad, expected[name])
 
-    def test_unforced(self):
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_unforced(self, kind):
         torch._dynamo.reset()
-        case = Case(9, 6, 4, (5,), torch.float32)
+        case = Case(9, 6, 4, (5,), torch.float32, kind=kind)
+        bases = case.bases()
+        case.bases = lambda: bases
         expected = case.results()
         leaves = {name: value.detach().clone().requires_grad_() for name, value in case.leaves.items()}
         torch.compile(case.run, fullgraph=True, backend="aot_eager")(leaves).backward(case.grad)
@@ -383,11 +430,11 @@ class TestCompile:
             torch.testing.assert_close(leaf.grad, expected[name])
 
 
-@pytest.mark.parametrize("plan", PLANS, ids="-".join)
+@pytest.mark.parametrize("plan", PLANS, ids=plan_name)
 def test_autocast_around_the_call_changes_nothing(plan):
     """The caller decides the dtype; inside, products run in it."""
     case = Case(9, 6, 4, (5,), torch.float32)
-    with force(*plan):
+    with force(plan):
         expected = case.results()
         with torch.autocast("cpu", torch.bfloat16):
             found = case.results()
@@ -400,14 +447,14 @@ def test_frozen_layer_where_lambda_is_zero():
     case.leaves["lam"].zero_()
     expected = nn.functional.linear(case.leaves["x"], case.weight, case.leaves["bias"])
     for plan in PLANS:
-        with force(*plan):
+        with force(plan):
             assert torch.equal(case.run(case.leaves), expected), plan
 
 
 def test_an_empty_batch_gives_zero_gradients():
     """Sums over nothing are zero, not whatever the memory held."""
     for plan in PLANS:
-        with force(*plan):
+        with force(plan):
             results = Case(9, 6, 4, (0,), torch.float32).results()
         assert results["y"].shape == (0, 9)
         for name in ("lam", "gamma", "bias"):

@@ -4,14 +4,28 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from randlora.ops import plan as plans
 from randlora.ops.linear import adapted_linear
-from randlora.ops.plan import Plan, Problem, backward_cost, choose, force, forward_cost
+from randlora.ops.operands import DenseBases
+from randlora.ops.plan import (
+    Plan,
+    Problem,
+    Rates,
+    backward_cost,
+    call_cost,
+    choose,
+    force,
+    forward_cost,
+    set_rates,
+    sum_cost,
+)
 
 WAYS = ("token", "weight", "fused")
+PLANS = [Plan(*ways) for ways in itertools.product(WAYS, WAYS, WAYS[:2])]
 dims = st.integers(1, 40)
 
 
@@ -32,13 +46,22 @@ def problems(**fixed):
     return st.builds(build, **fields)
 
 
+@pytest.fixture
+def products_only():
+    """Counts multiply-adds and nothing else, as the design's table does."""
+    before = plans.rates
+    set_rates(Rates(split=1.0, sparse=1.0, element=0.0))
+    yield
+    set_rates(before)
+
+
 def multiply_adds(counter: FlopCounterMode) -> int:
     """Of all matrix products but the batched ones, which are the sums over diagonals: 2·q·m, whatever the plan."""
     counted = counter.get_flop_counts().get("Global", {})
     return sum(flops for product, flops in counted.items() if product is not torch.ops.aten.bmm) // 2
 
 
-def measured(problem: Problem, way: str, with_weight: bool) -> tuple[int, int]:
+def measured(problem: Problem, plan: Plan, with_weight: bool) -> tuple[int, int]:
     """Multiply-adds of forward and backward beyond the base layer's own, as counted at torch's dispatcher."""
     r, n = problem.rank, problem.num_bases
     out, in_ = problem.out_features, problem.in_features
@@ -46,26 +69,32 @@ def measured(problem: Problem, way: str, with_weight: bool) -> tuple[int, int]:
     x = torch.randn(problem.tokens, in_, requires_grad=problem.input_needs_grad)
     weight = torch.randn(out, in_) if with_weight else None
     lam, gamma = torch.randn(r, n, requires_grad=True), torch.randn(n, m, requires_grad=True)
-    with force(way, way), FlopCounterMode(display=False) as forward:
-        y = adapted_linear(x, torch.randn(r, m), torch.randn(M, n * r), lam, gamma, 1.0, out, weight)
+    bases = DenseBases(torch.randn(r, m), torch.randn(M, n * r))
+    with force(plan), FlopCounterMode(display=False) as forward:
+        y = adapted_linear(x, bases, lam, gamma, 1.0, out, weight)
     with FlopCounterMode(display=False) as backward:
         y.backward(torch.ones_like(y))
     base = problem.tokens * out * in_ if with_weight else 0
     return multiply_adds(forward) - base, multiply_adds(backward) - base * problem.input_needs_grad
 
 
+@pytest.mark.usefixtures("products_only")
 class TestCosts:
-    @settings(deadline=None)
-    @given(problem=problems(can_fuse=True), way=st.sampled_from(WAYS))
-    def test_table_equals_the_counted_products(self, problem, way):
-        expected = forward_cost(problem, way), backward_cost(problem, way)
-        assert measured(problem, way, with_weight=True) == expected
+    @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(problem=problems(can_fuse=True), plan=st.sampled_from(PLANS))
+    def test_table_equals_the_counted_products(self, problem, plan):
+        expected = forward_cost(problem, plan.output), backward_cost(problem, plan.grad_input, plan.grad_basis)
+        assert measured(problem, plan, with_weight=True) == expected
 
-    @settings(deadline=None)
-    @given(problem=problems(can_fuse=False), way=st.sampled_from(WAYS[:2]))
-    def test_table_equals_the_counted_products_of_the_update_alone(self, problem, way):
-        expected = forward_cost(problem, way), backward_cost(problem, way)
-        assert measured(problem, way, with_weight=False) == expected
+    @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(problem=problems(can_fuse=False), plan=st.sampled_from(PLANS))
+    def test_table_equals_the_counted_products_of_the_update_alone(self, problem, plan):
+        allowed = plans._allowed(plan, problem)
+        expected = (
+            forward_cost(problem, allowed.output),
+            backward_cost(problem, allowed.grad_input, allowed.grad_basis),
+        )
+        assert measured(problem, plan, with_weight=False) == expected
 
     def test_the_numbers_of_the_design_for_a_square_layer(self):
         m, T = 512, 2048
@@ -73,46 +102,83 @@ class TestCosts:
         assert forward_cost(problem, "token") == T * m * 2 * m
         assert forward_cost(problem, "fused") == m**3
         assert forward_cost(problem, "weight") == m**3 + T * m * m
-        assert backward_cost(problem, "fused") == 2 * m**3 + T * m * m
+        assert backward_cost(problem, "fused", "weight") == 2 * m**3 + T * m * m
+        assert backward_cost(problem, "token", "token") == 3 * T * m * m
 
     def test_thresholds_of_the_design_for_a_square_layer(self):
         m = 64
         few = choose(Problem(m // 2, m, m, 8, 8, can_fuse=True))
         some = choose(Problem(m // 2 + 1, m, m, 8, 8, can_fuse=True))
         many = choose(Problem(m + 1, m, m, 8, 8, can_fuse=True))
-        assert few == Plan("token", "token")
-        assert some == Plan("fused", "token")
-        assert many == Plan("fused", "fused")
+        assert few == Plan("token", "token", "token")
+        assert some == Plan("fused", "token", "token")
+        assert many == Plan("fused", "fused", "weight")
+
+    def test_sparse_products_cost_their_density(self):
+        dense = Problem(64, 96, 64, 8, 8, can_fuse=True)
+        sparse = dense.with_kind("sparse", (0.25, 0.125))
+        assert forward_cost(sparse, "token") == 64 * 64 * (64 * 0.25 + 96 * 0.125)
+        assert forward_cost(sparse, "fused") == 64 * 64 * 96 * 0.125
+        assert backward_cost(sparse, "fused", "weight") == 64 * 64 * 96 * (1 + 2 * 0.125)
+        # with A as sparse as B, few products are left but dW itself, which is therefore avoided
+        assert choose(Problem(4096, 96, 64, 8, 8, True).with_kind("sparse", (0.02, 0.02))).grad_basis == "token"
+
+
+class TestRates:
+    def test_cheaper_products_with_b_move_the_switch(self):
+        m = 512
+
+        def switch(kind):
+            return next(
+                T for T in range(1, 4 * m) if choose(Problem(T, m, m, 32, 16, True).with_kind(kind)).output == "fused"
+            )
+
+        before = plans.rates
+        try:
+            set_rates(Rates(split=0.5, element=0.0))
+            assert switch("dense") == m // 2 + 1
+            assert switch("split") == m // 3 + 1  # T m² (1 + 0.5) against 0.5 m³
+        finally:
+            set_rates(before)
+
+    def test_what_is_held_saves_is_what_a_call_costs(self):
+        problem = Problem(1, 64, 96, 8, 8, can_fuse=True)
+        assert call_cost(problem) > forward_cost(problem, choose(problem).output)
+        assert sum_cost(problem) == forward_cost(problem, "fused")
 
 
 class TestChoice:
     @settings(deadline=None)
-    @given(problem=problems())
-    def test_is_the_minimum_of_what_is_allowed(self, problem):
+    @given(problem=problems(), kind=st.sampled_from(["dense", "split", "sparse"]))
+    def test_is_the_minimum_of_what_is_allowed(self, problem, kind):
+        problem = problem.with_kind(kind, (0.1, 0.2))
         allowed = [way for way in WAYS if problem.can_fuse or way != "fused"]
         plan = choose(problem)
-        assert plan.forward in allowed
-        assert plan.backward in allowed
-        assert forward_cost(problem, plan.forward) == min(forward_cost(problem, way) for way in allowed)
-        assert backward_cost(problem, plan.backward) == min(backward_cost(problem, way) for way in allowed)
+        assert plan.output in allowed
+        assert plan.grad_input in allowed
+        assert forward_cost(problem, plan.output) == min(forward_cost(problem, way) for way in allowed)
+        assert backward_cost(problem, plan.grad_input, plan.grad_basis) == min(
+            backward_cost(problem, way, basis) for way in allowed for basis in WAYS[:2]
+        )
 
-    @pytest.mark.parametrize(("forward", "backward"), itertools.product(WAYS, WAYS))
-    def test_forced_plan_holds_within_its_context(self, forward, backward):
+    @pytest.mark.parametrize("plan", PLANS, ids=str)
+    def test_forced_plan_holds_within_its_context(self, plan):
         problem = Problem(5, 8, 9, 2, 4, can_fuse=True)
-        before = choose(problem)
-        with force(forward, backward):
-            assert choose(problem) == Plan(forward, backward)
-            with force("token", "token"):
-                assert choose(problem) == Plan("token", "token")
-            assert choose(problem) == Plan(forward, backward)
+        before, other = choose(problem), Plan("token", "token", "token")
+        with force(plan):
+            assert choose(problem) == plan
+            with force(other):
+                assert choose(problem) == other
+            assert choose(problem) == plan
         assert choose(problem) == before
 
     def test_fused_is_never_forced_where_it_would_round(self):
-        with force("fused", "fused"):
-            assert choose(Problem(5, 8, 9, 2, 4, can_fuse=False)) == Plan("weight", "weight")
+        with force(Plan("fused", "fused", "weight")):
+            plan = choose(Problem(5, 8, 9, 2, 4, can_fuse=False))
+        assert plan == Plan("weight", "weight", "weight")
 
     def test_an_error_ends_the_forcing(self):
         problem = Problem(1, 64, 64, 8, 8, can_fuse=True)
-        with pytest.raises(KeyError), force("fused", "fused"):
+        with pytest.raises(KeyError), force(Plan("fused", "fused", "weight")):
             raise KeyError
-        assert choose(problem) == Plan("token", "token")
+        assert choose(problem) == Plan("token", "token", "token")

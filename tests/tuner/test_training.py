@@ -8,7 +8,7 @@ from peft import prepare_model_for_kbit_training
 from torch import nn
 
 from randlora import RandLoraConfig, get_peft_model
-from randlora.ops.plan import force
+from randlora.ops.plan import Plan, force
 
 from .helpers import (
     LLAMA_TARGETS,
@@ -88,11 +88,11 @@ class TestWhatTrains:
         after = dict(model.named_parameters())
         assert all(not torch.equal(after[name], value) for name, value in before.items())
 
-    @pytest.mark.parametrize("plan", [("token", "token"), ("fused", "fused")], ids="-".join)
+    @pytest.mark.parametrize("plan", [Plan("token", "token", "token"), Plan("fused", "fused", "weight")], ids=str)
     def test_bias_gradient_is_that_of_the_base_layer(self, plan):
         model = get_peft_model(stack(), RandLoraConfig(r=4, bias="all", target_modules=["tall", "wide"]))
         plain = stack()
-        with force(*plan):
+        with force(plan):
             output(model).square().sum().backward()
         output(plain).square().sum().backward()
         found = gradients(model)
@@ -223,8 +223,8 @@ class TestNothingIsKept:
     def test_saved_tensors_of_a_model_are_inputs_and_parameters(self):
         """No layer keeps its Ã or ΔW: the parameters' sizes times the number of layers would show."""
         model = randomise(ours(stack(), r=4, target_modules=STACK_TARGETS))
-        basis = model.model.tall.bases["default"].tensors(torch.device("cpu"), torch.float32)
-        known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *basis)}
+        held = model.model.tall.bases["default"].operands(torch.device("cpu"), torch.float32, 1, 1, 1)
+        known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *held)}
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             y = model(features())
@@ -242,8 +242,7 @@ class TestNothingIsKept:
             outputs = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
         assert len([t for t in saved if t.data_ptr() == x.data_ptr()]) == 3
         fresh = {t.data_ptr() for t in saved} - {x.data_ptr()} - {p.data_ptr() for p in model.parameters()}
-        basis = attention.q_proj.bases["default"].tensors(x.device, x.dtype)
-        assert fresh <= {t.data_ptr() for t in basis}
+        assert fresh <= {t.data_ptr() for t in attention.q_proj.bases["default"].operands(x.device, x.dtype, 1, 1, 1)}
         sum(y.sum() for y in outputs).backward()
 
 

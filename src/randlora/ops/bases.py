@@ -18,9 +18,13 @@ import numpy as np
 import torch
 
 from randlora.errors import BasisMismatchError
+from randlora.ops import bf16
+from randlora.ops.operands import DenseBases
+from randlora.ops.sparse import SparseBases, compress, padded_rows
 
 _WORDS_PER_CHUNK = 1 << 22  # bounds the scratch memory of a draw to about 100 MB
-_WIDE_DTYPES = (torch.bfloat16, torch.float16)
+_SHORT_DTYPES = (torch.bfloat16, torch.float16)
+_MOST_NONZEROS = 1 / 16  # denser than that, dense products are as fast as those that skip zeros
 
 
 @dataclass(frozen=True)
@@ -94,29 +98,64 @@ class Basis:
         self.spec = spec
         self.rank, self.min_dim = a.shape
         self.max_dim, self.num_bases = b.shape[0], b.shape[1] // self.rank
-        self._cast: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._skips_zeros = torch.backends.mkl.is_available() and all(
+            not codes.is_floating_point() and int(codes.count_nonzero()) <= _MOST_NONZEROS * codes.numel()
+            for codes in self._compact
+        )
+        self._held: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor] | SparseBases] = {}
         self._fingerprint: str | None = None
         self._projections: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def tensors(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A of shape (r, m) and B of shape (M, n·r) on ``device`` in ``dtype``, cast once and then kept.
+    @property
+    def factor(self) -> float:
+        """What ΔW is to be multiplied with where ``operands`` gives bare codes."""
+        return self._factors[0] * self._factors[1]
 
-        Layers take views of them: ``A[:, :m']`` and ``B[:M', :n'·r]``.
+    def operands(
+        self, device: torch.device, dtype: torch.dtype, min_dim: int, max_dim: int, num_bases: int
+    ) -> DenseBases | SparseBases:
+        """The slices of A and B that a layer multiplies with in ``dtype`` on ``device``, without ``factor``.
+
+        What has to be made for it is made once and kept: a cast of dense bases, the compressed rows of very sparse
+        ones. Views of the stored form are taken where products can read that.
         """
-        held = self._cast.get((device, dtype))
-        if held is None:
-            held = self._materialise(device, dtype)
-            if device.type != "meta":
-                self._cast[(device, dtype)] = held
-        return held
+        columns = num_bases * self.rank
+        if device.type == "cpu" and self._skips_zeros:
+            return self._compressed(torch.promote_types(dtype, torch.float32), min_dim, max_dim, columns)
+        held = dtype
+        if not self._is_dense():
+            held = torch.int8
+        elif device.type == "cpu" and dtype == torch.float32 and bf16.available:
+            held = self._compact[0].dtype if self._compact[0].dtype == torch.bfloat16 else dtype
+        A, B = self._in_dtype(device, held)
+        return DenseBases(A[:, :min_dim], B[:max_dim, :columns])
+
+    def tensors(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A of shape (r, m) and B of shape (M, n·r) on ``device`` in ``dtype``, as plain numbers."""
+        A, B = (tensor.to(device) for tensor in self._compact)
+        if self._is_dense():
+            return A.to(dtype), B.to(dtype)
+        return tuple(  # type: ignore[return-value]
+            (codes.float() * factor).to(dtype) for codes, factor in zip((A, B), self._factors, strict=True)
+        )
 
     def projections(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A (r, 1, m) and B (M, n, r) on the CPU in the smallest dtype that a file may hold without loss."""
-        if self._projections is None:
-            dtype = self._compact[0].dtype if self._compact[0].is_floating_point() else torch.float32
-            a, b = self.tensors(torch.device("cpu"), dtype)
-            self._projections = (a.unsqueeze(1), b.view(self.max_dim, self.num_bases, self.rank))
-        return self._projections
+        if self._projections is not None:
+            return self._projections
+        a, b = self.tensors(torch.device("cpu"), self._compact[0].dtype if self._is_dense() else torch.float32)
+        projections = a.unsqueeze(1), b.view(self.max_dim, self.num_bases, self.rank)
+        if self._is_dense():  # views, which cost nothing to keep
+            self._projections = projections
+        return projections
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all forms in which the bases are held."""
+        tensors = list(self._compact)
+        for held in self._held.values():
+            tensors += [*held[:2], *held.B] if isinstance(held, SparseBases) else held
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     @property
     def fingerprint(self) -> str:
@@ -144,21 +183,28 @@ class Basis:
         """Whether a layer of that rank and those dimensions finds its slices here."""
         return self.rank == rank and self.min_dim >= min_dim and self.max_dim >= max_dim
 
-    def _materialise(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _is_dense(self) -> bool:
+        return self._compact[0].is_floating_point()
+
+    def _in_dtype(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B, or their codes, whole."""
         if device.type == "meta":
-            return (
-                torch.empty_like(self._compact[0], device=device, dtype=dtype),
-                torch.empty_like(self._compact[1], device=device, dtype=dtype),
-            )
-        # kept tensors must serve training too, wherever they were first asked for
-        with torch.inference_mode(False), torch.no_grad():
-            a, b = (
-                tensor.to(device=device, dtype=dtype)
-                if tensor.is_floating_point()
-                else (tensor.to(device=device, dtype=torch.float32) * factor).to(dtype)
-                for tensor, factor in zip(self._compact, self._factors, strict=True)
-            )
-        return a, b
+            a, b = (torch.empty_like(t, device=device, dtype=dtype) for t in self._compact)
+            return a, b
+        if (device, dtype) not in self._held:
+            with torch.inference_mode(False), torch.no_grad():
+                a, b = (t.to(device, dtype) for t in self._compact)
+            self._held[device, dtype] = (a, b)
+        return self._held[device, dtype]  # type: ignore[return-value]
+
+    def _compressed(self, dtype: torch.dtype, min_dim: int, max_dim: int, columns: int) -> SparseBases:
+        """The codes as numbers in compressed rows: one form for each size of layer."""
+        key = (dtype, min_dim, max_dim, columns)
+        if key not in self._held:
+            with torch.inference_mode(False), torch.no_grad():
+                a, b = self._compact[0][:, :min_dim], self._compact[1][:max_dim, :columns]
+                self._held[key] = SparseBases(*padded_rows(a.to(dtype)), compress(b.to(dtype)), min_dim)
+        return self._held[key]  # type: ignore[return-value]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Basis:
         return self
@@ -197,7 +243,8 @@ _live_lock = threading.Lock()
 
 def get_basis(spec: BasisSpec) -> Basis:
     """The bases that ``spec`` defines; drawn once and shared for as long as anything uses them."""
-    with _live_lock:
+    # bases must serve training too, wherever they were first asked for
+    with _live_lock, torch.inference_mode(False):
         basis = _live.get(spec)
         if basis is None:
             basis = _draw_dense(spec) if spec.sparsity is None else _draw_ternary(spec, spec.sparsity)
@@ -218,11 +265,12 @@ def basis_from_projections(A: torch.Tensor, B: torch.Tensor) -> Basis:
             f"projections of shapes {tuple(A.shape)} ({A.dtype}) and {tuple(B.shape)} ({B.dtype}) are no RandLoRA "
             "bases; expected floating point A (r, 1, m) and B (M, n, r)"
         )
-    dtype = next((d for d in _WIDE_DTYPES if all(torch.equal(t.to(d).to(t.dtype), t) for t in (A, B))), A.dtype)
-    basis = Basis(
-        A.detach().to("cpu", dtype, copy=True).squeeze(1).contiguous(),
-        B.detach().to("cpu", dtype, copy=True).flatten(1).contiguous(),
-    )
+    dtype = next((d for d in _SHORT_DTYPES if all(torch.equal(t.to(d).to(t.dtype), t) for t in (A, B))), A.dtype)
+    with torch.inference_mode(False):
+        basis = Basis(
+            A.detach().to("cpu", dtype, copy=True).squeeze(1).contiguous(),
+            B.detach().to("cpu", dtype, copy=True).flatten(1).contiguous(),
+        )
     with _live_lock:
         return _live.setdefault(basis.fingerprint, basis)
 

@@ -8,57 +8,84 @@ Names follow the paper: A (r, m) and B (M, q) are the frozen bases with q = n·r
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from randlora.ops.bf16 import sum_of_products
+from randlora.ops.operands import DenseBases, product
 from randlora.ops.plan import Plan, Problem, choose
+from randlora.ops.sparse import Csr, SparseBases
+
+_WIDE = (torch.float32, torch.float64)
 
 
 def adapted_linear(
     x: Tensor,  # (..., in)
-    A: Tensor,  # (r, m), dtype of x
-    B: Tensor,  # (M, q), dtype of x
+    bases: DenseBases | SparseBases,
     lam: Tensor,  # (r, n)
     gamma: Tensor,  # (n, m)
     scaling: float,
     out_features: int,
     weight: Tensor | None = None,  # (out, in)
     bias: Tensor | None = None,  # (out,)
+    summed: Tensor | None = None,  # (out, in)
 ) -> Tensor:  # (..., out)
     """X (W + ΔW)ᵀ + bias, or x ΔWᵀ alone where no ``weight`` is given, in the dtype of x.
 
     The way of computing it is the cheapest that is exact (``plan.choose``). Differentiable in x, λ, γ and bias, any
-    number of times; ``weight`` is taken as frozen.
+    number of times; ``weight`` is taken as frozen. ``summed`` is W + ΔW where the caller holds it already: then that
+    is what output and dx are computed with.
     """
-    problem = Problem(
-        tokens=x.numel() // max(x.shape[-1], 1),
-        out_features=out_features,
-        in_features=x.shape[-1],
-        rank=lam.shape[0],
-        num_bases=lam.shape[1],
-        can_fuse=weight is not None and can_fuse(x.dtype, weight.dtype),
-        input_needs_grad=x.requires_grad,
-    )
-    return _AdaptedLinear.apply(x, A, B, lam, gamma, scaling, out_features, weight, bias, choose(problem))
+    fusible = weight is not None and can_fuse(x.dtype, weight.dtype)
+    tokens = x.numel() // max(x.shape[-1], 1)
+    problem = problem_of(bases, x.dtype, tokens, out_features, x.shape[-1], lam.shape, fusible, x.requires_grad)
+    tensors = (bases.columns, bases.values, *bases.B) if isinstance(bases, SparseBases) else bases
+    call = _Call(scaling, out_features, choose(problem))
+    return _AdaptedLinear.apply(x, lam, gamma, weight, bias, call, summed, *tensors)
+
+
+def problem_of(
+    bases: DenseBases | SparseBases,
+    dtype: torch.dtype,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    rank_and_bases: tuple[int, ...],
+    fusible: bool,
+    input_needs_grad: bool = True,
+) -> Problem:
+    """What the planner has to know of a call."""
+    rank, num_bases = rank_and_bases
+    problem = Problem(tokens, out_features, in_features, rank, num_bases, fusible, input_needs_grad)
+    if isinstance(bases, SparseBases):
+        return problem.with_kind("sparse", bases.density)
+    return problem.with_kind("split" if bases.ready(dtype).B.dtype != dtype else "dense")
 
 
 def can_fuse(compute: torch.dtype, weight: torch.dtype) -> bool:
     """Whether W + ΔW may be formed: in half precision it would round small updates away."""
-    return compute == weight and compute in (torch.float32, torch.float64)
+    return compute == weight and compute in _WIDE
 
 
-def scaled_basis(A: Tensor, lam: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:  # (q, m)
-    """Ã = λ·A·γ, rows ordered over (r, n), formed in the wider of the dtypes and returned in ``dtype``."""
-    scaled = torch.mul(lam.unsqueeze(-1), A.unsqueeze(1))  # (r, n, m)
-    return (scaled * gamma).flatten(0, 1).to(dtype)
+def delta_weight(
+    bases: DenseBases | SparseBases, lam: Tensor, gamma: Tensor, scaling: float, wide: bool, base: Tensor | None = None
+) -> Tensor:
+    """ΔW (+ base) of shape (out, in) in the dtype of λ; ``wide`` says that out < in."""
+    if isinstance(bases, DenseBases):
+        bases = bases.ready(lam.dtype)
+    base = None if base is None else _oriented(base, wide)
+    return _oriented(bases.weight(bases.scaled(lam * scaling, gamma, lam.dtype), base), wide)
 
 
-def delta_weight(A: Tensor, B: Tensor, lam: Tensor, gamma: Tensor, scaling: float, wide: bool) -> Tensor:
-    """ΔW of shape (out, in) in the dtype of B; ``wide`` says that out < in."""
-    return _oriented(B @ scaled_basis(A, lam * scaling, gamma, B.dtype), wide)
+class _Call(NamedTuple):
+    """What a call is besides its tensors."""
+
+    scaling: float
+    out_features: int
+    plan: Plan
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -69,57 +96,63 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor,
-        A: Tensor,
-        B: Tensor,
         lam: Tensor,
         gamma: Tensor,
-        scaling: float,
-        out_features: int,
         weight: Tensor | None,
         bias: Tensor | None,
-        plan: Plan,
+        call: _Call,
+        summed: Tensor | None,
+        *tensors: Tensor,
     ) -> Tensor:
-        wide = out_features < x.shape[-1]
+        if summed is not None:
+            return F.linear(x, summed, bias)
+        wide = call.out_features < x.shape[-1]
         with _without_autocast(x.device.type):
-            At = scaled_basis(A, lam * scaling, gamma, x.dtype)
-            if plan.forward == "fused" and weight is not None:
-                return F.linear(x, _sum_weight(weight, B, At, wide), bias)
+            bases = _bases(tensors, x.dtype, gamma)
+            At = bases.scaled(lam * call.scaling, gamma, x.dtype)
             x2 = x.reshape(-1, x.shape[-1])  # (T, in)
-            if plan.forward == "token":
-                first, second = (x2 @ B, At) if wide else (x2 @ At.T, B.T)
+            if call.plan.output == "fused" and weight is not None:
+                y = F.linear(x2, _oriented(bases.weight(At, _oriented(weight, wide)), wide), bias)
             else:
-                first, second = x2, _oriented(B @ At, wide).T
-            if weight is None:
-                y = first @ second
-            else:
-                base = F.linear(x2, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-                y = torch.addmm(base, first, second)  # one rounding of the sum in half precision
-            return y.reshape(*x.shape[:-1], out_features)
+                update = _update(x2, bases, At, wide, call.plan.output)
+                y = _with_base(update, x2, weight if weight is None else weight.T, bias)
+        return y.reshape(*x.shape[:-1], call.out_features)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, A, B, lam, gamma, scaling, out_features, weight, bias, plan = inputs
-        ctx.save_for_backward(x, A, B, lam, gamma, weight)
-        ctx.scaling, ctx.wide, ctx.plan = scaling, out_features < x.shape[-1], plan
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        x, lam, gamma, weight, bias, call, summed, *tensors = inputs
+        ctx.save_for_backward(x, lam, gamma, weight, summed, *tensors)
+        ctx.call, ctx.bias_dtype = call, None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, lam, gamma, weight = ctx.saved_tensors
-        needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[8]
+        x, lam, gamma, weight, summed, *tensors = ctx.saved_tensors
+        scaling, out_features, plan = ctx.call
+        wide = out_features < x.shape[-1]
         with _without_autocast(x.device.type):
-            g2 = grads[0].reshape(-1, grads[0].shape[-1])  # (T, out)
+            g2 = grads[0].reshape(-1, out_features)  # (T, out)
             x2 = x.reshape(-1, x.shape[-1])  # (T, in)
-            At = scaled_basis(A, lam * ctx.scaling, gamma, x.dtype)
-            if ctx.plan.backward == "token":
-                dAt, dx = _token_gradients(x2, g2, B, At, weight, ctx.wide, needs_x)
-            else:
-                fused = ctx.plan.backward == "fused"
-                dAt, dx = _weight_gradients(x2, g2, B, At, weight, ctx.wide, needs_x, fused)
-            d_lam, d_gamma = _scaling_gradients(dAt, A, lam, gamma, ctx.scaling)
-            d_bias = g2.sum(0).to(ctx.bias_dtype) if needs_bias else None
+            bases = _bases(tensors, x.dtype, gamma)
+            At = bases.scaled(lam * scaling, gamma, x.dtype)
+            needs_x = ctx.needs_input_grad[0]
+            dx, dAt = _gradients(x2, g2, bases, At, weight, wide, plan, needs_x and summed is None)
+            if needs_x and summed is not None:
+                dx = g2 @ summed
+            d_lam, d_gamma = bases.scaling_gradients(dAt, lam, gamma)
+            d_bias = g2.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[4] else None
         dx = dx if dx is None else dx.reshape(x.shape)
-        return dx, None, None, d_lam, d_gamma, None, None, None, d_bias, None
+        d_lam, d_gamma = (d_lam * scaling).to(lam.dtype), (d_gamma * scaling).to(gamma.dtype)
+        return dx, d_lam, d_gamma, None, d_bias, None, None, *(None for _ in tensors)
+
+
+Update = Tensor | tuple[Tensor, Tensor]
+"""A matrix, or two factors whose product is still to be taken."""
+
+
+def _bases(tensors: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype, gamma: Tensor) -> DenseBases | SparseBases:
+    if len(tensors) == len(DenseBases._fields):
+        return DenseBases(*tensors).ready(dtype)
+    return SparseBases(tensors[0], tensors[1], Csr(*tensors[2:]), gamma.shape[1])
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -129,55 +162,59 @@ def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False)
 
 
-def _oriented(update: Tensor, wide: bool) -> Tensor:  # (M, m) -> (out, in)
+def _oriented(update: Tensor, wide: bool) -> Tensor:  # (M, m) <-> (out, in)
     return update.T if wide else update
 
 
-def _sum_weight(weight: Tensor, B: Tensor, At: Tensor, wide: bool) -> Tensor:  # (out, in)
-    """W + ΔW in one pass over W."""
-    return torch.addmm(weight, At.T, B.T) if wide else torch.addmm(weight, B, At)
+def _update(rows: Tensor, bases: DenseBases | SparseBases, At: Tensor, to_narrow: bool, way: str) -> Update:
+    """Rows times ΔW: rows (T, m) times (B Ã)ᵀ, or ``to_narrow`` rows (T, M) times B Ã."""
+    if way != "token":
+        weight = bases.weight(At).to(rows.dtype)
+        return rows, weight if to_narrow else weight.T
+    if isinstance(bases, SparseBases):
+        return bases.gather(rows, At) if to_narrow else bases.spread(rows, At)
+    return (product(rows, bases.B), At) if to_narrow else (rows @ At.T, bases.B.T)
 
 
-def _token_gradients(
+def _with_base(update: Update, rows: Tensor, matrix: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``rows @ matrix + bias + update``; the sum of products in half precision is rounded once."""
+    if matrix is None:
+        return update.to(rows.dtype) if isinstance(update, Tensor) else product(*update)
+    matrix, bias = matrix.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
+    if rows.dtype not in _WIDE:
+        if isinstance(update, Tensor):
+            return sum_of_products([(rows, matrix)], bias, update)
+        return sum_of_products([(rows, matrix), update], bias)
+    base = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
+    return base + update if isinstance(update, Tensor) else product(*update, base)
+
+
+def _gradients(
     x: Tensor,
     g: Tensor,
-    B: Tensor,
+    bases: DenseBases | SparseBases,
     At: Tensor,
     weight: Tensor | None,
     wide: bool,
+    plan: Plan,
     needs_x: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """dÃ (q, m) and dx (T, in) without forming ΔW."""
-    if wide:
-        dAt = (x @ B).T @ g
-        dx = g @ At.T @ B.T if needs_x else None
+) -> tuple[Tensor | None, Tensor]:
+    """dx (T, in) and dÃ."""
+    u, v = (x, g) if wide else (g, x)
+    shared: Update | None = None  # dx's part, where it falls off on the way to dÃ
+    if plan.grad_basis == "weight":
+        dAt = bases.basis_gradient(u, v)
+    elif isinstance(bases, DenseBases):
+        projected = product(u, bases.B)  # (T, q)
+        dAt = projected.T @ v
+        shared = None if wide else (projected, At)
     else:
-        dH = g @ B
-        dAt = dH.T @ x
-        dx = dH @ At if needs_x else None
-    if dx is not None and weight is not None:
-        dx = torch.addmm(dx, g, weight.to(g.dtype))
-    return dAt, dx
-
-
-def _weight_gradients(
-    x: Tensor, g: Tensor, B: Tensor, At: Tensor, weight: Tensor | None, wide: bool, needs_x: bool, fused: bool
-) -> tuple[Tensor, Tensor | None]:
-    """dÃ (q, m) and dx (T, in) through the gradient of the weight and a rebuilt ΔW."""
-    dAt = B.T @ (x.T @ g if wide else g.T @ x)
+        shares = needs_x and not wide and plan.grad_input == "token"
+        shared, dAt = bases.token_gradients(u, v, At, shares)
     if not needs_x:
-        return dAt, None
-    if fused and weight is not None:
-        return dAt, g @ _sum_weight(weight, B, At, wide)
-    dx = g @ _oriented(B @ At, wide)
-    return dAt, dx if weight is None else torch.addmm(dx, g, weight.to(g.dtype))
-
-
-def _scaling_gradients(dAt: Tensor, A: Tensor, lam: Tensor, gamma: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """dλ (r, n) and dγ (n, m) from dÃ, summed in the wider of the dtypes."""
-    r, n = lam.shape
-    wide_dtype = torch.promote_types(lam.dtype, dAt.dtype)
-    product = dAt.view(r, n, -1).to(wide_dtype) * (A.unsqueeze(1) * scaling)  # (r, n, m)
-    d_lam = torch.einsum("rnm,nm->rn", product, gamma.to(wide_dtype))
-    d_gamma = torch.einsum("rnm,rn->nm", product, lam.to(wide_dtype))
-    return d_lam.to(lam.dtype), d_gamma.to(gamma.dtype)
+        return None, dAt
+    if plan.grad_input == "fused" and weight is not None:
+        return g @ _oriented(bases.weight(At, _oriented(weight, wide)), wide), dAt
+    if plan.grad_input != "token" or shared is None:
+        shared = _update(g, bases, At, not wide, plan.grad_input)
+    return _with_base(shared, g, weight, None), dAt

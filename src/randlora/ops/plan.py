@@ -1,27 +1,59 @@
 """Which way to compute the update is cheapest: arithmetic on shapes, no timing.
 
-Counted are multiply-adds per layer, with T tokens, m = min(out, in), M = max(out, in) and q = n·r ≥ m. The base
-layer's own T·M·m forward, and T·M·m backward where the input needs a gradient, are common to all plans and left out,
-except that "fused" spares the second product (``docs/design.md``, section 2.1).
+Counted are multiply-adds per layer, with T tokens, m = min(out, in), M = max(out, in) and q = n·r ≥ m, each weighted
+with what one of its kind costs beside one of a plain matrix product (``Rates``). The base layer's own T·M·m forward,
+and T·M·m backward where the input needs a gradient, are common to all plans and left out, except that "fused" spares
+the second product (``docs/design.md``, section 2.1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 Way = Literal["token", "weight", "fused"]
 """token: (x Ãᵀ) Bᵀ. weight: x ΔWᵀ beside x Wᵀ. fused: x (W + ΔW)ᵀ, for base weights of float32 or wider."""
 
+BasisWay = Literal["token", "weight"]
+"""How dÃ is computed: from dy B, or from dW."""
+
+Kind = Literal["dense", "split", "sparse"]
+"""dense: plain products with B. split: exact products with a bfloat16 B (``bf16.py``). sparse: ``sparse.py``."""
+
 
 @dataclass(frozen=True)
 class Plan:
-    """How one call computes its forward and its backward; any pair is exact."""
+    """How one call computes its output and its gradients; any combination is exact.
 
-    forward: Way
-    backward: Way
+    Attributes:
+        output: y.
+        grad_input: dx.
+        grad_basis: dÃ, from which dλ and dγ follow; "weight" takes it from dW.
+    """
+
+    output: Way
+    grad_input: Way
+    grad_basis: BasisWay
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one step of each kind costs, in multiply-adds of a plain matrix product.
+
+    The defaults were measured on a server CPU; ``randlora.calibrate`` measures them for the machine at hand.
+
+    Attributes:
+        split: a multiply-add of an exact product with a bfloat16 basis.
+        sparse: a multiply-add of a product that skips zeros, for each one that it does.
+        element: one pass over an element of a matrix of the weight's size (copying W, splitting, adding).
+    """
+
+    split: float = 0.65
+    sparse: float = 9.0
+    element: float = 40.0
 
 
 @dataclass(frozen=True)
@@ -36,6 +68,8 @@ class Problem:
         num_bases: n.
         can_fuse: the base weight is at hand in the dtype of the product, which is float32 or float64.
         input_needs_grad: whether the backward has to produce dx.
+        kind: how products with B are computed.
+        density: share of the entries of A and of B that a "sparse" product visits.
     """
 
     tokens: int
@@ -45,69 +79,134 @@ class Problem:
     num_bases: int
     can_fuse: bool
     input_needs_grad: bool = True
+    kind: Kind = "dense"
+    density: tuple[float, float] = (1.0, 1.0)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(T, q, m, M)."""
+        m, M = sorted((self.out_features, self.in_features))
+        return self.tokens, self.rank * self.num_bases, m, M
+
+    def with_kind(self, kind: Kind, density: tuple[float, float] = (1.0, 1.0)) -> Problem:
+        """The same problem for bases of another kind."""
+        return replace(self, kind=kind, density=density)
+
+    @property
+    def wide(self) -> bool:
+        """Whether out < in, so that the update is transposed."""
+        return self.out_features < self.in_features
 
 
-def forward_cost(problem: Problem, way: Way) -> int:
-    """Multiply-adds of the forward beyond the base layer's own."""
-    T, q = problem.tokens, problem.rank * problem.num_bases
-    m, M = _sizes(problem)
+def forward_cost(problem: Problem, way: Way) -> float:
+    """Cost of the output beyond the base layer's own."""
     if way == "token":
-        return T * q * (m + M)
-    return q * m * M + (0 if way == "fused" else T * m * M)
+        return _through_A(problem) + _through_B(problem)
+    return _update_cost(problem, fused=way == "fused")
 
 
-def backward_cost(problem: Problem, way: Way) -> int:
-    """Multiply-adds of the backward beyond the base layer's own."""
-    T, q = problem.tokens, problem.rank * problem.num_bases
-    m, M = _sizes(problem)
-    into_m = m if problem.out_features >= problem.in_features else M  # width of dx
-    if way == "token":
-        # dH or, for a wide layer, H again, and dÃ; then dx through both factors, of which one may be at hand
-        dx = T * q * (into_m if into_m == m else m + M)
-        return T * q * M + T * q * m + (dx if problem.input_needs_grad else 0)
-    dx = q * m * M + (0 if way == "fused" else T * m * M)
-    return T * m * M + q * m * M + (dx if problem.input_needs_grad else 0)
+def backward_cost(problem: Problem, grad_input: Way, grad_basis: BasisWay) -> float:
+    """Cost of all gradients beyond the base layer's own."""
+    T, _, m, M = problem.sizes
+    if grad_basis == "token":  # u B, from the M-wide side, and its product with the other side
+        cost = _through_B(problem) + _through_A(problem)
+    else:
+        cost = T * M * m + _weight_product(problem) + rates.element * M * m
+    if not problem.input_needs_grad:
+        return cost
+    if grad_input != "token":
+        return cost + _update_cost(problem, fused=grad_input == "fused")
+    shared = grad_basis == "token" and not problem.wide  # dy B serves dÃ and dx
+    return cost + _through_A(problem) + (0 if shared else _through_B(problem))
 
 
 def choose(problem: Problem) -> Plan:
     """The cheapest plan for ``problem``, or the forced one."""
     if _forced is not None:
         return _allowed(_forced, problem)
-    other: Way = "fused" if problem.can_fuse else "weight"
-    return Plan(
-        forward="token" if forward_cost(problem, "token") <= forward_cost(problem, other) else other,
-        backward="token" if backward_cost(problem, "token") <= backward_cost(problem, other) else other,
-    )
+    ways: tuple[Way, ...] = ("token", "fused" if problem.can_fuse else "weight")
+    output, lowest = ways[0], forward_cost(problem, ways[0])  # comparisons: torch.compile traces them
+    if forward_cost(problem, ways[1]) < lowest:
+        output = ways[1]
+    best, lowest = (ways[0], _BASIS_WAYS[0]), backward_cost(problem, ways[0], _BASIS_WAYS[0])
+    for pair in product(ways, _BASIS_WAYS):
+        cost = backward_cost(problem, *pair)
+        if cost < lowest:
+            best, lowest = pair, cost
+    return Plan(output, *best)
+
+
+def call_cost(problem: Problem) -> float:
+    """Cost of an output beyond the base layer's own, with one pass over Ã and B, which few tokens do not hide."""
+    _, q, m, M = problem.sizes
+    return forward_cost(problem, choose(problem).output) + rates.element * q * (m + M)
+
+
+def sum_cost(problem: Problem) -> float:
+    """Cost of forming W + ΔW."""
+    return _update_cost(problem, fused=True)
 
 
 @contextmanager
-def force(forward: Way, backward: Way) -> Iterator[None]:
-    """Within this context every call takes the given plan ("weight" where "fused" would be wrong).
+def force(plan: Plan) -> Iterator[None]:
+    """Within this context every call takes ``plan`` ("weight" where "fused" would be wrong).
 
-    The backward's way is fixed when the forward runs.
+    The gradients' ways are fixed when the forward runs.
     """
     global _forced  # noqa: PLW0603 - a plain global is what torch.compile can guard on
-    previous, _forced = _forced, Plan(forward, backward)
+    previous, _forced = _forced, plan
     try:
         yield
     finally:
         _forced = previous
 
 
+def set_rates(new: Rates) -> None:
+    """Makes ``choose`` count with the rates of another machine."""
+    global rates  # noqa: PLW0603 - as above
+    rates = new
+
+
+rates = Rates()
+_BASIS_WAYS: tuple[BasisWay, ...] = ("token", "weight")
 _forced: Plan | None = None
+
+
+def _through_A(problem: Problem) -> float:
+    """T rows between m and q features."""
+    T, q, m, _ = problem.sizes
+    return T * q * m * (rates.sparse * problem.density[0] if problem.kind == "sparse" else 1.0)
+
+
+def _through_B(problem: Problem) -> float:
+    """T rows between q and M features."""
+    T, q, _, M = problem.sizes
+    if problem.kind == "sparse":
+        return T * q * M * rates.sparse * problem.density[1] + 2 * rates.element * T * M  # transposed both ways
+    return T * q * M * _rate(problem)
+
+
+def _weight_product(problem: Problem) -> float:
+    """B Ã, or Bᵀ dW."""
+    _, q, m, M = problem.sizes
+    return q * m * M * (rates.sparse * problem.density[1] if problem.kind == "sparse" else _rate(problem))
+
+
+def _update_cost(problem: Problem, fused: bool) -> float:
+    """x ΔWᵀ, by way of ΔW."""
+    T, _, m, M = problem.sizes
+    return _weight_product(problem) + rates.element * M * m + (0 if fused else T * M * m)
+
+
+def _rate(problem: Problem) -> float:
+    return rates.split if problem.kind == "split" else 1.0
 
 
 def _allowed(plan: Plan, problem: Problem) -> Plan:
     if problem.can_fuse:
         return plan
     return Plan(
-        "weight" if plan.forward == "fused" else plan.forward,
-        "weight" if plan.backward == "fused" else plan.backward,
-    )
-
-
-def _sizes(problem: Problem) -> tuple[int, int]:
-    return (
-        min(problem.out_features, problem.in_features),
-        max(problem.out_features, problem.in_features),
+        "weight" if plan.output == "fused" else plan.output,
+        "weight" if plan.grad_input == "fused" else plan.grad_input,
+        plan.grad_basis,
     )

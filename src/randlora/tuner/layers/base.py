@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from randlora.errors import MergeError
 from randlora.ops import linear as ops
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
+from randlora.ops.operands import DenseBases
+from randlora.ops.sparse import SparseBases
 
 
 class RandLoraLayer(BaseTunerLayer):
@@ -110,7 +112,7 @@ class RandLoraLayer(BaseTunerLayer):
         self.bases[adapter_name] = basis
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if isinstance(basis, Basis) and dtype is not None and dtype.is_floating_point:
-            basis.tensors(device, dtype)
+            self._operands(adapter_name, device, dtype)
 
     def get_scaled_bases(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """The two factors of the update in the order in which they are applied to an input, without ``scaling``.
@@ -122,9 +124,10 @@ class RandLoraLayer(BaseTunerLayer):
         lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
         device = lam.device if device is None else device
         lam, gamma = lam.to(device), gamma.to(device)
-        A, B = self._sliced_bases(adapter, device, _at_least_float32(lam.dtype))
-        scaled = ops.scaled_basis(A, lam, gamma, A.dtype)
-        return (scaled, B) if self.out_features >= self.in_features else (B.T, scaled.T)
+        whole = self.basis(adapter).tensors(device, _at_least_float32(lam.dtype))
+        bases = DenseBases(whole[0][:, : self.min_dim], whole[1][: self.max_dim, : lam.numel()])
+        scaled = bases.scaled(lam, gamma, bases.B.dtype)
+        return (scaled, bases.B) if self.out_features >= self.in_features else (bases.B.T, scaled.T)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW in the layout of the base layer's weight, on its device, in float32 or wider.
@@ -133,9 +136,11 @@ class RandLoraLayer(BaseTunerLayer):
             adapter: name of the adapter.
         """
         lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
-        A, B = self._sliced_bases(adapter, lam.device, _at_least_float32(lam.dtype))
+        dtype = _at_least_float32(lam.dtype)
+        bases = self._operands(adapter, lam.device, dtype)
         wide = self.out_features < self.in_features
-        return self._to_weight_layout(ops.delta_weight(A, B, lam, gamma, self.scaling[adapter], wide))
+        scaling = self._scaling(adapter)
+        return self._to_weight_layout(ops.delta_weight(bases, lam.to(dtype), gamma.to(dtype), scaling, wide))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the updates of the adapters to the base weight.
@@ -209,10 +214,14 @@ class RandLoraLayer(BaseTunerLayer):
         """
         return known_basis(self.bases[adapter_name])
 
-    def _sliced_bases(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Views A (r, m) and B (M, q) of the shared bases."""
-        A, B = self.basis(adapter_name).tensors(device, dtype)
-        return A[:, : self.min_dim], B[: self.max_dim, : self.num_bases[adapter_name] * self.r[adapter_name]]
+    def _operands(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> DenseBases | SparseBases:
+        """This layer's slices of the shared bases, as products in ``dtype`` take them."""
+        n = self.num_bases[adapter_name]
+        return self.basis(adapter_name).operands(device, dtype, self.min_dim, self.max_dim, n)
+
+    def _scaling(self, adapter_name: str) -> float:
+        """What the operands' update is multiplied with."""
+        return self.scaling[adapter_name] * self.basis(adapter_name).factor
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves λ and γ to the base layer's device; their dtype is the business of ``autocast_adapter_dtype``."""

@@ -6,10 +6,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from randlora.ops import linear as ops
+from randlora.ops.plan import Plan, Problem, call_cost, choose, sum_cost
 from randlora.tuner.layers.base import RandLoraLayer, compute_dtype
+from randlora.tuner.layers.held import HeldWeight
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,6 +35,7 @@ class Linear(nn.Module, RandLoraLayer):
         RandLoraLayer.__init__(self, base_layer, in_features, out_features)
         self.fan_in_fan_out = isinstance(inner, Conv1D)
         self._active_adapter = adapter_name
+        self._held = HeldWeight()
         self.update_layer(adapter_name, **adapter)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -49,10 +53,81 @@ class Linear(nn.Module, RandLoraLayer):
             weight = self._base_weight()
             oriented = weight.T if self.fan_in_fan_out else weight
             bias = cast("Tensor | None", self.base_layer.bias)
-            result = self._update(names.pop(0), x, dtype, oriented, bias)
+            summed = self._summed(names, x, dtype)
+            if summed is not None and not torch.is_grad_enabled():
+                return F.linear(x, summed, bias)
+            result = self._update(names.pop(0), x, dtype, oriented, bias, summed)
         for name in names:
             result = result + self._update(name, x, dtype).to(result.dtype)
         return result
+
+    def plan(self, tokens: int, adapter_name: str | None = None, dtype: torch.dtype | None = None) -> Plan:
+        """How the layer would compute the update of an adapter for a training step of that many tokens.
+
+        Args:
+            tokens: rows of the flattened input.
+            adapter_name: by default the first active adapter.
+            dtype: of the products; by default that of the base weight.
+        """
+        name = self.active_adapters[0] if adapter_name is None else adapter_name
+        weight = self._base_weight()
+        dtype = weight.dtype if dtype is None else dtype
+        x = torch.empty(0, self.in_features, dtype=dtype, device=weight.device)
+        fusible = self._can_take_weight(name, x, dtype) and ops.can_fuse(dtype, weight.dtype)
+        return choose(self._problem(name, tokens, weight.device, dtype, fusible))
+
+    def train(self, mode: bool = True) -> Linear:
+        """Sets the mode; training lets go of a held weight."""
+        if mode:
+            self._held.release()
+        return super().train(mode)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the updates to the base weight, as :meth:`RandLoraLayer.merge`."""
+        self._held.release()
+        super().merge(safe_merge, adapter_names)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear:
+        self._held.release()  # of another device or dtype from now on
+        return super()._apply(fn, recurse)
+
+    def _summed(self, names: list[str], x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """W plus the updates of the adapters, (out, in), where the layer may and should hold it between calls."""
+        weight, training = self._base_weight(), self.training or torch.is_grad_enabled()
+        if torch.compiler.is_compiling() or (training and len(names) > 1) or not ops.can_fuse(dtype, weight.dtype):
+            return None
+        key = self._sum_key(names, weight)
+        if key is None:
+            return None
+        held = self._held.get(key)
+        return self._hold(key, names, x, training) if held is None else held
+
+    def _sum_key(self, names: list[str], weight: Tensor) -> tuple[object, ...] | None:
+        """Equal for as long as the sum of W and the adapters' updates is; ``None`` where nothing tells."""
+        key: list[object] = []
+        for p in (weight, *(group[n] for n in names for group in (self.randlora_lambda, self.randlora_gamma))):
+            if type(p) is not nn.Parameter or p.is_inference():
+                return None
+            key += (p.data_ptr(), p._version)
+        return (*key, *(self.scaling[name] for name in names), *(id(self.bases[name]) for name in names))
+
+    def _hold(self, key: tuple[object, ...], names: list[str], x: Tensor, training: bool) -> Tensor | None:
+        """The sum, once the calls without it have cost as much as it costs to make, and if the budget has room."""
+        weight, tokens = self._base_weight(), x.numel() // max(x.shape[-1], 1)
+        problems = [self._problem(name, tokens, x.device, weight.dtype, fusible=True) for name in names]
+        if not self._held.pays(key, sum(map(call_cost, problems)), sum(map(sum_cost, problems))):
+            return None
+
+        def make() -> Tensor:
+            with torch.inference_mode(False), torch.no_grad():
+                merged = self.merged_weight(names)
+            return merged.T if self.fan_in_fan_out else merged
+
+        return self._held.make(key, make, weight.nbytes, training)
+
+    def _problem(self, name: str, tokens: int, device: torch.device, dtype: torch.dtype, fusible: bool) -> Problem:
+        bases, shape = self._operands(name, device, dtype), self.randlora_lambda[name].shape
+        return ops.problem_of(bases, dtype, tokens, self.out_features, self.in_features, shape, fusible)
 
     def _update(
         self,
@@ -61,18 +136,18 @@ class Linear(nn.Module, RandLoraLayer):
         dtype: torch.dtype,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
+        summed: Tensor | None = None,
     ) -> Tensor:
-        A, B = self._sliced_bases(name, x.device, dtype)
         return ops.adapted_linear(
             self.randlora_dropout[name](x).to(dtype),
-            A,
-            B,
+            self._operands(name, x.device, dtype),
             self.randlora_lambda[name],
             self.randlora_gamma[name],
-            self.scaling[name],
+            self._scaling(name),
             self.out_features,
             weight,
             bias,
+            summed,
         )
 
     def _can_take_weight(self, name: str, x: Tensor, dtype: torch.dtype) -> bool:

@@ -1,0 +1,65 @@
+"""The pair of frozen bases as one layer multiplies with it.
+
+Every plan needs the same few products of B (M, q) and Ã (q, m) with activations: ``v`` on the side of the layer that
+is m wide and ``u`` on the side that is M wide. ``DenseBases`` computes them with matrices, ``SparseBases`` (in
+``sparse.py``) without visiting zeros.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from randlora.ops import bf16
+
+
+class DenseBases(NamedTuple):
+    """Bases as matrices, in one of three dtypes.
+
+    That of the products; or bfloat16 for products in float32, which are exact (``bf16.py``); or int8 codes, of which
+    a product takes a temporary copy in its own dtype.
+
+    Attributes:
+        A: (r, m).
+        B: (M, q), over (n, r).
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def ready(self, dtype: torch.dtype) -> DenseBases:
+        """The same numbers such that products in ``dtype`` can take them."""
+        if self.B.is_floating_point():
+            return self
+        exact = dtype == torch.float32 and self.B.device.type == "cpu" and bf16.available
+        return DenseBases(self.A, self.B.to(torch.bfloat16 if exact else dtype))
+
+    def scaled(self, lam: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
+        """Ã = λ·A·γ of shape (q, m), rows over (r, n), formed in the wider of the dtypes, returned in ``dtype``."""
+        A = self.A.to(torch.promote_types(lam.dtype, dtype))
+        return (torch.mul(lam.unsqueeze(-1), A.unsqueeze(1)) * gamma).flatten(0, 1).to(dtype)
+
+    def weight(self, At: Tensor, base: Tensor | None = None) -> Tensor:
+        """B Ã (+ base), (M, m)."""
+        return product(self.B, At, base)
+
+    def basis_gradient(self, u: Tensor, v: Tensor) -> Tensor:
+        """dÃ = Bᵀ (uᵀ v), (q, m), for u (T, M) and v (T, m), by way of the weight's gradient."""
+        return product(self.B.T, u.T @ v)
+
+    def scaling_gradients(self, dAt: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """dλ (r, n) and dγ (n, m) from dÃ, summed in the wider of the dtypes."""
+        dtype = torch.promote_types(lam.dtype, dAt.dtype)
+        weighted = dAt.view(*lam.shape, -1).to(dtype) * self.A.to(dtype).unsqueeze(1)  # (r, n, m)
+        d_lam = torch.einsum("rnm,nm->rn", weighted, gamma.to(dtype))
+        d_gamma = torch.einsum("rnm,rn->nm", weighted, lam.to(dtype))
+        return d_lam, d_gamma
+
+
+def product(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
+    """``a @ b (+ base)``; exact in float32 where one factor is a bfloat16 basis and the other float32."""
+    if a.dtype != b.dtype:
+        return bf16.split_mm(a, b, base)
+    return a @ b if base is None else torch.addmm(base, a, b)
