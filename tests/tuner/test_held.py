@@ -1,0 +1,275 @@
+"""Sums W + ΔW that layers keep between calls: what they save, what they cost, and when they go."""
+
+import copy
+import gc
+import io
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import randlora
+from randlora import RandLoraConfig, get_peft_model, set_weight_cache
+from randlora.ops import plan as plans
+from randlora.ops.plan import Plan, force
+from randlora.tuner.layers import held
+from randlora.tuner.layers.held import held_bytes
+
+from .helpers import assert_close, randomise
+
+IN, OUT = 12, 20
+BYTES = 4 * IN * OUT
+
+
+class Model(nn.Module):
+    def __init__(self, conv1d=False, bias=True, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        from transformers.pytorch_utils import Conv1D
+
+        self.lin = Conv1D(OUT, IN) if conv1d else nn.Linear(IN, OUT, bias=bias)
+        self.to(dtype)
+
+    def forward(self, x):
+        return self.lin(x)
+
+
+@pytest.fixture(autouse=True)
+def budget():
+    """Each test starts with nothing held, and ends with the defaults."""
+    gc.collect()
+    for holder in list(held._holders):
+        holder.release()
+    yield
+    set_weight_cache(evaluation=2 << 30, training=0)
+
+
+def adapted(**kind):
+    model = get_peft_model(Model(**kind), RandLoraConfig(r=4, target_modules=["lin"]))
+    return randomise(model).eval()
+
+
+def settled(model, x, calls=400):
+    """The output after enough calls to make holding worth it."""
+    with torch.no_grad():
+        for _ in range(calls):
+            y = model(x)
+            if held_bytes():
+                break
+        return model(x), y
+
+
+X = torch.randn(1, IN, generator=torch.Generator().manual_seed(3))
+
+
+class TestEvaluation:
+    @pytest.mark.parametrize("kind", [{}, {"conv1d": True}, {"bias": False}], ids=str)
+    def test_it_is_held_after_some_calls_and_gives_the_same(self, kind, monkeypatch):
+        monkeypatch.setattr(plans, "rates", plans.Rates(element=0.0))  # as if the layer were large
+        model = adapted(**kind)
+        with torch.no_grad():
+            first = model(X)
+        assert held_bytes() == 0  # one token alone does not pay for the sum
+        later, _ = settled(model, X)
+        assert held_bytes() == BYTES
+        torch.testing.assert_close(later, first)
+
+    def test_a_call_that_forms_the_sum_anyway_keeps_it(self):
+        model = adapted()
+        with torch.no_grad():
+            model(torch.randn(500, IN))
+        assert held_bytes() == BYTES
+
+    def test_several_active_adapters_are_one_sum(self):
+        model = adapted()
+        model.add_adapter("other", RandLoraConfig(r=3, target_modules=["lin"]))
+        randomise(model).eval()
+        model.base_model.set_adapter(["default", "other"])
+        with torch.no_grad():
+            expected = model.base_model.model.lin.base_layer(X)
+            for name in ("default", "other"):
+                expected = expected + X @ model.base_model.model.lin.get_delta_weight(name).T
+        torch.testing.assert_close(settled(model, X)[0], expected)
+        assert held_bytes() == BYTES
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_under_either_mode_and_trainable_afterwards(self, mode):
+        model = adapted()
+        with mode():
+            model(torch.randn(500, IN))
+        assert held_bytes() == BYTES
+        model.train()
+        model(X).sum().backward()
+        assert all(p.grad is not None for n, p in model.named_parameters() if "randlora_" in n)
+
+    def test_not_in_half_precision(self):
+        """There the sum would round small updates away."""
+        settled(adapted(dtype=torch.bfloat16), X.bfloat16(), calls=30)
+        assert held_bytes() == 0
+
+    def test_not_while_gradients_are_recorded(self):
+        adapted()(torch.randn(500, IN))
+        assert held_bytes() == 0
+
+
+def change_lambda(model):
+    with torch.no_grad():
+        model.base_model.model.lin.randlora_lambda["default"].mul_(2)
+
+
+def change_gamma(model):
+    with torch.no_grad():
+        model.base_model.model.lin.randlora_gamma["default"].add_(0.1)
+
+
+def change_weight(model):
+    with torch.no_grad():
+        model.base_model.model.lin.base_layer.weight.zero_()
+
+
+def replace_lambda(model):
+    p = model.base_model.model.lin.randlora_lambda["default"]
+    p.data = p.data * 3
+
+
+def load_state(model):
+    model.load_state_dict({name: value * 2 for name, value in model.state_dict().items()})
+
+
+def rescale(model):
+    model.base_model.model.lin.scaling["default"] *= 2
+
+
+CHANGES = [change_lambda, change_gamma, change_weight, replace_lambda, load_state, rescale]
+
+
+class TestItIsNeverStale:
+    @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+    def test_after_a_change(self, change):
+        model = adapted()
+        before, _ = settled(model, X)
+        assert held_bytes() == BYTES
+        change(model)
+        with torch.no_grad():
+            after = model(X)
+            layer = model.base_model.model.lin
+            expected = layer.base_layer(X) + X @ layer.get_delta_weight("default").T
+        assert not torch.allclose(after, before)
+        torch.testing.assert_close(after, expected)
+
+    def test_switching_and_disabling(self):
+        model = adapted()
+        model.add_adapter("other", RandLoraConfig(r=3, target_modules=["lin"]))
+        randomise(model).eval()
+        layer = model.base_model.model.lin
+        for name in ("default", "other", "default"):
+            model.set_adapter(name)
+            found, _ = settled(model, X)
+            expected = layer.base_layer(X) + X @ layer.get_delta_weight(name).T
+            torch.testing.assert_close(found, expected.detach())
+        with model.disable_adapter(), torch.no_grad():
+            torch.testing.assert_close(model(X), layer.base_layer(X))
+
+
+LEAVES = {
+    "train": lambda model: model.train(),
+    "dtype": lambda model: model.double(),
+    "device": lambda model: model.to("meta"),
+    "merge": lambda model: model.merge_adapter(),
+    "budget": lambda model: set_weight_cache(evaluation=0),
+}
+
+
+class TestItGoes:
+    @pytest.mark.parametrize("leave", LEAVES.values(), ids=LEAVES)
+    def test_at_once(self, leave):
+        model = adapted()
+        settled(model, X)
+        assert held_bytes() == BYTES
+        leave(model)
+        assert held_bytes() == 0
+
+    def test_with_the_layer(self):
+        model = adapted()
+        settled(model, X)
+        tensor = weakref.ref(model.base_model.model.lin._held._held[1])
+        del model
+        gc.collect()
+        assert tensor() is None
+        assert held_bytes() == 0
+
+    def test_eval_keeps_it(self):
+        model = adapted()
+        settled(model, X)
+        model.eval()
+        assert held_bytes() == BYTES
+
+    def test_copies_and_pickles_hold_nothing(self):
+        model = adapted()
+        expected, _ = settled(model, X)
+        twin = copy.deepcopy(model)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        assert held_bytes() == BYTES
+        with torch.no_grad():
+            torch.testing.assert_close(twin(X), expected)
+            torch.testing.assert_close(loaded(X), expected)
+
+
+class TestBudget:
+    def test_a_layer_without_room_computes_as_before(self):
+        set_weight_cache(evaluation=BYTES + 1)
+        first, second = adapted(), adapted()
+        expected, _ = settled(first, X)
+        found, _ = settled(second, X, calls=30)
+        assert held_bytes() == BYTES
+        torch.testing.assert_close(found, expected)
+
+    @pytest.mark.parametrize("name", ["evaluation", "training"])
+    def test_negative_is_refused(self, name):
+        with pytest.raises(ValueError, match=f"the {name} budget is a number of bytes"):
+            set_weight_cache(**{name: -1})
+
+    def test_is_part_of_the_package(self):
+        assert randlora.set_weight_cache is set_weight_cache
+
+
+class TestTraining:
+    def gradients(self, model, batches, plan):
+        model.train().zero_grad()
+        for batch in batches:
+            with force(plan):
+                model(batch).square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    @pytest.mark.parametrize("plan", [Plan("token", "token", "token"), Plan("fused", "fused", "weight")], ids=str)
+    def test_one_sum_serves_all_micro_batches_and_gives_the_same_gradients(self, plan):
+        model = adapted()
+        batches = [torch.randn(300, IN, requires_grad=True) for _ in range(3)]
+        expected = self.gradients(model, batches, plan)
+        wanted_inputs = [batch.grad.clone() for batch in batches]
+        assert held_bytes() == 0
+        set_weight_cache(training=BYTES)
+        for batch in batches:
+            batch.grad = None
+        found = self.gradients(model, batches, plan)
+        for name, value in expected.items():
+            assert_close(found[name], value, 1e-5, name)
+        for batch, value in zip(batches, wanted_inputs, strict=True):
+            assert_close(batch.grad, value, 1e-5)
+
+    def test_an_optimiser_step_ends_it(self):
+        set_weight_cache(training=BYTES)
+        model = adapted().train()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        x = torch.randn(300, IN)
+        model(x).sum().backward()
+        assert held_bytes() == BYTES
+        key = model.base_model.model.lin._held._held[0]
+        optimizer.step()
+        model(x)
+        assert model.base_model.model.lin._held._held[0] != key
+        assert held_bytes() == BYTES
