@@ -20,9 +20,11 @@ from .methods import FROZEN, METHODS, PEERS, TWINS
 from .models import Architecture, linear_shapes, twin
 from .rounds import Seconds, added_ratio, interleave, ratio, typical
 
-COLUMNS = ("tokens", "method", "trainable", "seconds", "× frozen", "floor", "× PEFT", "added × PEFT", "loss")
-"""floor: what `× frozen` is by the cost table, over all large products of the model (see floor.py). × PEFT: the step
-beside that of PEFT's RandLora. added × PEFT: the same over the adapted layers alone, that is, beyond the frozen step.
+_FLOORS = ("floor", "layers' floor")
+COLUMNS = ("tokens", "method", "trainable", "seconds", "× frozen", *_FLOORS, "× PEFT", "added × PEFT", "loss")
+"""floor: what `× frozen` would be if only large products took time (see floor.py); layers' floor: that of the adapted
+layers alone. × PEFT: the step beside that of PEFT's RandLora. added × PEFT: the same beyond the frozen step, that is,
+over the adapted layers.
 """
 WARM_UP = 512  # most tokens of the first step, which is not measured but makes the optimiser's state
 LEARNING_RATE = 1e-4
@@ -34,7 +36,6 @@ class Step:
 
     def __init__(self, model: Any) -> None:
         self.model = model.train()
-        self.model.enable_input_require_grads()
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=LEARNING_RATE) if self.trainable else None
         self.losses: list[float] = []
@@ -62,6 +63,8 @@ class Comparison:
         """One row for each method."""
         base = self.architecture.build().to(self.dtype).requires_grad_(False)
         steps = {name: Step(METHODS[name](twin(base), self.architecture)) for name in self.methods}
+        for step in steps.values():
+            step.model.enable_input_require_grads()
         warm_up = self.architecture.batch(min(self.tokens, WARM_UP))
         for step in steps.values():
             step(warm_up)
@@ -92,8 +95,8 @@ class Comparison:
         every = adapted if head is None else [*adapted, tuple(head.weight.shape)]
         sizes = (self.tokens, self.architecture.rank, self.dtype == torch.float32)
         return {
-            "floor": step_floor(name, adapted, every, *sizes),
-            "floor, layers": step_floor(name, adapted, adapted, *sizes),
+            label: step_floor(name, adapted, layers, *sizes)
+            for label, layers in zip(_FLOORS, (every, adapted), strict=True)
         }
 
 

@@ -2,7 +2,8 @@
 
 Written apart from the library's own planner, to be a check of it. T tokens, m and M the smaller and the larger
 dimension of a layer, q = n·r ≥ m. A frozen layer takes T·m·M forward and T·m·M backward. Elementwise work, attention
-and the optimiser are left out, so that a step can come close to the floor but hardly reach it.
+and the optimiser are left out: what of it is a method's own puts a measured step above the floor, and what the frozen
+step has too brings all methods' multiples of it closer to 1.
 """
 
 import math
