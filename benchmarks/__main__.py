@@ -25,9 +25,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
 
-    warnings.simplefilter("ignore")  # PEFT's advice on save_projection, fan_in_fan_out
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     for name in options.names or NAMES:
         measure(name, options.quick, Console())
 
@@ -45,4 +42,7 @@ def measure(name: str, quick: bool, console: Console) -> None:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # PEFT's advice on save_projection, fan_in_fan_out
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     main()

@@ -15,7 +15,7 @@ from .processes import fresh_processes
 from .rounds import seconds
 
 COLUMNS = ("out", "in", "method", "first s", "second s")
-KINDS: dict[str, dict[str, bool]] = {"": {}, ", sparse": {"sparse": True}, ", very sparse": {"very_sparse": True}}
+KINDS: dict[str, dict[str, Any]] = {"": {}, ", sparse": {"sparse": True}, ", very sparse": {"very_sparse": True}}
 SHAPES = ((4096, 4096), (11008, 4096))  # the attention and the MLP of a Llama of 7 billion parameters
 
 
@@ -29,7 +29,7 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
                     yield {"out": out, "in": into, "method": case, **times}
 
 
-def create(case: str, kind: dict[str, bool], out: int, into: int) -> dict[str, float]:
+def create(case: str, kind: dict[str, Any], out: int, into: int) -> dict[str, float]:
     prepare(case)
     base = nn.Sequential(nn.Linear(into, out, bias=False))
     models: list[peft.PeftModel] = []

@@ -61,7 +61,8 @@ class Comparison:
 
     def run(self) -> list[dict[str, Any]]:
         """One row for each method."""
-        base = self.architecture.build().to(self.dtype).requires_grad_(False)
+        base: Any = self.architecture.build()
+        base.to(self.dtype).requires_grad_(False)
         steps = {name: Step(METHODS[name](twin(base), self.architecture)) for name in self.methods}
         for step in steps.values():
             step.model.enable_input_require_grads()

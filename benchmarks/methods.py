@@ -12,7 +12,7 @@ from torch import nn
 
 import randlora
 
-from .models import Architecture, matched_lora_rank
+from .models import Target, matched_lora_rank
 
 FROZEN, LORA, VERA, FULL = "frozen", "LoRA", "VeRA", "full fine-tuning"
 PEFT_DENSE, PEFT_VERY_SPARSE = "PEFT RandLora", "PEFT RandLora, very sparse"
@@ -23,28 +23,28 @@ PEERS = {DENSE: PEFT_DENSE, SPARSE: PEFT_DENSE, VERY_SPARSE: PEFT_VERY_SPARSE}
 TWINS = {DENSE: PEFT_DENSE, VERY_SPARSE: PEFT_VERY_SPARSE}
 """Those that must learn the same, since their bases are the same."""
 
-Method = Callable[[Any, Architecture], nn.Module]
+Method = Callable[[Any, Target], nn.Module]
 
 
-def frozen(base: Any, _architecture: Architecture) -> nn.Module:
+def frozen(base: Any, _target: Target) -> nn.Module:
     """Nothing trains: the floor under every method."""
     return base
 
 
-def lora(base: Any, architecture: Architecture) -> nn.Module:
-    rank = matched_lora_rank(base, architecture.targets, architecture.rank)
-    return peft.get_peft_model(base, peft.LoraConfig(r=rank, target_modules=architecture.targets))
+def lora(base: Any, target: Target) -> nn.Module:
+    rank = matched_lora_rank(base, target.targets, target.rank)
+    return peft.get_peft_model(base, peft.LoraConfig(r=rank, target_modules=target.targets))
 
 
-def vera(base: Any, architecture: Architecture) -> nn.Module:
-    return peft.get_peft_model(base, peft.VeraConfig(target_modules=architecture.targets))
+def vera(base: Any, target: Target) -> nn.Module:
+    return peft.get_peft_model(base, peft.VeraConfig(target_modules=target.targets))
 
 
-def peft_own(**kind: bool) -> Method:
+def peft_own(**kind: Any) -> Method:
     """PEFT's RandLora, built from its class, since `import randlora` has taken its place in PEFT's registries."""
 
-    def build(base: Any, architecture: Architecture) -> nn.Module:
-        config = peft_randlora.RandLoraConfig(r=architecture.rank, target_modules=architecture.targets, **kind)
+    def build(base: Any, target: Target) -> nn.Module:
+        config = peft_randlora.RandLoraConfig(r=target.rank, target_modules=target.targets, **kind)
         model = peft_randlora.RandLoraModel(base, config, "default")
         cast_adapter_dtype(model, "default")  # as get_peft_model does: λ and γ in fp32
         return model
@@ -52,15 +52,15 @@ def peft_own(**kind: bool) -> Method:
     return build
 
 
-def ours(**kind: bool) -> Method:
-    def build(base: Any, architecture: Architecture) -> nn.Module:
-        config = randlora.RandLoraConfig(r=architecture.rank, target_modules=architecture.targets, **kind)
+def ours(**kind: Any) -> Method:
+    def build(base: Any, target: Target) -> nn.Module:
+        config = randlora.RandLoraConfig(r=target.rank, target_modules=target.targets, **kind)
         return randlora.get_peft_model(base, config)
 
     return build
 
 
-def full(base: Any, _architecture: Architecture) -> nn.Module:
+def full(base: Any, _target: Target) -> nn.Module:
     """Trains weights of its own, for the base's are shared."""
     return copy.deepcopy(base).requires_grad_(True)
 

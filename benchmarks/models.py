@@ -28,8 +28,8 @@ from transformers.pytorch_utils import Conv1D
 SEQUENCE = 256  # most tokens of one sequence; a batch has as many sequences as its tokens need
 
 
-class Architecture(Protocol):
-    """A model's shape, and what a training step needs to know of it."""
+class Target(Protocol):
+    """What a method needs to know of a model."""
 
     @property
     def rank(self) -> int:
@@ -38,6 +38,10 @@ class Architecture(Protocol):
     @property
     def targets(self) -> str:
         """Regular expression of the names of the adapted layers."""
+
+
+class Architecture(Target, Protocol):
+    """A model's shape, and what a training step needs besides."""
 
     def build(self) -> PreTrainedModel:
         """The same fp32 weights at each call."""
@@ -87,8 +91,17 @@ class GPT2:
 
     def build(self) -> PreTrainedModel:
         torch.manual_seed(0)
-        none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
-        config = GPT2Config(n_embd=self.hidden, n_layer=self.layers, n_head=self.heads, vocab_size=self.vocab, **none)
+        config = GPT2Config(
+            n_embd=self.hidden,
+            n_layer=self.layers,
+            n_head=self.heads,
+            vocab_size=self.vocab,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
         return GPT2LMHeadModel(config)
 
     def batch(self, tokens: int) -> dict[str, Tensor]:
@@ -137,14 +150,13 @@ class ViT:
             intermediate_size=self.intermediate,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
-            num_labels=10,
         )
         return ViTForImageClassification(config)
 
     def batch(self, tokens: int) -> dict[str, Tensor]:
         images = tokens // 197
         pixels = torch.randn(images, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-        return {"pixel_values": pixels, "labels": torch.arange(images) % 10}
+        return {"pixel_values": pixels, "labels": torch.arange(images) % 2}
 
 
 LLAMA = Llama(hidden=1024, intermediate=2816, layers=4, heads=16)

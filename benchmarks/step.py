@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-from .comparison import COLUMNS as COLUMNS
 from .comparison import Comparison
 from .models import LLAMA, LLAMA_QUICK
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from .comparison import COLUMNS as COLUMNS
 from .comparison import Comparison
 from .models import LLAMA, LLAMA_QUICK
 from .step import ROUNDS
