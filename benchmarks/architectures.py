@@ -9,12 +9,12 @@ from .models import GPT2, Architecture, MiniLM, ViT
 
 COLUMNS = ("model", *COMPARED)
 MODELS: dict[str, Architecture] = {
-    "GPT-2": GPT2(hidden=768, layers=4, heads=12),
+    "GPT-2": GPT2(hidden=768, layers=6, heads=12),
     "MiniLM": MiniLM(),
     "ViT": ViT(hidden=768, intermediate=3072, layers=4, heads=12),
 }
-TOKENS = {"GPT-2": (256, 2048), "MiniLM": (256, 2048), "ViT": (197, 1970)}  # a ViT's image has 197
-ROUNDS = 5
+TOKENS = {"GPT-2": (256, 1024), "MiniLM": (256, 2048), "ViT": (197, 1970)}  # a ViT's image has 197
+ROUNDS = 3
 QUICK: dict[str, Architecture] = {
     "GPT-2": GPT2(hidden=128, layers=2, heads=4, vocab=512),
     "MiniLM": MiniLM(),

@@ -26,7 +26,6 @@ COLUMNS = ("tokens", "method", "trainable", "seconds", "× frozen", *_FLOORS, "�
 layers alone. × PEFT: the step beside that of PEFT's RandLora. added × PEFT: the same beyond the frozen step, that is,
 over the adapted layers.
 """
-WARM_UP = 512  # most tokens of the first step, which is not measured but makes the optimiser's state
 LEARNING_RATE = 1e-4
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}  # of a loss, relative to PEFT's
 
@@ -51,7 +50,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``rounds`` steps of ``tokens`` tokens of every method."""
+    """``rounds`` steps of ``tokens`` tokens of every method, after one that makes the optimiser's state."""
 
     architecture: Architecture
     tokens: int
@@ -66,11 +65,8 @@ class Comparison:
         steps = {name: Step(METHODS[name](twin(base), self.architecture)) for name in self.methods}
         for step in steps.values():
             step.model.enable_input_require_grads()
-        warm_up = self.architecture.batch(min(self.tokens, WARM_UP))
-        for step in steps.values():
-            step(warm_up)
         batch = self.architecture.batch(self.tokens)
-        history = interleave({name: partial(step, batch) for name, step in steps.items()}, self.rounds)
+        _, *history = interleave({name: partial(step, batch) for name, step in steps.items()}, 1 + self.rounds)
         require_equal_losses({name: step.losses for name, step in steps.items()}, TOLERANCE[self.dtype])
         return [self._row(name, step, history, base) for name, step in steps.items()]
 
