@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
+from .comparison import COLUMNS as COMPARED
 from .comparison import Comparison
 from .models import LLAMA, LLAMA_QUICK
 
-ROUNDS = {128: 7, 256: 7, 512: 5, 2048: 3, 4096: 2}  # by tokens; long steps are steadier, and long
+COLUMNS = COMPARED
+ROUNDS = {128: 5, 256: 5, 512: 3, 2048: 3, 4096: 2}  # by tokens; long steps are steadier, and long
 
 
 def run(quick: bool) -> Iterator[dict[str, Any]]:

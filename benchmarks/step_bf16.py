@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 
+from .comparison import COLUMNS as COMPARED
 from .comparison import Comparison
 from .models import LLAMA, LLAMA_QUICK
 from .step import ROUNDS
+
+COLUMNS = COMPARED
 
 
 def run(quick: bool) -> Iterator[dict[str, Any]]:
