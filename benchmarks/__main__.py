@@ -1,49 +1,48 @@
 """`python -m benchmarks [--quick] [names]`: runs benchmarks, prints their tables, writes benchmarks/results/*.json."""
 
 import argparse
-from typing import Any
+import importlib
+import time
+import warnings
+from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
+from transformers.utils import logging
 
-from . import files, record, step
+from . import record
+from .table import table
 
-BENCHMARKS = {"step": step, "files": files}
+NAMES = ("step", "step_bf16", "architectures", "compiled", "layers", "memory", "files", "bases", "decode", "scaling")
+"""Each is a file here, with `COLUMNS` of its table, and `run(quick)` that yields its rows."""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure randlora beside its peers.")
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; all by default")
-    parser.add_argument("--quick", action="store_true", help="a small model and few rounds: under a minute")
-    arguments = parser.parse_args()
-    unknown = set(arguments.names) - set(BENCHMARKS)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(NAMES)}; all by default")
+    parser.add_argument("--quick", action="store_true", help="small models and few rounds: under a minute for all")
+    options = parser.parse_args(arguments)
+    unknown = set(options.names) - set(NAMES)
     if unknown:
-        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
 
-    console = Console()
-    for name in arguments.names or BENCHMARKS:
-        benchmark = BENCHMARKS[name]
-        machine = record.this_machine()
-        rows = benchmark.run(arguments.quick)
-        console.print(table(name, benchmark.COLUMNS, rows))
-        path = record.save(f"{name}-quick" if arguments.quick else name, rows, machine)
-        console.print(f"written to {path}")
+    for name in options.names or NAMES:
+        measure(name, options.quick, Console())
 
 
-def table(title: str, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> Table:
-    result = Table(title=title)
-    for column in columns:
-        result.add_column(column, justify="left" if column == "method" else "right")
-    for row in rows:
-        result.add_row(*(cell(row[column]) for column in columns))
-    return result
-
-
-def cell(value: float | str) -> str:
-    if isinstance(value, str):
-        return value
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+def measure(name: str, quick: bool, console: Console) -> None:
+    benchmark = importlib.import_module(f"{__package__}.{name}")
+    machine, start, rows = record.this_machine(), time.perf_counter(), []
+    with console.status(name) as status:
+        for row in benchmark.run(quick):
+            rows.append(row)
+            status.update(f"{name}: {len(rows)} rows, {time.perf_counter() - start:.0f} s")
+    console.print(table(name, benchmark.COLUMNS, rows))
+    path = record.save(f"{name}-quick" if quick else name, rows, machine, time.perf_counter() - start)
+    console.print(f"written to {path}")
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # PEFT's advice on save_projection, fan_in_fan_out
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     main()

@@ -1,74 +1,81 @@
-"""Bytes of an adapter file, and the seconds it takes to create, save and load the adapter.
+"""Bytes of an adapter file, and the seconds it takes to create, save, load, merge and unmerge the adapter.
 
-Each measurement runs in a process of its own. `import randlora` replaces PEFT's RandLora, so PEFT's can be measured
+Writing and reading run in processes of their own. `import randlora` replaces PEFT's RandLora, so PEFT's can be measured
 only where randlora was never imported; and a process that has created an adapter still holds the bases that loading
 must make.
 """
 
 import importlib
-import multiprocessing
 import sys
 import tempfile
-import time
-import warnings
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import peft
 
-from .models import LLAMA, LLAMA_QUICK, TARGETS, Shape, build
+from .models import LLAMA, LLAMA_QUICK, Llama, matched_lora_rank
+from .processes import fresh_processes
+from .rounds import seconds
 
-CASES = ("LoRA", "PEFT RandLora", "PEFT RandLora, no bases", "randlora", "randlora, no bases")
-COLUMNS = ("method", "bytes", "create s", "save s", "load s")
+CASES: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "PEFT RandLora": {},
+    "PEFT RandLora, no bases": {"save_projection": False},
+    "PEFT RandLora, very sparse": {"very_sparse": True},
+    "randlora": {},
+    "randlora, no bases": {"save_projection": False},
+    "randlora, sparse": {"sparse": True},
+    "randlora, very sparse": {"very_sparse": True},
+}
+COLUMNS = ("method", "bytes", "create s", "save s", "load s", "merge s", "unmerge s")
+MERGES = 3
 
 
-def run(quick: bool) -> list[dict[str, Any]]:
-    shape = LLAMA_QUICK if quick else LLAMA
-    # A server that has imported nothing but PEFT forks the processes, which spares each of them the imports.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.models", "peft"])
-    with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as processes:
-        rows = []
+def run(quick: bool) -> Iterator[dict[str, Any]]:
+    architecture = LLAMA_QUICK if quick else LLAMA
+    with fresh_processes() as processes:
         for case in CASES:
+            if quick and "sparse" in case:
+                continue
             with tempfile.TemporaryDirectory() as folder:
-                written = processes.submit(write, case, folder, shape).result()
-                rows.append({"method": case, **written, **processes.submit(read, case, folder, shape).result()})
-        return rows
+                written = processes.submit(write, case, folder, architecture).result()
+                yield {"method": case, **written, **processes.submit(read, case, folder, architecture).result()}
 
 
-def write(case: str, folder: str, shape: Shape) -> dict[str, Any]:
+def write(case: str, folder: str, architecture: Llama) -> dict[str, Any]:
     prepare(case)
-    base, config = build(shape), config_of(case, shape)
+    base = architecture.build()
+    config = config_of(case, base, architecture)
     create, model = timed(lambda: peft.get_peft_model(base, config))
     save, _ = timed(lambda: model.save_pretrained(folder))
     return {"bytes": (Path(folder) / "adapter_model.safetensors").stat().st_size, "create s": create, "save s": save}
 
 
-def read(case: str, folder: str, shape: Shape) -> dict[str, Any]:
+def read(case: str, folder: str, architecture: Llama) -> dict[str, Any]:
     prepare(case)
-    base = build(shape)
-    load, _ = timed(lambda: peft.PeftModel.from_pretrained(base, folder))
-    return {"load s": load}
+    base = architecture.build()
+    load, model = timed(lambda: peft.PeftModel.from_pretrained(base, folder))
+    both = [(seconds(model.merge_adapter), seconds(model.unmerge_adapter)) for _ in range(MERGES)]
+    merge, unmerge = (median(times) for times in zip(*both, strict=True))
+    return {"load s": load, "merge s": merge, "unmerge s": unmerge}
 
 
 def prepare(case: str) -> None:
-    warnings.simplefilter("ignore")  # PEFT's advice on save_projection
     if case.startswith("randlora"):
         importlib.import_module("randlora")
     elif "randlora" in sys.modules:
         raise RuntimeError(f"{case!r} would measure randlora, which this process has imported")
 
 
-def config_of(case: str, shape: Shape) -> peft.PeftConfig:
+def config_of(case: str, base: Any, architecture: Llama) -> peft.PeftConfig:
+    targets = architecture.targets
     if case == "LoRA":
-        return peft.LoraConfig(r=shape.matched_lora_rank, target_modules=TARGETS)
-    save_projection = not case.endswith("no bases")
-    return peft.RandLoraConfig(r=shape.rank, target_modules=TARGETS, save_projection=save_projection)
+        return peft.LoraConfig(r=matched_lora_rank(base, targets, architecture.rank), target_modules=targets)
+    return peft.RandLoraConfig(r=architecture.rank, target_modules=targets, **CASES[case])
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = action()
-    return time.perf_counter() - start, result
+    result: list[Any] = []
+    return seconds(lambda: result.append(action())), result[0]

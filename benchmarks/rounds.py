@@ -1,0 +1,35 @@
+"""Actions in turn, round after round, and what their times say.
+
+All actions run once in each round, so that a disturbance of the machine falls on all of them alike. What is compared is
+the ratio of two times of the same round; the median over rounds is reported.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+Seconds = Mapping[str, float]
+"""Of one round, by action."""
+
+
+def interleave(actions: Mapping[str, Callable[[], object]], rounds: int) -> list[Seconds]:
+    return [{name: seconds(action) for name, action in actions.items()} for _ in range(rounds)]
+
+
+def seconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def typical(history: list[Seconds], name: str) -> float:
+    return median(times[name] for times in history)
+
+
+def ratio(history: list[Seconds], name: str, to: str) -> float:
+    return median(times[name] / times[to] for times in history)
+
+
+def added_ratio(history: list[Seconds], name: str, peer: str, floor: str) -> float:
+    """What ``name`` takes beyond ``floor``, as a share of what ``peer`` takes beyond it."""
+    return median((times[name] - times[floor]) / (times[peer] - times[floor]) for times in history)

@@ -1,0 +1,35 @@
+"""Bytes that a forward keeps for its backward."""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def saved_bytes(forward: Callable[[], Any]) -> int:
+    """Bytes of the storages that autograd holds when ``forward`` has run, each counted once.
+
+    Storages that were there before do not count: parameters, frozen bases and weights, the batch.
+    """
+    before = {_address(thing) for thing in gc.get_objects() if _is_tensor(thing)}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if _address(tensor) not in before:
+            sizes[_address(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()  # holds the graph, so that no address is used twice
+    del result
+    return sum(sizes.values())
+
+
+def _is_tensor(thing: object) -> bool:
+    return issubclass(type(thing), Tensor) and thing.layout == torch.strided  # type: ignore[attr-defined]
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

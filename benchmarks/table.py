@@ -1,0 +1,26 @@
+"""Rows as a table for the terminal."""
+
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+
+def table(title: str, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> Table:
+    """Columns of words to the left, of numbers to the right; a rule wherever anything before the method changes."""
+    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        words = all(isinstance(row[column], str) for row in rows)
+        result.add_column(column, justify="left" if words else "right", no_wrap=words)
+    groups = [[row[column] for column in columns[: columns.index("method")]] for row in rows]
+    for row, group, following in zip(rows, groups, [*groups[1:], []], strict=True):
+        result.add_row(*(cell(row[column]) for column in columns), end_section=group != following)
+    return result
+
+
+def cell(value: float | str | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if abs(value) < 0.1 else f"{value:,.2f}"
