@@ -28,7 +28,8 @@ def saved_bytes(forward: Callable[[], Any]) -> int:
 
 
 def _is_tensor(thing: object) -> bool:
-    return issubclass(type(thing), Tensor) and thing.layout == torch.strided  # type: ignore[attr-defined]
+    """Whether it has memory of its own: not a sparse tensor, nor one of a compiler's stand-ins."""
+    return type(thing) in (Tensor, torch.nn.Parameter) and thing.layout == torch.strided  # type: ignore[attr-defined]
 
 
 def _address(tensor: Tensor) -> int:

@@ -42,7 +42,9 @@ class DenseBases(NamedTuple):
         return (torch.mul(lam.unsqueeze(-1), A.unsqueeze(1)) * gamma).flatten(0, 1).to(dtype)
 
     def weight(self, At: Tensor, base: Tensor | None = None) -> Tensor:
-        """B Ã (+ base), (M, m)."""
+        """B Ã (+ base), (M, m), in the memory order of the base."""
+        if base is not None and base.stride(1) != 1:
+            return product(At.T, self.B.T, base.T).T
         return product(self.B, At, base)
 
     def basis_gradient(self, u: Tensor, v: Tensor) -> Tensor:

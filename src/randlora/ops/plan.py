@@ -48,12 +48,14 @@ class Rates:
     Attributes:
         split: a multiply-add of an exact product with a bfloat16 basis.
         sparse: a multiply-add of a product that skips zeros, for each one that it does.
-        element: one pass over an element of a matrix of the weight's size (copying W, splitting, adding).
+        element: what an element of the weight costs apart from the products (copying W, splitting, adding).
+        element_sparse: the same where the products skip zeros.
     """
 
-    split: float = 0.65
+    split: float = 0.85
     sparse: float = 9.0
     element: float = 40.0
+    element_sparse: float = 40.0
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def backward_cost(problem: Problem, grad_input: Way, grad_basis: BasisWay) -> fl
     if grad_basis == "token":  # u B, from the M-wide side, and its product with the other side
         cost = _through_B(problem) + _through_A(problem)
     else:
-        cost = T * M * m + _weight_product(problem) + rates.element * M * m
+        cost = T * M * m + _weight_product(problem) + _element(problem) * M * m
     if not problem.input_needs_grad:
         return cost
     if grad_input != "token":
@@ -182,7 +184,7 @@ def _through_B(problem: Problem) -> float:
     """T rows between q and M features."""
     T, q, _, M = problem.sizes
     if problem.kind == "sparse":
-        return T * q * M * rates.sparse * problem.density[1] + 2 * rates.element * T * M  # transposed both ways
+        return T * M * (q * rates.sparse * problem.density[1] + rates.element_sparse)
     return T * q * M * _rate(problem)
 
 
@@ -195,11 +197,15 @@ def _weight_product(problem: Problem) -> float:
 def _update_cost(problem: Problem, fused: bool) -> float:
     """x ΔWᵀ, by way of ΔW."""
     T, _, m, M = problem.sizes
-    return _weight_product(problem) + rates.element * M * m + (0 if fused else T * M * m)
+    return _weight_product(problem) + _element(problem) * M * m + (0 if fused else T * M * m)
 
 
 def _rate(problem: Problem) -> float:
     return rates.split if problem.kind == "split" else 1.0
+
+
+def _element(problem: Problem) -> float:
+    return rates.element_sparse if problem.kind == "sparse" else rates.element
 
 
 def _allowed(plan: Plan, problem: Problem) -> Plan:

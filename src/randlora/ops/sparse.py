@@ -80,7 +80,7 @@ class SparseBases(NamedTuple):
         return (lam.unsqueeze(-1) * self.values.unsqueeze(1) * self._at_columns(gamma)).to(self.values.dtype)
 
     def weight(self, At: Tensor, base: Tensor | None = None) -> Tensor:
-        """B Ã (+ base), (M, m)."""
+        """B Ã (+ base), (M, m), in the memory order of the base."""
         places = self.columns.unsqueeze(1).expand_as(At)
         dense = At.new_zeros(*At.shape[:2], self.min_dim).scatter_add_(2, places, At)
         return self.B.matmul(dense.flatten(0, 1), base)
@@ -185,8 +185,15 @@ def _csr_mm(
     sparse = torch.sparse_csr_tensor(rows, columns, values, shape, check_invariants=False)
     if matrix.stride(1) != 1:  # MKL is several times slower on a transposed view
         matrix = _padded(matrix, *matrix.shape).copy_(matrix)
-    for source, target in zip(matrix.split(_BLOCK, 1), out.split(_BLOCK, 1), strict=True):
-        torch.addmm(target, sparse, source, beta=0 if base is None else 1, out=target)
+    adds = base is not None and base.stride(1) == 1
+    for start in range(0, matrix.shape[1], _BLOCK):
+        source, target = matrix[:, start : start + _BLOCK], out[:, start : start + _BLOCK]
+        if base is None or adds:
+            torch.addmm(target, sparse, source, beta=int(adds), out=target)
+        else:  # MKL does not write transposed, but a block that is still in the cache is soon turned
+            block = _padded(matrix, *target.shape)
+            torch.addmm(block, sparse, source, beta=0, out=block)
+            target.T.add_(block.T)
     return out
 
 
@@ -199,7 +206,7 @@ def _start(rows: Tensor, matrix: Tensor, base: Tensor | None) -> Tensor:
     """What the product is written or added to."""
     if base is None:
         return _padded(matrix, rows.shape[0] - 1, matrix.shape[1])
-    return base.clone(memory_format=torch.contiguous_format)
+    return base.clone() if base.stride(1) == 1 else base.T.clone().T
 
 
 def _padded(like: Tensor, rows: int, columns: int) -> Tensor:

@@ -1,0 +1,136 @@
+"""Finds the rates with which the planner counts on this machine."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+from torch.nn import functional as F
+
+from randlora.ops import plan as planner
+from randlora.ops.bases import BasisSpec, get_basis
+from randlora.ops.linear import adapted_linear, problem_of
+from randlora.ops.plan import BasisWay, Problem, Rates, Way, backward_cost, forward_cost
+
+_RANK = 32
+_SHAPES = ((1024, 1024), (2048, 1024), (1024, 2048))  # (out, in)
+_TOKENS = (128, 256, 512, 1024, 2048)
+_WAYS: tuple[tuple[Way, BasisWay], ...] = (("token", "token"), ("fused", "token"), ("fused", "weight"))
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call beyond the base layer's own, for each of the ways.
+
+    Attributes:
+        problem: what was computed.
+        forward: seconds of the output, by way.
+        backward: seconds of the gradients, by ways of dx and dÃ.
+    """
+
+    problem: Problem
+    forward: dict[Way, float]
+    backward: dict[tuple[Way, BasisWay], float]
+
+
+def calibrate(
+    device: str | torch.device = "cpu",
+    shapes: Iterable[tuple[int, int]] = _SHAPES,
+    tokens: Iterable[int] = _TOKENS,
+) -> Rates:
+    """Measures layers of the given shapes, in float32, and makes the planner count with what fits them best.
+
+    Takes about a minute with the default shapes. The rates hold for this process; a program that is to use them
+    without measuring passes them to ``randlora.ops.plan.set_rates``.
+
+    Args:
+        device: where to measure.
+        shapes: (out, in) of the layers.
+        tokens: numbers of tokens of the calls.
+
+    Returns:
+        The rates that are now in force.
+    """
+    device = torch.device(device)
+    dense, sparse = (
+        [measure(shape, count, sparsity, device) for shape in shapes for count in tokens]
+        for sparsity in (None, 2.0 * _RANK)
+    )
+    rates = fitted(dense, planner.rates, {"split": _around(0.85), "element": _around(40.0)})
+    rates = fitted(sparse, rates, {"sparse": _around(9.0), "element_sparse": _around(40.0)})
+    planner.set_rates(rates)
+    return rates
+
+
+def measure(shape: tuple[int, int], tokens: int, sparsity: float | None, device: torch.device) -> Timing:
+    """Times every way of computing one layer's call."""
+    out, in_ = shape
+    m, M = min(shape), max(shape)
+    basis = get_basis(BasisSpec(_RANK, m, M, 0, sparsity, m, M))
+    bases = basis.operands(device, torch.float32, m, M, basis.num_bases)
+    lam = torch.full((_RANK, basis.num_bases), 0.01, device=device, requires_grad=True)
+    gamma = torch.full((basis.num_bases, m), 1 / M, device=device, requires_grad=True)
+    weight = torch.randn(out, in_, device=device)
+    x = torch.randn(tokens, in_, device=device, requires_grad=True)
+    dy = torch.randn(tokens, out, device=device)
+    base = _seconds(lambda: F.linear(x, weight), dy)
+    timing = Timing(problem_of(bases, torch.float32, tokens, out, in_, tuple(lam.shape), fusible=True), {}, {})
+    for way, basis_way in _WAYS:
+        with planner.force(planner.Plan(way, way, basis_way)):
+            found = _seconds(lambda: adapted_linear(x, bases, lam, gamma, 1.0, out, weight), dy)
+        timing.forward[way] = found[0] - base[0]
+        timing.backward[way, basis_way] = found[1] - base[1]
+    return timing
+
+
+def fitted(timings: list[Timing], start: Rates, candidates: dict[str, list[float]]) -> Rates:
+    """The rates among ``candidates`` with which the planner's choices take the least time in all."""
+
+    def total(rates: Rates) -> float:
+        before = planner.rates
+        planner.set_rates(rates)
+        try:
+            return sum(chosen_seconds(timing) for timing in timings)
+        finally:
+            planner.set_rates(before)
+
+    options = (
+        replace(start, **dict(zip(candidates, values, strict=True)))
+        for values in itertools.product(*candidates.values())
+    )
+    return min(options, key=total)
+
+
+def chosen_seconds(timing: Timing) -> float:
+    """What the planner's choice among the measured ways took."""
+    forward = min(timing.forward, key=lambda way: forward_cost(timing.problem, way))
+    backward = min(timing.backward, key=lambda ways: backward_cost(timing.problem, *ways))
+    return timing.forward[forward] + timing.backward[backward]
+
+
+def _around(value: float) -> list[float]:
+    """Candidates from a quarter of the value to its fourfold, those next to it first."""
+    return sorted((value * 2 ** (step / 4) for step in range(-8, 9)), key=lambda found: abs(found / value - 1))
+
+
+def _seconds(call: Callable[[], torch.Tensor], dy: torch.Tensor) -> tuple[float, float]:
+    """Medians of forward and of backward."""
+    found = []
+    for _ in range(_ROUNDS + 1):
+        start = _now(dy.device)
+        y = call()
+        middle = _now(dy.device)
+        y.backward(dy)
+        found.append((middle - start, _now(dy.device) - middle))
+    return median(f for f, _ in found[1:]), median(b for _, b in found[1:])
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
