@@ -314,7 +314,8 @@ class TestOperands:
     """What layers multiply with: slices, made once, in the smallest form that products can read."""
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-    def test_dense_are_cast_once_or_not_at_all(self, dtype):
+    def test_dense_are_cast_once_or_not_at_all(self, monkeypatch, dtype):
+        monkeypatch.setattr(bf16, "_SMALLEST", 1)
         basis = get_basis(spec_of(4, 20, 30, key=46))
         first, again = (basis.operands(CPU, dtype, 12, 9, 3) for _ in range(2))
         assert isinstance(first, DenseBases)
@@ -330,8 +331,11 @@ class TestOperands:
     @pytest.mark.parametrize("available", [True, False])
     def test_float32_products_read_bfloat16_where_the_machine_can(self, monkeypatch, available):
         monkeypatch.setattr(bf16, "available", available)
+        monkeypatch.setattr(bf16, "_SMALLEST", 600)
         basis = get_basis(spec_of(4, 20, 30, key=47))
         assert basis.operands(CPU, torch.float32, 20, 30, 5).B.dtype == (torch.bfloat16 if available else torch.float32)
+        monkeypatch.setattr(bf16, "_SMALLEST", 601)
+        assert basis.operands(CPU, torch.float32, 20, 30, 5).B.dtype == torch.float32
 
     def test_codes_stay_codes(self):
         basis = get_basis(spec_of(4, 20, 30, key=48, sparsity=3.0))

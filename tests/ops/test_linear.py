@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from randlora.ops import naive
+from randlora.ops import bf16, naive
 from randlora.ops.linear import adapted_linear, can_fuse, delta_weight
 from randlora.ops.operands import DenseBases
 from randlora.ops.plan import Plan, force
@@ -459,3 +459,10 @@ def test_an_empty_batch_gives_zero_gradients():
         assert results["y"].shape == (0, 9)
         for name in ("lam", "gamma", "bias"):
             assert torch.equal(results[name], torch.zeros_like(results[name])), (plan, name)
+
+
+@pytest.mark.parametrize("plan", UNIFORM, ids=plan_name)
+def test_codes_are_split_where_they_are_many(monkeypatch, plan):
+    monkeypatch.setattr(bf16, "_SMALLEST", 1)
+    with force(plan):
+        Case(9, 6, 4, (5,), torch.float32, kind="codes").check(TOLERANCE[torch.float32])

@@ -125,8 +125,8 @@ class Basis:
         held = dtype
         if not self._is_dense():
             held = torch.int8
-        elif device.type == "cpu" and dtype == torch.float32 and bf16.available:
-            held = self._compact[0].dtype if self._compact[0].dtype == torch.bfloat16 else dtype
+        elif self._compact[1].dtype == torch.bfloat16 and device.type == "cpu" and bf16.splits(self._compact[1], dtype):
+            held = torch.bfloat16
         A, B = self._in_dtype(device, held)
         return DenseBases(A[:, :min_dim], B[:max_dim, :columns])
 

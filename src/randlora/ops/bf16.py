@@ -230,3 +230,11 @@ def _available() -> bool:
 
 available: bool = _available()
 """Whether this machine multiplies bfloat16 matrices in hardware and torch's BLAS gives their float32 product."""
+
+
+_SMALLEST = 1 << 20  # entries of a basis below which splitting costs more than it saves
+
+
+def splits(basis: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products of ``dtype`` should read ``basis`` as bfloat16."""
+    return available and dtype == torch.float32 and basis.device.type == "cpu" and basis.numel() >= _SMALLEST

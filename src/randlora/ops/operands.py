@@ -33,8 +33,7 @@ class DenseBases(NamedTuple):
         """The same numbers such that products in ``dtype`` can take them."""
         if self.B.is_floating_point():
             return self
-        exact = dtype == torch.float32 and self.B.device.type == "cpu" and bf16.available
-        return DenseBases(self.A, self.B.to(torch.bfloat16 if exact else dtype))
+        return DenseBases(self.A, self.B.to(torch.bfloat16 if bf16.splits(self.B, dtype) else dtype))
 
     def scaled(self, lam: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
         """Ã = λ·A·γ of shape (q, m), rows over (r, n), formed in the wider of the dtypes, returned in ``dtype``."""

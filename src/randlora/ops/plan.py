@@ -11,8 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from typing import Literal
+
+import torch
 
 Way = Literal["token", "weight", "fused"]
 """token: (x Ãᵀ) Bᵀ. weight: x ΔWᵀ beside x Wᵀ. fused: x (W + ΔW)ᵀ, for base weights of float32 or wider."""
@@ -126,6 +129,16 @@ def choose(problem: Problem) -> Plan:
     """The cheapest plan for ``problem``, or the forced one."""
     if _forced is not None:
         return _allowed(_forced, problem)
+    # a compiler traces the arithmetic; else it is done once for each shape
+    return _cheapest(problem) if torch.compiler.is_compiling() else _remembered(problem, rates)
+
+
+@lru_cache(maxsize=4096)
+def _remembered(problem: Problem, _rates: Rates) -> Plan:
+    return _cheapest(problem)
+
+
+def _cheapest(problem: Problem) -> Plan:
     ways: tuple[Way, ...] = ("token", "fused" if problem.can_fuse else "weight")
     output, lowest = ways[0], forward_cost(problem, ways[0])  # comparisons: torch.compile traces them
     if forward_cost(problem, ways[1]) < lowest:

@@ -58,6 +58,11 @@ def held_bytes() -> int:
     return sum(holder.nbytes for holder in list(_holders))
 
 
+def may_hold(training: bool) -> bool:
+    """Whether there is a budget at all."""
+    return (_budget.training if training else _budget.evaluation) > 0
+
+
 class HeldWeight:
     """The place of one layer for its sum W + ΔW."""
 

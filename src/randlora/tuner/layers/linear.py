@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from randlora.ops import linear as ops
 from randlora.ops.plan import Plan, Problem, call_cost, choose, sum_cost
 from randlora.tuner.layers.base import RandLoraLayer, compute_dtype
-from randlora.tuner.layers.held import HeldWeight
+from randlora.tuner.layers.held import HeldWeight, may_hold
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -93,8 +93,11 @@ class Linear(nn.Module, RandLoraLayer):
 
     def _summed(self, names: list[str], x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """W plus the updates of the adapters, (out, in), where the layer may and should hold it between calls."""
-        weight, training = self._base_weight(), self.training or torch.is_grad_enabled()
-        if torch.compiler.is_compiling() or (training and len(names) > 1) or not ops.can_fuse(dtype, weight.dtype):
+        training = self.training or torch.is_grad_enabled()
+        if not may_hold(training) or torch.compiler.is_compiling() or (training and len(names) > 1):
+            return None
+        weight = self._base_weight()
+        if not ops.can_fuse(dtype, weight.dtype):
             return None
         key = self._sum_key(names, weight)
         if key is None:
