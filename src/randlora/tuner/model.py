@@ -8,18 +8,17 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from randlora.errors import UnsupportedLayerError
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
 from randlora.tuner import checkpoint
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import ProjectionView, RandLoraLayer
-from randlora.tuner.layers.linear import Linear, linear_shape
+from randlora.tuner.layers.dispatch import kind_of
+from randlora.tuner.layers.quantized import one_rounding_warning
 
 
 class RandLoraModel(BaseTuner):
@@ -114,13 +113,12 @@ class RandLoraModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        _require_supported(base_layer, current_key, peft_config)
+        kind = kind_of(target, current_key, self.model, peft_config)
         rank = peft_config.rank_pattern.get(get_pattern_key(list(peft_config.rank_pattern), current_key), peft_config.r)
         alpha = peft_config.alpha_pattern.get(
             get_pattern_key(list(peft_config.alpha_pattern), current_key), peft_config.randlora_alpha
         )
-        scaling = peft_config.scaling(rank, alpha, num_bases(rank, min(linear_shape(base_layer))))
+        scaling = peft_config.scaling(rank, alpha, num_bases(rank, min(kind.shape)))
         # A config that was saved announces a file, in which γ holds the scaling's share. PEFT's way of loading takes
         # it out again; others, Transformers' among them, put the file's values into γ as they are.
         gamma_factor = 1.0 if peft_config.basis_fingerprint is None else scaling / (alpha / rank)
@@ -135,7 +133,7 @@ class RandLoraModel(BaseTuner):
         if isinstance(target, RandLoraLayer):
             target.update_layer(adapter_name, **adapter)
             return
-        layer = Linear(target, adapter_name, **adapter)
+        layer = kind.create(target, adapter_name, **adapter)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not active, hence not trained
         self._replace_module(parent, target_name, layer, target)
@@ -170,7 +168,8 @@ class RandLoraModel(BaseTuner):
         """
         if safe_merge:
             self._require_finite_merge(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names)
+        with one_rounding_warning():
+            super().merge_adapter(adapter_names=adapter_names)
 
     def _unload_and_optionally_merge(
         self,
@@ -181,7 +180,8 @@ class RandLoraModel(BaseTuner):
     ) -> Any:
         if merge and safe_merge:
             self._require_finite_merge(adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
+        with one_rounding_warning():
+            return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
 
     def _require_finite_merge(self, adapter_names: list[str] | None) -> None:
         """Looks at every layer before any is changed."""
@@ -234,19 +234,5 @@ def _warn_of_single_bases(layers: list[RandLoraLayer], adapter_name: str) -> Non
             f"layers, {layer.min_dim} for one of shape {layer.out_features}×{layer.in_features}: such a layer gets a "
             "single basis and r + min(out, in) parameters. Its update is full-rank all the same; a smaller r gives it "
             "more parameters.",
-            stacklevel=2,
-        )
-
-
-def _require_supported(base_layer: nn.Module, name: str, config: RandLoraConfig) -> None:
-    if not isinstance(base_layer, nn.Linear | Conv1D):
-        raise UnsupportedLayerError(
-            f"target module {name!r} is a {type(base_layer).__name__}, which RandLoRA cannot adapt; supported are "
-            "`torch.nn.Linear` and `transformers.pytorch_utils.Conv1D`. Name other modules in `target_modules`, or add "
-            "this one to `exclude_modules`."
-        )
-    if config.fan_in_fan_out and isinstance(base_layer, nn.Linear):
-        warnings.warn(
-            f"fan_in_fan_out=True has no effect on {name!r}: a `torch.nn.Linear` stores its weight as (out, in).",
             stacklevel=2,
         )

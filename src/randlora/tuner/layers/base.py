@@ -109,7 +109,7 @@ class RandLoraLayer(BaseTunerLayer):
         """Gives the adapter its bases, and casts them for the base layer: not while a compiled step is traced."""
         self.bases[adapter_name] = basis
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if isinstance(basis, Basis) and dtype is not None and dtype.is_floating_point:
+        if isinstance(basis, Basis) and device is not None and dtype is not None and dtype.is_floating_point:
             basis.tensors(device, dtype)
 
     def get_scaled_bases(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
@@ -152,11 +152,7 @@ class RandLoraLayer(BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.randlora_lambda]
         if not names:
             return
-        merged = self.merged_weight(names, safe_merge)
-        weight = self._base_weight()
-        if self._unmerged_weight is None:
-            self._unmerged_weight = weight.data
-        weight.data = merged
+        self._put_merged_weight(self.merged_weight(names, safe_merge))
         self.merged_adapters.extend(names)
 
     def merged_weight(self, adapter_names: list[str], require_finite: bool = False) -> Tensor:
@@ -165,7 +161,7 @@ class RandLoraLayer(BaseTunerLayer):
         Raises:
             MergeError: with ``require_finite``, if it holds NaN or infinity.
         """
-        weight = self._base_weight().data
+        weight = self._dense_base_weight()
         total = weight
         for name in adapter_names:
             total = total + self.get_delta_weight(name).detach().to(weight.device)
@@ -183,11 +179,7 @@ class RandLoraLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = self._base_weight()
-        if self._unmerged_weight is not None:
-            # the model may have been moved or cast in between
-            weight.data = self._unmerged_weight.to(device=weight.device, dtype=weight.dtype)
-        self._unmerged_weight = None
+        self._restore_base_weight()
         self.merged_adapters = []
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -196,6 +188,25 @@ class RandLoraLayer(BaseTunerLayer):
 
     def _base_weight(self) -> nn.Parameter:
         return cast("nn.Parameter", self.get_base_layer().weight)
+
+    def _dense_base_weight(self) -> Tensor:
+        """The base weight as plain numbers."""
+        return self._base_weight().data
+
+    def _put_merged_weight(self, merged: Tensor) -> None:
+        """Makes ``merged`` the base weight, and keeps the original aside."""
+        weight = self._base_weight()
+        if self._unmerged_weight is None:
+            self._unmerged_weight = weight.data
+        weight.data = merged
+
+    def _restore_base_weight(self) -> None:
+        """Puts back what ``_put_merged_weight`` has kept."""
+        weight = self._base_weight()
+        if self._unmerged_weight is not None:
+            # the model may have been moved or cast in between
+            weight.data = self._unmerged_weight.to(device=weight.device, dtype=weight.dtype)
+        self._unmerged_weight = None
 
     def _to_weight_layout(self, update: Tensor) -> Tensor:
         """(out, in) to the layout in which the base layer stores its weight."""
@@ -246,6 +257,13 @@ class ProjectionView(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._bases())
+
+
+def innermost(layer: nn.Module) -> nn.Module:
+    """The module inside all adapters."""
+    while hasattr(layer, "base_layer"):
+        layer = cast("nn.Module", layer.base_layer)
+    return layer
 
 
 def known_basis(basis: Basis | AwaitedBasis) -> Basis:

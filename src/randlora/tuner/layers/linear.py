@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from randlora.ops import linear as ops
-from randlora.tuner.layers.base import RandLoraLayer, compute_dtype
+from randlora.tuner.layers.base import RandLoraLayer, compute_dtype, innermost
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,9 +25,7 @@ class Linear(nn.Module, RandLoraLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **adapter: Any) -> None:
         super().__init__()
-        inner: Any = base_layer
-        while hasattr(inner, "base_layer"):
-            inner = inner.base_layer
+        inner = innermost(base_layer)
         in_features, out_features = linear_shape(inner)
         RandLoraLayer.__init__(self, base_layer, in_features, out_features)
         self.fan_in_fan_out = isinstance(inner, Conv1D)

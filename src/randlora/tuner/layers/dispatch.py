@@ -1,0 +1,59 @@
+"""Which kind of adapted layer a module gets."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from randlora.errors import UnsupportedLayerError
+from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.layers.base import innermost
+from randlora.tuner.layers.linear import Linear, linear_shape
+from randlora.tuner.layers.quantized import quantization_backend, quantized_class
+
+
+class Kind(NamedTuple):
+    """How to adapt a module.
+
+    Attributes:
+        create: takes the module, the adapter's name and its values (:meth:`RandLoraLayer.update_layer`).
+        shape: (in, out) of its weight as a matrix.
+    """
+
+    create: Callable[..., nn.Module]
+    shape: tuple[int, int]
+
+
+def kind_of(target: nn.Module, name: str, model: nn.Module, config: RandLoraConfig) -> Kind:
+    """The kind of adapted layer for a module.
+
+    Args:
+        target: the module to adapt, possibly adapted already.
+        name: its name in ``model``, for messages.
+        model: the model that it is part of.
+        config: the adapter's config.
+
+    Raises:
+        UnsupportedLayerError: if no kind fits.
+    """
+    base_layer = innermost(target)
+    backend = quantization_backend(base_layer, model)
+    if backend is not None:
+        return Kind(functools.partial(quantized_class(backend), backend=backend), linear_shape(base_layer))
+    if isinstance(base_layer, nn.Linear | Conv1D):
+        if config.fan_in_fan_out and isinstance(base_layer, nn.Linear):
+            warnings.warn(
+                f"fan_in_fan_out=True has no effect on {name!r}: a `torch.nn.Linear` stores its weight as (out, in).",
+                stacklevel=2,
+            )
+        return Kind(Linear, linear_shape(base_layer))
+    raise UnsupportedLayerError(
+        f"target module {name!r} is a {type(base_layer).__name__}, which RandLoRA cannot adapt; supported are "
+        "`torch.nn.Linear` and `transformers.pytorch_utils.Conv1D`. Name other modules in `target_modules`, or add "
+        "this one to `exclude_modules`."
+    )
