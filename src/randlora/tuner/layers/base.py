@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from randlora.errors import MergeError
 from randlora.ops import linear as ops
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class RandLoraLayer(BaseTunerLayer):
@@ -208,6 +211,22 @@ class RandLoraLayer(BaseTunerLayer):
             weight.data = self._unmerged_weight.to(device=weight.device, dtype=weight.dtype)
         self._unmerged_weight = None
 
+    def _weight_is_plain(self, adapter_name: str, x: Tensor) -> bool:
+        """Whether the base layer is nothing but a product with a plain weight that sees the adapter's own input.
+
+        Not with hooks (offloading, for one), a quantised or sharded weight, or active dropout.
+        """
+        base = self.base_layer
+        if hasattr(base, "_hf_hook") or base._forward_hooks or base._forward_pre_hooks:
+            return False
+        if base._backward_hooks or base._backward_pre_hooks:
+            return False
+        dropout = self.randlora_dropout[adapter_name]
+        if dropout.training and isinstance(dropout, nn.Dropout):
+            return False
+        weight = base.weight
+        return type(weight) in (nn.Parameter, Tensor) and weight.dtype in _FLOATING and weight.device == x.device
+
     def _to_weight_layout(self, update: Tensor) -> Tensor:
         """(out, in) to the layout in which the base layer stores its weight."""
         raise NotImplementedError
@@ -283,6 +302,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Within this context products run in the dtype of their operands."""
+    if not torch.amp.is_autocast_available(device.type):  # the meta device, for one
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
