@@ -50,7 +50,7 @@ class RandLoraLayer(BaseTunerLayer):
         self.gamma_factor: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._unmerged_weight: Tensor | None = None
+        self._unmerged_weight: tuple[nn.Parameter] | None = None  # in a tuple it is no parameter of this module
 
     @property
     def min_dim(self) -> int:
@@ -115,8 +115,15 @@ class RandLoraLayer(BaseTunerLayer):
         if isinstance(basis, Basis) and device is not None and dtype is not None and dtype.is_floating_point:
             basis.tensors(device, dtype)
 
-    def get_scaled_bases(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    def get_scaled_bases(
+        self, adapter: str, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The two factors of the update in the order in which they are applied to an input, without ``scaling``.
+
+        Args:
+            adapter: name of the adapter.
+            device: where they are wanted; by default where λ is.
+            dtype: of the factors; by default float32 or wider.
 
         Returns:
             (first, second) with ``F.linear(F.linear(x, first), second)`` the unscaled update: Ã (q, m) and B (M, q),
@@ -125,7 +132,7 @@ class RandLoraLayer(BaseTunerLayer):
         lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
         device = lam.device if device is None else device
         lam, gamma = lam.to(device), gamma.to(device)
-        A, B = self._sliced_bases(adapter, device, _at_least_float32(lam.dtype))
+        A, B = self._sliced_bases(adapter, device, dtype or _at_least_float32(lam.dtype))
         scaled = ops.scaled_basis(A, lam, gamma, A.dtype)
         return (scaled, B) if self.out_features >= self.in_features else (B.T, scaled.T)
 
@@ -197,18 +204,22 @@ class RandLoraLayer(BaseTunerLayer):
         return self._base_weight().data
 
     def _put_merged_weight(self, merged: Tensor) -> None:
-        """Makes ``merged`` the base weight, and keeps the original aside."""
+        """Gives the base layer ``merged`` as a weight of its own, and keeps the original aside.
+
+        What the original is tied to, such as the output layer of a language model to its embedding, stays as it was.
+        """
         weight = self._base_weight()
         if self._unmerged_weight is None:
-            self._unmerged_weight = weight.data
-        weight.data = merged
+            self._unmerged_weight = (weight,)
+        self.get_base_layer().weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
 
     def _restore_base_weight(self) -> None:
         """Puts back what ``_put_merged_weight`` has kept."""
-        weight = self._base_weight()
         if self._unmerged_weight is not None:
+            merged, (weight,) = self._base_weight(), self._unmerged_weight
             # the model may have been moved or cast in between
-            weight.data = self._unmerged_weight.to(device=weight.device, dtype=weight.dtype)
+            weight.data = weight.data.to(device=merged.device, dtype=merged.dtype)
+            self.get_base_layer().weight = weight
         self._unmerged_weight = None
 
     def _weight_is_plain(self, adapter_name: str, x: Tensor) -> bool:

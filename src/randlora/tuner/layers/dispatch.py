@@ -14,6 +14,7 @@ from randlora.errors import UnsupportedLayerError
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import innermost
 from randlora.tuner.layers.conv import conv_class, conv_shape
+from randlora.tuner.layers.embedding import Embedding, embedding_shape
 from randlora.tuner.layers.linear import Linear, linear_shape
 from randlora.tuner.layers.quantized import quantization_backend, quantized_class
 
@@ -55,8 +56,10 @@ def kind_of(target: nn.Module, name: str, model: nn.Module, config: RandLoraConf
         return Kind(Linear, linear_shape(base_layer))
     if isinstance(base_layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return Kind(conv_class(base_layer), conv_shape(base_layer))
+    if isinstance(base_layer, nn.Embedding):
+        return Kind(Embedding, embedding_shape(base_layer, name))
     raise UnsupportedLayerError(
         f"target module {name!r} is a {type(base_layer).__name__}, which RandLoRA cannot adapt; supported are "
-        "`torch.nn.Linear`, `Conv1d`, `Conv2d` and `Conv3d`, Transformers' `Conv1D` and quantised linear layers. Name "
-        "other modules in `target_modules`, or add this one to `exclude_modules`."
+        "`torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d` and `Embedding`, Transformers' `Conv1D` and quantised linear "
+        "layers. Name other modules in `target_modules`, or add this one to `exclude_modules`."
     )
