@@ -13,6 +13,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from randlora.errors import ConfigError
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
 from randlora.tuner import checkpoint
 from randlora.tuner.config import RandLoraConfig
@@ -92,45 +93,58 @@ class RandLoraModel(BaseTuner):
             self._withdraw(model, adapter_name)
             raise
 
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        """Adapters that target parameters target the same: the names in their files tell how wrappers are nested."""
+        super()._check_new_adapter_config(config)
+        wanted = set(getattr(config, "target_parameters", None) or ())
+        for name, other in self.peft_config.items():
+            there = set(getattr(other, "target_parameters", None) or ())
+            if wanted and there and wanted != there:
+                raise ConfigError(
+                    f"target_parameters={sorted(wanted)} differ from those of the adapter {name!r}, {sorted(there)}: "
+                    "all adapters of a model that target parameters must target the same ones"
+                )
+
     def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
         """Takes back what a failed injection has added to the model."""
         for layer in checkpoint.adapter_layers(model, adapter_name):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 layer.delete_adapter(adapter_name)
-        for name, module in list(model.named_modules()):
+        for name, module in reversed(list(model.named_modules())):  # what is inside first
             if isinstance(module, RandLoraLayer) and not module.randlora_lambda:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.base_layer)
 
     def _create_and_replace(
         self,
-        peft_config: RandLoraConfig,  # type: ignore[override]
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
-        kind = kind_of(target, current_key, self.model, peft_config)
-        rank = peft_config.rank_pattern.get(get_pattern_key(list(peft_config.rank_pattern), current_key), peft_config.r)
-        alpha = peft_config.alpha_pattern.get(
-            get_pattern_key(list(peft_config.alpha_pattern), current_key), peft_config.randlora_alpha
+        config = cast("RandLoraConfig", peft_config)
+        kind = kind_of(target, current_key, self.model, config, parameter_name)
+        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.r)
+        alpha = config.alpha_pattern.get(
+            get_pattern_key(list(config.alpha_pattern), current_key), config.randlora_alpha
         )
-        scaling = peft_config.scaling(rank, alpha, num_bases(rank, min(kind.shape)))
+        scaling = config.scaling(rank, alpha, num_bases(rank, min(kind.shape)))
         # A config that was saved announces a file, in which γ holds the scaling's share. PEFT's way of loading takes
         # it out again; others, Transformers' among them, put the file's values into γ as they are.
-        gamma_factor = 1.0 if peft_config.basis_fingerprint is None else scaling / (alpha / rank)
+        gamma_factor = 1.0 if config.basis_fingerprint is None else scaling / (alpha / rank)
         adapter: dict[str, Any] = {
             "r": rank,
             "scaling": scaling / gamma_factor,
             "gamma_factor": gamma_factor,
-            "randlora_dropout": peft_config.randlora_dropout,
-            "init_weights": peft_config.init_weights,
-            "inference_mode": peft_config.inference_mode,
+            "randlora_dropout": config.randlora_dropout,
+            "init_weights": config.init_weights,
+            "inference_mode": config.inference_mode,
         }
-        if isinstance(target, RandLoraLayer):
+        if isinstance(target, RandLoraLayer) and parameter_name in (None, target.parameter_name):
             target.update_layer(adapter_name, **adapter)
             return
         layer = kind.create(target, adapter_name, **adapter)

@@ -31,8 +31,12 @@ class RandLoraLayer(BaseTunerLayer):
         r: per adapter the rank of each basis.
         scaling: per adapter the factor of the update.
         gamma_factor: per adapter the share of the scaling that γ holds already, 1 unless γ is as a file has it.
+        parameter_name: name of the weight in the base layer.
+        stack: leading dimensions of λ and γ, one for a weight that is a stack of matrices, each with its own.
     """
 
+    parameter_name: str = "weight"
+    stack: tuple[int, ...] = ()
     adapter_layer_names: tuple[str, ...] = ("randlora_lambda", "randlora_gamma")
     other_param_names: tuple[str, ...] = ("randlora_dropout", "bases", "r", "scaling", "gamma_factor", "num_bases")
 
@@ -87,9 +91,9 @@ class RandLoraLayer(BaseTunerLayer):
         self.r[adapter_name], self.num_bases[adapter_name], self.scaling[adapter_name] = r, n, scaling
         self.gamma_factor[adapter_name] = gamma_factor
         self.randlora_dropout[adapter_name] = nn.Dropout(randlora_dropout) if randlora_dropout > 0 else nn.Identity()
-        self.randlora_lambda[adapter_name] = nn.Parameter(torch.randn(r, n, dtype=torch.float32))
+        self.randlora_lambda[adapter_name] = nn.Parameter(torch.randn(*self.stack, r, n, dtype=torch.float32))
         self.randlora_gamma[adapter_name] = nn.Parameter(
-            torch.full((n, self.min_dim), gamma_factor / self.max_dim, dtype=torch.float32)
+            torch.full((*self.stack, n, self.min_dim), gamma_factor / self.max_dim, dtype=torch.float32)
         )
         if init_weights:
             self.reset_randlora_parameters(adapter_name)
@@ -101,7 +105,7 @@ class RandLoraLayer(BaseTunerLayer):
         if adapter_name in self.randlora_lambda:
             gamma = self.randlora_gamma[adapter_name]
             nn.init.zeros_(self.randlora_lambda[adapter_name])
-            nn.init.constant_(gamma, self.gamma_factor[adapter_name] / max(gamma.shape))
+            nn.init.constant_(gamma, self.gamma_factor[adapter_name] / max(gamma.shape[-2:]))
 
     def unfold_gamma(self, adapter_name: str) -> None:
         """Takes the scaling's share back from γ, whose values are about to be replaced."""
@@ -142,10 +146,29 @@ class RandLoraLayer(BaseTunerLayer):
         Args:
             adapter: name of the adapter.
         """
-        lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
+        return self._to_weight_layout(
+            self._update_of(adapter, self.randlora_lambda[adapter], self.randlora_gamma[adapter])
+        )
+
+    def _update_of(self, adapter: str, lam: Tensor, gamma: Tensor) -> Tensor:
+        """ΔW (out, in) of λ (r, n) and γ (n, m) with the bases and the scaling of the adapter."""
         A, B = self._sliced_bases(adapter, lam.device, _at_least_float32(lam.dtype))
         wide = self.out_features < self.in_features
-        return self._to_weight_layout(ops.delta_weight(A, B, lam, gamma, self.scaling[adapter], wide))
+        return ops.delta_weight(A, B, lam, gamma, self.scaling[adapter], wide)
+
+    def adapted_weight(self) -> Tensor:
+        """W plus the updates of the active adapters, in the dtype of W, differentiable in λ and γ."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        weight = self._base_weight()
+        total: Tensor = weight
+        if self.disable_adapters or self.merged:
+            return total
+        with without_autocast(weight.device):
+            for name in self.active_adapters:
+                if name in self.randlora_lambda:
+                    total = total + self.get_delta_weight(name).to(weight.device)
+        return total.to(weight.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the updates of the adapters to the base weight.
@@ -197,7 +220,7 @@ class RandLoraLayer(BaseTunerLayer):
         return True
 
     def _base_weight(self) -> nn.Parameter:
-        return cast("nn.Parameter", self.get_base_layer().weight)
+        return cast("nn.Parameter", getattr(self.get_base_layer(), self.parameter_name))
 
     def _dense_base_weight(self) -> Tensor:
         """The base weight as plain numbers."""
@@ -211,7 +234,8 @@ class RandLoraLayer(BaseTunerLayer):
         weight = self._base_weight()
         if self._unmerged_weight is None:
             self._unmerged_weight = (weight,)
-        self.get_base_layer().weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
+        merged_weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
+        setattr(self.get_base_layer(), self.parameter_name, merged_weight)
 
     def _restore_base_weight(self) -> None:
         """Puts back what ``_put_merged_weight`` has kept."""
@@ -219,7 +243,7 @@ class RandLoraLayer(BaseTunerLayer):
             merged, (weight,) = self._base_weight(), self._unmerged_weight
             # the model may have been moved or cast in between
             weight.data = weight.data.to(device=merged.device, dtype=merged.dtype)
-            self.get_base_layer().weight = weight
+            setattr(self.get_base_layer(), self.parameter_name, weight)
         self._unmerged_weight = None
 
     def _weight_is_plain(self, adapter_name: str, x: Tensor) -> bool:

@@ -16,6 +16,7 @@ from randlora.tuner.layers.base import innermost
 from randlora.tuner.layers.conv import conv_class, conv_shape
 from randlora.tuner.layers.embedding import Embedding, embedding_shape
 from randlora.tuner.layers.linear import Linear, linear_shape
+from randlora.tuner.layers.parameter import ParamWrapper, stacked_shape
 from randlora.tuner.layers.quantized import quantization_backend, quantized_class
 
 
@@ -31,7 +32,9 @@ class Kind(NamedTuple):
     shape: tuple[int, int]
 
 
-def kind_of(target: nn.Module, name: str, model: nn.Module, config: RandLoraConfig) -> Kind:
+def kind_of(
+    target: nn.Module, name: str, model: nn.Module, config: RandLoraConfig, parameter_name: str | None = None
+) -> Kind:
     """The kind of adapted layer for a module.
 
     Args:
@@ -39,11 +42,15 @@ def kind_of(target: nn.Module, name: str, model: nn.Module, config: RandLoraConf
         name: its name in ``model``, for messages.
         model: the model that it is part of.
         config: the adapter's config.
+        parameter_name: the parameter of the module that is targeted, if it is not the module itself.
 
     Raises:
         UnsupportedLayerError: if no kind fits.
     """
     base_layer = innermost(target)
+    if parameter_name is not None:
+        create = functools.partial(ParamWrapper, parameter_name=parameter_name)
+        return Kind(create, stacked_shape(base_layer, parameter_name, name)[1:])
     backend = quantization_backend(base_layer, model)
     if backend is not None:
         return Kind(functools.partial(quantized_class(backend), backend=backend), linear_shape(base_layer))
