@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from randlora.errors import UnsupportedLayerError
@@ -16,6 +17,7 @@ from randlora.tuner.layers.base import innermost
 from randlora.tuner.layers.conv import conv_class, conv_shape
 from randlora.tuner.layers.embedding import Embedding, embedding_shape
 from randlora.tuner.layers.linear import Linear, linear_shape
+from randlora.tuner.layers.out_projection import OutProjection
 from randlora.tuner.layers.parameter import ParamWrapper, stacked_shape
 from randlora.tuner.layers.quantized import quantization_backend, quantized_class
 
@@ -54,6 +56,15 @@ def kind_of(
     backend = quantization_backend(base_layer, model)
     if backend is not None:
         return Kind(functools.partial(quantized_class(backend), backend=backend), linear_shape(base_layer))
+    if isinstance(base_layer, NonDynamicallyQuantizableLinear):
+        _require_no_dropout(name, config)
+        return Kind(OutProjection, linear_shape(base_layer))
+    if isinstance(base_layer, nn.MultiheadAttention):
+        raise UnsupportedLayerError(
+            f"target module {name!r} is a MultiheadAttention, which holds its query, key and value projections in one "
+            f"parameter. Adapt that with `target_parameters=[{name + '.in_proj_weight'!r}]`, and its output projection "
+            f"with `target_modules=[{name + '.out_proj'!r}]`."
+        )
     if isinstance(base_layer, nn.Linear | Conv1D):
         if config.fan_in_fan_out and isinstance(base_layer, nn.Linear):
             warnings.warn(
@@ -70,3 +81,11 @@ def kind_of(
         "`torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d` and `Embedding`, Transformers' `Conv1D` and quantised linear "
         "layers. Name other modules in `target_modules`, or add this one to `exclude_modules`."
     )
+
+
+def _require_no_dropout(name: str, config: RandLoraConfig) -> None:
+    if config.randlora_dropout:
+        raise UnsupportedLayerError(
+            f"target module {name!r} is the output projection of a MultiheadAttention, which reads its weight and "
+            f"never calls it, so that randlora_dropout={config.randlora_dropout} cannot be applied: set it to 0."
+        )
