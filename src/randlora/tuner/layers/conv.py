@@ -61,6 +61,10 @@ class _Conv(nn.Module, RandLoraLayer):
         plain = type(self.base_layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and self._weight_is_plain(name, x)
         return plain and ops.can_fuse(compute_dtype(x), self._base_weight().dtype)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT converts matrices of linear layers only."""
+        return False
+
     def _to_weight_layout(self, update: Tensor) -> Tensor:
         return update.reshape(self._base_weight().shape)
 

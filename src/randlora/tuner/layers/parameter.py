@@ -64,7 +64,7 @@ class ParamWrapper(nn.Module, RandLoraLayer):
         return self._to_weight_layout(torch.vmap(update)(self.randlora_lambda[adapter], self.randlora_gamma[adapter]))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT converts matrices of layers only."""
+        """PEFT converts matrices of linear layers only."""
         return False
 
     def unload_and_optionally_merge_module(
