@@ -155,13 +155,11 @@ class RandLoraModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Puts ``new_module`` in the place of ``child``.
 
-        PEFT hands the weight of what it unwraps to what was inside, which has it already, and stumbles over
-        ``modules_to_save`` that have no weight of their own, such as BERT's pooler.
+        PEFT moves the adapter to the weight's device, which for an offloaded weight is none, and hands the weight of
+        what it unwraps to what was inside, which has it already; it stumbles over ``modules_to_save`` that have no
+        weight of their own, such as BERT's pooler. Layers place their adapters themselves.
         """
-        if hasattr(new_module, "base_layer"):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            setattr(parent, child_name, new_module)
+        setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """λ and γ are float32; without ``autocast_adapter_dtype`` they take the dtype of their base layer."""

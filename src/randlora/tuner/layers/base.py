@@ -282,9 +282,14 @@ class RandLoraLayer(BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves λ and γ to the base layer's device; their dtype is the business of ``autocast_adapter_dtype``."""
         if device is None:
-            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+            base_layer = self.get_base_layer()
+            device, _ = self._get_base_layer_device_and_dtype(base_layer)
+            if device is not None and device.type == "meta" and hasattr(base_layer, "_hf_hook"):
+                # where Accelerate will bring the weight
+                device = getattr(base_layer._hf_hook, "execution_device", None)
         if device is None:
             return
+        device = torch.device(device)
         for parameters in (self.randlora_lambda, self.randlora_gamma):
             held = parameters.get(adapter_name, None)
             if held is not None and held.device != device and held.device.type != "meta":
