@@ -15,7 +15,9 @@ import randlora
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DEPENDENCIES = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["dependencies"])}
-EXTRAS = [Requirement(line) for name in ("train", "demo", "dev") for line in PROJECT["optional-dependencies"][name]]
+EXTRAS = [
+    Requirement(line) for name in ("train", "demo", "quant", "dev") for line in PROJECT["optional-dependencies"][name]
+]
 PINS = {
     canonicalize_name(name): pin
     for name, pin in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)

@@ -18,6 +18,7 @@ from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import RandLoraLayer
 from randlora.tuner.layers.held import set_weight_cache
 from randlora.tuner.layers.linear import Linear
+from randlora.tuner.layers.quantized import Linear4bit, Linear8bitLt, QuantizedLinear
 from randlora.tuner.model import RandLoraModel
 from randlora.tuner.register import register
 
@@ -28,8 +29,11 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Linear",
+    "Linear4bit",
+    "Linear8bitLt",
     "MergeError",
     "PeftModel",
+    "QuantizedLinear",
     "RandLoraConfig",
     "RandLoraError",
     "RandLoraLayer",

@@ -13,7 +13,15 @@ from randlora import ConfigError, RandLoraConfig, get_peft_model
 
 from .helpers import STACK_TARGETS, layers_of, ours, output, peft_itself, randomise, stack, theirs
 
-OWN = {"exclude_modules", "rank_pattern", "alpha_pattern", "sparsity", "randlora_scaling", "basis_fingerprint"}
+OWN = {
+    "exclude_modules",
+    "target_parameters",
+    "rank_pattern",
+    "alpha_pattern",
+    "sparsity",
+    "randlora_scaling",
+    "basis_fingerprint",
+}
 
 
 class TestFields:

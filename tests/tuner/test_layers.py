@@ -1,8 +1,6 @@
-"""What every kind of adapted layer does: one contract, inherited by all."""
+"""Linear layers: the contract of all kinds, plans, and the same numbers as PEFT."""
 
-import copy
 import itertools
-import pickle
 import warnings
 
 import pytest
@@ -10,22 +8,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from randlora import Linear, MergeError, RandLoraLayer
+from randlora import Linear
 from randlora.ops import naive
 from randlora.ops.plan import Plan, force
 
+from .contract import RANK, SCALING, Contract
 from .helpers import assert_close, conv1d, ours, randomise, theirs
 
-RANK = 4
-SCALING = 6.0 / RANK
 WAYS = ("token", "weight", "fused")
 PLANS = [Plan(*ways) for ways in itertools.product(WAYS, WAYS, WAYS[:2])]
 INEXACT = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-class LayerContract:
+class LayerContract(Contract):
     """A subclass says which base layer it is about."""
 
+    kind = Linear
     in_features: int
     out_features: int
     config: dict = {}  # noqa: RUF012
@@ -37,20 +35,15 @@ class LayerContract:
         """The base weight as (out, in)."""
         raise NotImplementedError
 
-    def model(self, dtype=torch.float32, rank=RANK, **config):
-        torch.manual_seed(0)
-        base = nn.Sequential(self.make_base()).to(dtype)
-        model = ours(base, r=rank, randlora_alpha=SCALING * rank, target_modules=["0"], **config)
-        return randomise(model.double() if dtype == torch.float64 else model)
-
-    def layer(self, dtype=torch.float32, **config) -> Linear:
-        return self.model(dtype, **config).model[0]
+    @property
+    def shape(self):
+        return self.out_features, self.in_features
 
     def input(self, dtype=torch.float32, batch=(5,)):
         generator = torch.Generator().manual_seed(2)
         return torch.randn(*batch, self.in_features, generator=generator, dtype=torch.float64).to(dtype)
 
-    def update(self, layer, adapter="default"):
+    def matrix(self, layer, adapter="default"):
         """ΔW as (out, in) in float64, by the plain formula."""
         A, B = layer.randlora_A[adapter], layer.randlora_B[adapter]
         lam, gamma = layer.randlora_lambda[adapter].detach(), layer.randlora_gamma[adapter].detach()
@@ -58,46 +51,8 @@ class LayerContract:
         scaling = layer.scaling[adapter]
         return naive.delta_weight(A, B, lam.double(), gamma.double(), scaling, self.out_features, self.in_features)
 
-    def expected(self, layer, x, *adapters):
-        """The layer's output in float64."""
-        base = layer.get_base_layer()
-        update = sum(self.update(layer, adapter) for adapter in adapters or ("default",))
-        bias = None if base.bias is None else base.bias.detach().double()
-        return F.linear(x.double(), self.weight_of(base).detach().double() + update, bias)
-
     def base_output(self, layer, x):
         return layer.get_base_layer()(x)
-
-    # kind and names
-
-    def test_kind_and_names(self):
-        layer = self.layer()
-        assert isinstance(layer, Linear)
-        assert isinstance(layer, RandLoraLayer)
-        assert (layer.in_features, layer.out_features) == (self.in_features, self.out_features)
-        n = -(-min(self.in_features, self.out_features) // RANK)
-        assert layer.r == {"default": RANK}
-        assert layer.scaling == {"default": SCALING}
-        assert layer.randlora_lambda["default"].shape == (RANK, n)
-        assert layer.randlora_gamma["default"].shape == (n, min(self.in_features, self.out_features))
-
-    def test_it_prints_under_its_own_name(self):
-        assert repr(self.layer()).startswith("randlora.Linear(")  # as PEFT's does
-
-    def test_bases_are_no_part_of_the_module_tree(self):
-        layer = self.layer()
-        assert not list(layer.buffers())
-        adapter = {name for name in layer.state_dict() if not name.startswith("base_layer")}
-        assert adapter == {"randlora_lambda.default", "randlora_gamma.default"}
-
-    def test_starts_as_the_base_layer(self):
-        layer = self.layer()
-        layer.reset_randlora_parameters("default")
-        n, m = layer.randlora_gamma["default"].shape
-        assert torch.equal(layer.randlora_lambda["default"], torch.zeros(RANK, n))
-        assert torch.equal(layer.randlora_gamma["default"], torch.full((n, m), 1 / max(n, m)))
-        x = self.input()
-        assert torch.equal(layer(x), self.base_output(layer, x))
 
     def test_without_init_weights_it_starts_elsewhere(self):
         torch.manual_seed(0)
@@ -108,22 +63,13 @@ class LayerContract:
 
     # the update
 
-    def test_delta_weight_is_the_formula_in_the_layout_of_the_weight(self):
-        layer = self.layer()
-        update = layer.get_delta_weight("default")
-        assert update.shape == layer.get_base_layer().weight.shape
-        assert update.dtype == torch.float32
-        expected = self.update(layer)
-        expected = expected if self.weight_of(layer.get_base_layer()) is layer.get_base_layer().weight else expected.T
-        assert_close(update.detach(), expected, 1e-6)
-
     def test_delta_weight_of_half_precision_parameters_is_formed_in_float32(self):
         layer = self.layer(torch.bfloat16)
         for parameters in (layer.randlora_lambda, layer.randlora_gamma):
             parameters["default"].data = parameters["default"].data.bfloat16()
         update = layer.get_delta_weight("default")
         assert update.dtype == torch.float32
-        expected = self.update(layer)
+        expected = self.matrix(layer)
         expected = expected if update.shape == expected.shape and not self.config else expected.T
         assert_close(update.detach(), expected, 1e-2)
         assert {factor.dtype for factor in layer.get_scaled_bases("default")} == {torch.float32}
@@ -145,7 +91,7 @@ class LayerContract:
         first, second = layer.get_scaled_bases("default")
         x = self.input()
         update = F.linear(F.linear(x, first), second) * layer.scaling["default"]
-        assert_close(update.detach(), x.double() @ self.update(layer).T, 1e-5)
+        assert_close(update.detach(), x.double() @ self.matrix(layer).T, 1e-5)
 
     # forward and backward
 
@@ -164,14 +110,6 @@ class LayerContract:
         y = layer(x)
         assert y.shape == (*batch, self.out_features)
         torch.testing.assert_close(y.double(), self.expected(layer, x), rtol=1e-4, atol=1e-4)
-
-    @pytest.mark.parametrize("rank", [1, 3, 7, 64])
-    def test_ranks_that_do_not_divide_or_exceed_the_dimensions(self, rank):
-        layer, x = self.layer(rank=rank), self.input()
-        m = min(self.in_features, self.out_features)
-        assert layer.randlora_lambda["default"].shape == (rank, -(-m // rank))
-        assert_close(layer(x).detach(), self.expected(layer, x), 1e-5)
-        assert torch.linalg.matrix_rank(self.update(layer)) == m
 
     @pytest.mark.parametrize("plan", PLANS, ids=str)
     def test_gradients(self, plan):
@@ -222,7 +160,7 @@ class LayerContract:
         y = layer(x)
         torch.manual_seed(7)
         dropped = F.dropout(x, 0.5)
-        expected = self.base_output(layer, x).double() + dropped.double() @ self.update(layer).T
+        expected = self.base_output(layer, x).double() + dropped.double() @ self.matrix(layer).T
         assert_close(y.detach(), expected, 1e-5)
         layer.eval()
         assert_close(layer(x).detach(), self.expected(layer, x), 1e-5)
@@ -234,15 +172,15 @@ class LayerContract:
         with force(plan):
             y = layer(x)
         torch.manual_seed(7)
-        expected = self.base_output(layer, x).double() + F.dropout(x, 0.5).double() @ self.update(layer).T
+        expected = self.base_output(layer, x).double() + F.dropout(x, 0.5).double() @ self.matrix(layer).T
         assert_close(y.detach(), expected, 1e-5)
 
     @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
     def test_hooks_of_the_base_layer_run(self, kind):
         layer, x = self.layer(), self.input()
-        called = []
+        called, expected = [], self.expected(layer, x)
         getattr(layer.get_base_layer(), kind)(lambda *args: called.append(kind))
-        assert_close(layer(x).detach(), self.expected(layer, x), 1e-5)
+        assert_close(layer(x).detach(), expected, 1e-5)
         assert called == [kind]
 
     @pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
@@ -274,59 +212,7 @@ class LayerContract:
 
     # several adapters
 
-    def two(self):
-        model = self.model()
-        from randlora import RandLoraConfig
-
-        config = RandLoraConfig(r=3, randlora_alpha=5, target_modules=["0"], projection_prng_key=9, sparse=True)
-        model.peft_config["other"] = config
-        model.inject_adapter(model.model, "other")
-        return randomise(model, "other", seed=8)
-
-    def test_several_active_adapters_add_up(self):
-        model, x = self.two(), self.input()
-        layer = model.model[0]
-        for active in (["default"], ["other"], ["default", "other"], ["other", "default"]):
-            layer.set_adapter(active)
-            assert_close(layer(x).detach(), self.expected(layer, x, *active), 1e-5, str(active))
-
-    def test_deleted_adapter_leaves_the_other(self):
-        model, x = self.two(), self.input()
-        layer = model.model[0]
-        layer.set_adapter("other")
-        expected = layer(x)
-        layer.delete_adapter("default")
-        assert torch.equal(layer(x), expected)
-        for held in (layer.r, layer.scaling, layer.bases, layer.randlora_lambda, layer.randlora_gamma):
-            assert list(held) == ["other"]
-
-    def test_disabled_adapters_leave_the_base_layer(self):
-        layer, x = self.layer(), self.input()
-        layer.enable_adapters(False)
-        assert torch.equal(layer(x), self.base_output(layer, x))
-        assert not layer.randlora_lambda["default"].requires_grad
-        layer.enable_adapters(True)
-        assert layer.randlora_lambda["default"].requires_grad
-        assert_close(layer(x).detach(), self.expected(layer, x), 1e-5)
-
     # merging
-
-    @pytest.mark.parametrize("dtype", list(INEXACT), ids=str)
-    @pytest.mark.parametrize("safe", [True, False])
-    def test_merge_and_bit_exact_unmerge(self, dtype, safe):
-        layer, x = self.layer(dtype), self.input(dtype)
-        weight = layer.get_base_layer().weight
-        original = weight.detach().clone()
-        expected = self.expected(layer, x)
-        layer.merge(safe_merge=safe)
-        assert layer.merged
-        assert layer.get_base_layer().weight is weight
-        assert not torch.equal(weight, original)
-        assert_close(layer(x).detach(), expected, INEXACT[dtype])
-        layer.unmerge()
-        assert not layer.merged
-        assert weight.dtype == dtype
-        assert torch.equal(weight, original)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_several_merged_adapters(self, dtype):
@@ -365,39 +251,6 @@ class LayerContract:
             layer.unmerge()
         assert torch.equal(layer.get_base_layer().weight, original)
 
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_safe_merge_refuses(self, value):
-        layer = self.layer()
-        original = layer.get_base_layer().weight.detach().clone()
-        layer.randlora_lambda["default"].data[0, 0] = value
-        with pytest.raises(MergeError, match="default"):
-            layer.merge(safe_merge=True)
-        assert not layer.merged
-        assert torch.equal(layer.get_base_layer().weight, original)
-
-    def test_disabling_unmerges(self):
-        layer, x = self.layer(), self.input()
-        plain = self.base_output(layer, x)
-        layer.merge()
-        layer.enable_adapters(False)
-        assert torch.equal(layer(x), plain)
-        assert not layer.merged
-
-    # copies
-
-    def test_deep_copies_share_the_bases_and_nothing_else(self):
-        layer, x = self.layer(), self.input()
-        twin = copy.deepcopy(layer)
-        assert twin.bases["default"] is layer.bases["default"]
-        expected = layer(x)
-        layer.randlora_lambda["default"].data.zero_()
-        assert torch.equal(twin(x), expected)
-
-    def test_pickle(self):
-        layer, x = self.layer(), self.input()
-        twin = pickle.loads(pickle.dumps(layer))
-        assert torch.equal(twin(x), layer(x))
-
 
 class LinearContract(LayerContract):
     def make_base(self):
@@ -412,6 +265,9 @@ class Conv1DContract(LayerContract):
 
     def make_base(self):
         return conv1d(self.in_features, self.out_features)
+
+    def to_layout(self, update):
+        return update.T
 
     def weight_of(self, base):
         return base.weight.T

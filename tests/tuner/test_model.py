@@ -140,7 +140,7 @@ class TestPatterns:
 class TestKinds:
     @pytest.mark.parametrize(
         "module",
-        [nn.Conv2d(3, 4, 2), nn.Embedding(5, 6), nn.LayerNorm(4), nn.Bilinear(3, 3, 3)],
+        [nn.ConvTranspose2d(3, 4, 2), nn.EmbeddingBag(5, 6), nn.LayerNorm(4), nn.Bilinear(3, 3, 3)],
         ids=lambda m: type(m).__name__,
     )
     def test_an_unsupported_kind_is_refused_by_name_and_leaves_the_model(self, module):

@@ -130,6 +130,11 @@ class Basis:
         A, B = self._in_dtype(device, held)
         return DenseBases(A[:, :min_dim], B[:max_dim, :columns])
 
+    def stored(self, device: torch.device, min_dim: int, max_dim: int, num_bases: int) -> DenseBases:
+        """The slices in the form in which the bases are stored, without ``factor``."""
+        A, B = self._in_dtype(device, self._compact[0].dtype)
+        return DenseBases(A[:, :min_dim], B[:max_dim, : num_bases * self.rank])
+
     def tensors(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A of shape (r, m) and B of shape (M, n·r) on ``device`` in ``dtype``, as plain numbers."""
         A, B = (tensor.to(device) for tensor in self._compact)

@@ -117,7 +117,7 @@ def fold_scaling(
     if config.randlora_scaling == "peft" or folded_already:
         return state_dict
     return {
-        key: value / math.sqrt(value.shape[0]) if key.endswith(f".{_GAMMA}.{adapter_name}") else value
+        key: value / math.sqrt(value.shape[-2]) if key.endswith(f".{_GAMMA}.{adapter_name}") else value
         for key, value in state_dict.items()
     }
 
@@ -131,7 +131,7 @@ def unfold_scaling(
     for layer in layers:
         layer.unfold_gamma(adapter_name)
     return {
-        key: value * math.sqrt(value.shape[0]) if key.endswith(f".{_GAMMA}") else value
+        key: value * math.sqrt(value.shape[-2]) if key.endswith(f".{_GAMMA}") else value
         for key, value in state_dict.items()
     }
 

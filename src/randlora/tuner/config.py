@@ -13,6 +13,7 @@ from randlora.tuner.atomic import write_json
 
 _EXTENSIONS = (
     "exclude_modules",
+    "target_parameters",
     "rank_pattern",
     "alpha_pattern",
     "sparsity",
@@ -53,6 +54,8 @@ class RandLoraConfig(PeftConfig):
         layers_to_transform: Indices of the layers to adapt; only with a list of ``target_modules``.
         layers_pattern: Name of the list of layers that ``layers_to_transform`` counts in.
         exclude_modules: Names or a regular expression of modules to leave alone.
+        target_parameters: Names of parameters to adapt that no layer of their own holds, such as the experts of a
+            mixture: stacks (experts, out, in), of which each expert gets its own λ and γ. Matrices (out, in) too.
         rank_pattern: Ranks that differ from ``r``, by module name or regular expression.
         alpha_pattern: Alphas that differ from ``randlora_alpha``, likewise.
         basis_fingerprint: SHA-256 of the adapter's bases. Recorded when the adapter is created; on loading, bases
@@ -77,6 +80,7 @@ class RandLoraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone"})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Parameters to adapt, such as experts"})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Ranks by module name"})
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Alphas by module name"})
     sparsity: float | None = field(default=None, metadata={"help": "s of ternary bases, P(±1) = 1/(2s) each"})
@@ -174,6 +178,12 @@ class RandLoraConfig(PeftConfig):
             faults.append(
                 f"layers_to_transform={self.layers_to_transform!r} needs target_modules as a list of names, "
                 f"not the expression {self.target_modules!r}"
+            )
+        if self.target_parameters and self.randlora_dropout:
+            faults.append(
+                f"randlora_dropout={self.randlora_dropout!r} cannot be applied to "
+                f"target_parameters={self.target_parameters!r}, whose update sees no input: set it to 0, or give the "
+                "parameters an adapter of their own"
             )
         if self.layers_pattern and self.layers_to_transform is None:
             faults.append(f"layers_pattern={self.layers_pattern!r} means nothing without layers_to_transform")

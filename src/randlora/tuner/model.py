@@ -8,18 +8,18 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from randlora.errors import UnsupportedLayerError
+from randlora.errors import ConfigError
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
 from randlora.tuner import checkpoint
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import ProjectionView, RandLoraLayer
-from randlora.tuner.layers.linear import Linear, linear_shape
+from randlora.tuner.layers.dispatch import kind_of
+from randlora.tuner.layers.quantized import one_rounding_warning
 
 
 class RandLoraModel(BaseTuner):
@@ -93,49 +93,61 @@ class RandLoraModel(BaseTuner):
             self._withdraw(model, adapter_name)
             raise
 
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        """Adapters that target parameters target the same: the names in their files tell how wrappers are nested."""
+        super()._check_new_adapter_config(config)
+        wanted = set(getattr(config, "target_parameters", None) or ())
+        for name, other in self.peft_config.items():
+            there = set(getattr(other, "target_parameters", None) or ())
+            if wanted and there and wanted != there:
+                raise ConfigError(
+                    f"target_parameters={sorted(wanted)} differ from those of the adapter {name!r}, {sorted(there)}: "
+                    "all adapters of a model that target parameters must target the same ones"
+                )
+
     def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
         """Takes back what a failed injection has added to the model."""
         for layer in checkpoint.adapter_layers(model, adapter_name):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 layer.delete_adapter(adapter_name)
-        for name, module in list(model.named_modules()):
+        for name, module in reversed(list(model.named_modules())):  # what is inside first
             if isinstance(module, RandLoraLayer) and not module.randlora_lambda:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.base_layer)
 
     def _create_and_replace(
         self,
-        peft_config: RandLoraConfig,  # type: ignore[override]
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
-        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        _require_supported(base_layer, current_key, peft_config)
-        rank = peft_config.rank_pattern.get(get_pattern_key(list(peft_config.rank_pattern), current_key), peft_config.r)
-        alpha = peft_config.alpha_pattern.get(
-            get_pattern_key(list(peft_config.alpha_pattern), current_key), peft_config.randlora_alpha
+        config = cast("RandLoraConfig", peft_config)
+        kind = kind_of(target, current_key, self.model, config, parameter_name)
+        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.r)
+        alpha = config.alpha_pattern.get(
+            get_pattern_key(list(config.alpha_pattern), current_key), config.randlora_alpha
         )
-        scaling = peft_config.scaling(rank, alpha, num_bases(rank, min(linear_shape(base_layer))))
+        scaling = config.scaling(rank, alpha, num_bases(rank, min(kind.shape)))
         # A config that was saved announces a file, in which γ holds the scaling's share. PEFT's way of loading takes
         # it out again; others, Transformers' among them, put the file's values into γ as they are.
-        gamma_factor = 1.0 if peft_config.basis_fingerprint is None else scaling / (alpha / rank)
+        gamma_factor = 1.0 if config.basis_fingerprint is None else scaling / (alpha / rank)
         adapter: dict[str, Any] = {
             "r": rank,
             "scaling": scaling / gamma_factor,
             "gamma_factor": gamma_factor,
-            "randlora_dropout": peft_config.randlora_dropout,
-            "init_weights": peft_config.init_weights,
-            "inference_mode": peft_config.inference_mode,
+            "randlora_dropout": config.randlora_dropout,
+            "init_weights": config.init_weights,
+            "inference_mode": config.inference_mode,
         }
-        if isinstance(target, RandLoraLayer):
+        if isinstance(target, RandLoraLayer) and parameter_name in (None, target.parameter_name):
             target.update_layer(adapter_name, **adapter)
             return
-        layer = Linear(target, adapter_name, **adapter)
+        layer = kind.create(target, adapter_name, **adapter)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not active, hence not trained
         self._replace_module(parent, target_name, layer, target)
@@ -143,13 +155,11 @@ class RandLoraModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Puts ``new_module`` in the place of ``child``.
 
-        PEFT hands the weight of what it unwraps to what was inside, which has it already, and stumbles over
-        ``modules_to_save`` that have no weight of their own, such as BERT's pooler.
+        PEFT moves the adapter to the weight's device, which for an offloaded weight is none, and hands the weight of
+        what it unwraps to what was inside, which has it already; it stumbles over ``modules_to_save`` that have no
+        weight of their own, such as BERT's pooler. Layers place their adapters themselves.
         """
-        if hasattr(new_module, "base_layer"):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            setattr(parent, child_name, new_module)
+        setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """λ and γ are float32; without ``autocast_adapter_dtype`` they take the dtype of their base layer."""
@@ -170,7 +180,8 @@ class RandLoraModel(BaseTuner):
         """
         if safe_merge:
             self._require_finite_merge(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names)
+        with one_rounding_warning():
+            super().merge_adapter(adapter_names=adapter_names)
 
     def _unload_and_optionally_merge(
         self,
@@ -181,7 +192,8 @@ class RandLoraModel(BaseTuner):
     ) -> Any:
         if merge and safe_merge:
             self._require_finite_merge(adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
+        with one_rounding_warning():
+            return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
 
     def _require_finite_merge(self, adapter_names: list[str] | None) -> None:
         """Looks at every layer before any is changed."""
@@ -234,19 +246,5 @@ def _warn_of_single_bases(layers: list[RandLoraLayer], adapter_name: str) -> Non
             f"layers, {layer.min_dim} for one of shape {layer.out_features}×{layer.in_features}: such a layer gets a "
             "single basis and r + min(out, in) parameters. Its update is full-rank all the same; a smaller r gives it "
             "more parameters.",
-            stacklevel=2,
-        )
-
-
-def _require_supported(base_layer: nn.Module, name: str, config: RandLoraConfig) -> None:
-    if not isinstance(base_layer, nn.Linear | Conv1D):
-        raise UnsupportedLayerError(
-            f"target module {name!r} is a {type(base_layer).__name__}, which RandLoRA cannot adapt; supported are "
-            "`torch.nn.Linear` and `transformers.pytorch_utils.Conv1D`. Name other modules in `target_modules`, or add "
-            "this one to `exclude_modules`."
-        )
-    if config.fan_in_fan_out and isinstance(base_layer, nn.Linear):
-        warnings.warn(
-            f"fan_in_fan_out=True has no effect on {name!r}: a `torch.nn.Linear` stores its weight as (out, in).",
             stacklevel=2,
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -15,6 +16,8 @@ from randlora.ops import linear as ops
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
 from randlora.ops.operands import DenseBases
 from randlora.ops.sparse import SparseBases
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class RandLoraLayer(BaseTunerLayer):
@@ -30,8 +33,12 @@ class RandLoraLayer(BaseTunerLayer):
         r: per adapter the rank of each basis.
         scaling: per adapter the factor of the update.
         gamma_factor: per adapter the share of the scaling that γ holds already, 1 unless γ is as a file has it.
+        parameter_name: name of the weight in the base layer.
+        stack: leading dimensions of λ and γ, one for a weight that is a stack of matrices, each with its own.
     """
 
+    parameter_name: str = "weight"
+    stack: tuple[int, ...] = ()
     adapter_layer_names: tuple[str, ...] = ("randlora_lambda", "randlora_gamma")
     other_param_names: tuple[str, ...] = ("randlora_dropout", "bases", "r", "scaling", "gamma_factor", "num_bases")
 
@@ -49,7 +56,7 @@ class RandLoraLayer(BaseTunerLayer):
         self.gamma_factor: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._unmerged_weight: Tensor | None = None
+        self._unmerged_weight: tuple[nn.Parameter] | None = None  # in a tuple it is no parameter of this module
 
     @property
     def min_dim(self) -> int:
@@ -86,9 +93,9 @@ class RandLoraLayer(BaseTunerLayer):
         self.r[adapter_name], self.num_bases[adapter_name], self.scaling[adapter_name] = r, n, scaling
         self.gamma_factor[adapter_name] = gamma_factor
         self.randlora_dropout[adapter_name] = nn.Dropout(randlora_dropout) if randlora_dropout > 0 else nn.Identity()
-        self.randlora_lambda[adapter_name] = nn.Parameter(torch.randn(r, n, dtype=torch.float32))
+        self.randlora_lambda[adapter_name] = nn.Parameter(torch.randn(*self.stack, r, n, dtype=torch.float32))
         self.randlora_gamma[adapter_name] = nn.Parameter(
-            torch.full((n, self.min_dim), gamma_factor / self.max_dim, dtype=torch.float32)
+            torch.full((*self.stack, n, self.min_dim), gamma_factor / self.max_dim, dtype=torch.float32)
         )
         if init_weights:
             self.reset_randlora_parameters(adapter_name)
@@ -100,7 +107,7 @@ class RandLoraLayer(BaseTunerLayer):
         if adapter_name in self.randlora_lambda:
             gamma = self.randlora_gamma[adapter_name]
             nn.init.zeros_(self.randlora_lambda[adapter_name])
-            nn.init.constant_(gamma, self.gamma_factor[adapter_name] / max(gamma.shape))
+            nn.init.constant_(gamma, self.gamma_factor[adapter_name] / max(gamma.shape[-2:]))
 
     def unfold_gamma(self, adapter_name: str) -> None:
         """Takes the scaling's share back from γ, whose values are about to be replaced."""
@@ -111,11 +118,15 @@ class RandLoraLayer(BaseTunerLayer):
         """Gives the adapter its bases, and casts them for the base layer: not while a compiled step is traced."""
         self.bases[adapter_name] = basis
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if isinstance(basis, Basis) and dtype is not None and dtype.is_floating_point:
+        if isinstance(basis, Basis) and device is not None and dtype is not None and dtype.is_floating_point:
             self._operands(adapter_name, device, dtype)
 
     def get_scaled_bases(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """The two factors of the update in the order in which they are applied to an input, without ``scaling``.
+
+        Args:
+            adapter: name of the adapter.
+            device: where they are wanted; by default where λ is.
 
         Returns:
             (first, second) with ``F.linear(F.linear(x, first), second)`` the unscaled update: Ã (q, m) and B (M, q),
@@ -135,12 +146,30 @@ class RandLoraLayer(BaseTunerLayer):
         Args:
             adapter: name of the adapter.
         """
-        lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
+        return self._to_weight_layout(
+            self._update_of(adapter, self.randlora_lambda[adapter], self.randlora_gamma[adapter])
+        )
+
+    def _update_of(self, adapter: str, lam: Tensor, gamma: Tensor) -> Tensor:
+        """ΔW (out, in) of λ (r, n) and γ (n, m) with the bases and the scaling of the adapter."""
         dtype = _at_least_float32(lam.dtype)
         bases = self._operands(adapter, lam.device, dtype)
         wide = self.out_features < self.in_features
-        scaling = self._scaling(adapter)
-        return self._to_weight_layout(ops.delta_weight(bases, lam.to(dtype), gamma.to(dtype), scaling, wide))
+        return ops.delta_weight(bases, lam.to(dtype), gamma.to(dtype), self._scaling(adapter), wide)
+
+    def adapted_weight(self) -> Tensor:
+        """W plus the updates of the active adapters, in the dtype of W, differentiable in λ and γ."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        weight = self._base_weight()
+        total: Tensor = weight
+        if self.disable_adapters or self.merged:
+            return total
+        with without_autocast(weight.device):
+            for name in self.active_adapters:
+                if name in self.randlora_lambda:
+                    total = total + self.get_delta_weight(name).to(weight.device)
+        return total.to(weight.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the updates of the adapters to the base weight.
@@ -157,11 +186,7 @@ class RandLoraLayer(BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.randlora_lambda]
         if not names:
             return
-        merged = self.merged_weight(names, safe_merge)
-        weight = self._base_weight()
-        if self._unmerged_weight is None:
-            self._unmerged_weight = weight.data
-        weight.data = merged
+        self._put_merged_weight(self.merged_weight(names, safe_merge))
         self.merged_adapters.extend(names)
 
     def merged_weight(self, adapter_names: list[str], require_finite: bool = False) -> Tensor:
@@ -170,7 +195,7 @@ class RandLoraLayer(BaseTunerLayer):
         Raises:
             MergeError: with ``require_finite``, if it holds NaN or infinity.
         """
-        weight = self._base_weight().data
+        weight = self._dense_base_weight()
         total = weight
         for name in adapter_names:
             total = total + self.get_delta_weight(name).detach().to(weight.device)
@@ -188,11 +213,7 @@ class RandLoraLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = self._base_weight()
-        if self._unmerged_weight is not None:
-            # the model may have been moved or cast in between
-            weight.data = self._unmerged_weight.to(device=weight.device, dtype=weight.dtype)
-        self._unmerged_weight = None
+        self._restore_base_weight()
         self.merged_adapters = []
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -200,7 +221,47 @@ class RandLoraLayer(BaseTunerLayer):
         return True
 
     def _base_weight(self) -> nn.Parameter:
-        return cast("nn.Parameter", self.get_base_layer().weight)
+        return cast("nn.Parameter", getattr(self.get_base_layer(), self.parameter_name))
+
+    def _dense_base_weight(self) -> Tensor:
+        """The base weight as plain numbers."""
+        return self._base_weight().data
+
+    def _put_merged_weight(self, merged: Tensor) -> None:
+        """Gives the base layer ``merged`` as a weight of its own, and keeps the original aside.
+
+        What the original is tied to, such as the output layer of a language model to its embedding, stays as it was.
+        """
+        weight = self._base_weight()
+        if self._unmerged_weight is None:
+            self._unmerged_weight = (weight,)
+        merged_weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
+        setattr(self.get_base_layer(), self.parameter_name, merged_weight)
+
+    def _restore_base_weight(self) -> None:
+        """Puts back what ``_put_merged_weight`` has kept."""
+        if self._unmerged_weight is not None:
+            merged, (weight,) = self._base_weight(), self._unmerged_weight
+            # the model may have been moved or cast in between
+            weight.data = weight.data.to(device=merged.device, dtype=merged.dtype)
+            setattr(self.get_base_layer(), self.parameter_name, weight)
+        self._unmerged_weight = None
+
+    def _weight_is_plain(self, adapter_name: str, x: Tensor) -> bool:
+        """Whether the base layer is nothing but a product with a plain weight that sees the adapter's own input.
+
+        Not with hooks (offloading, for one), a quantised or sharded weight, or active dropout.
+        """
+        base = self.base_layer
+        if hasattr(base, "_hf_hook") or base._forward_hooks or base._forward_pre_hooks:
+            return False
+        if base._backward_hooks or base._backward_pre_hooks:
+            return False
+        dropout = self.randlora_dropout[adapter_name]
+        if dropout.training and isinstance(dropout, nn.Dropout):
+            return False
+        weight = base.weight
+        return type(weight) in (nn.Parameter, Tensor) and weight.dtype in _FLOATING and weight.device == x.device
 
     def _to_weight_layout(self, update: Tensor) -> Tensor:
         """(out, in) to the layout in which the base layer stores its weight."""
@@ -219,6 +280,11 @@ class RandLoraLayer(BaseTunerLayer):
         n = self.num_bases[adapter_name]
         return self.basis(adapter_name).operands(device, dtype, self.min_dim, self.max_dim, n)
 
+    def _stored(self, adapter_name: str, device: torch.device) -> DenseBases:
+        """This layer's slices of the shared bases as they are stored, for layers that read a few rows."""
+        n = self.num_bases[adapter_name]
+        return self.basis(adapter_name).stored(device, self.min_dim, self.max_dim, n)
+
     def _scaling(self, adapter_name: str) -> float:
         """What the operands' update is multiplied with."""
         return self.scaling[adapter_name] * self.basis(adapter_name).factor
@@ -226,9 +292,14 @@ class RandLoraLayer(BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves λ and γ to the base layer's device; their dtype is the business of ``autocast_adapter_dtype``."""
         if device is None:
-            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+            base_layer = self.get_base_layer()
+            device, _ = self._get_base_layer_device_and_dtype(base_layer)
+            if device is not None and device.type == "meta" and hasattr(base_layer, "_hf_hook"):
+                # where Accelerate will bring the weight
+                device = getattr(base_layer._hf_hook, "execution_device", None)
         if device is None:
             return
+        device = torch.device(device)
         for parameters in (self.randlora_lambda, self.randlora_gamma):
             held = parameters.get(adapter_name, None)
             if held is not None and held.device != device and held.device.type != "meta":
@@ -257,6 +328,13 @@ class ProjectionView(Mapping[str, Tensor]):
         return len(self._bases())
 
 
+def innermost(layer: nn.Module) -> nn.Module:
+    """The module inside all adapters."""
+    while hasattr(layer, "base_layer"):
+        layer = cast("nn.Module", layer.base_layer)
+    return layer
+
+
 def known_basis(basis: Basis | AwaitedBasis) -> Basis:
     """The basis itself.
 
@@ -274,6 +352,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Within this context products run in the dtype of their operands."""
+    if not torch.amp.is_autocast_available(device.type):  # the meta device, for one
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -11,10 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from randlora.ops import linear as ops
 from randlora.ops.plan import Plan, Problem, call_cost, choose, sum_cost
-from randlora.tuner.layers.base import RandLoraLayer, compute_dtype
+from randlora.tuner.layers.base import RandLoraLayer, compute_dtype, innermost
 from randlora.tuner.layers.held import HeldWeight, may_hold
-
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Linear(nn.Module, RandLoraLayer):
@@ -28,9 +26,7 @@ class Linear(nn.Module, RandLoraLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **adapter: Any) -> None:
         super().__init__()
-        inner: Any = base_layer
-        while hasattr(inner, "base_layer"):
-            inner = inner.base_layer
+        inner = innermost(base_layer)
         in_features, out_features = linear_shape(inner)
         RandLoraLayer.__init__(self, base_layer, in_features, out_features)
         self.fan_in_fan_out = isinstance(inner, Conv1D)
@@ -159,18 +155,12 @@ class Linear(nn.Module, RandLoraLayer):
         Not where the base layer is anything but a plain product with a plain frozen tensor that sees the same input:
         another adapter inside, a quantised or sharded weight, hooks (offloading, for one), active dropout.
         """
-        base = self.base_layer
-        if type(base) not in (nn.Linear, Conv1D) or hasattr(base, "_hf_hook"):
+        if type(self.base_layer) not in (nn.Linear, Conv1D) or not self._weight_is_plain(name, x):
             return False
-        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
-            return False
-        dropout = self.randlora_dropout[name]
-        if self.training and isinstance(dropout, nn.Dropout):
-            return False
-        weight = base.weight
-        plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype in _FLOATING
-        same_dtype = weight.dtype == x.dtype or dtype != x.dtype  # else the base layer says what is wrong
-        return plain and same_dtype and not weight.requires_grad and weight.device == x.device
+        same_dtype = (
+            self.base_layer.weight.dtype == x.dtype or dtype != x.dtype
+        )  # else the base layer says what is wrong
+        return same_dtype and not self.base_layer.weight.requires_grad
 
     def __repr__(self) -> str:
         return "randlora." + super().__repr__()

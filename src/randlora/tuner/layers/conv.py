@@ -1,0 +1,95 @@
+"""Adapted convolutions: the weight (out, in/groups, *kernel) seen as a matrix (out, in/groups·∏kernel)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from randlora.ops import linear as ops
+from randlora.tuner.layers.base import RandLoraLayer, compute_dtype, innermost, without_autocast
+
+ConvNd = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class _Conv(nn.Module, RandLoraLayer):
+    """A convolution with RandLoRA adapters.
+
+    It computes conv(x, W + ΔW) in one convolution where W is float32 or wider, else conv(x, W) + conv(x, ΔW).
+    Stride, padding, padding mode, dilation and groups are those of the base layer.
+
+    Args:
+        base_layer: the convolution to adapt.
+        adapter_name: name of the first adapter.
+        **adapter: its values, as of :meth:`RandLoraLayer.update_layer`.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **adapter: Any) -> None:
+        super().__init__()
+        RandLoraLayer.__init__(self, base_layer, *conv_shape(innermost(base_layer)))
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, **adapter)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of the base layer plus the updates of the active adapters, for x ([batch,] in, *size)."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [name for name in self.active_adapters if name in self.randlora_lambda]
+        if self.disable_adapters or self.merged or not names:
+            return self.base_layer(x, *args, **kwargs)
+
+        base: Any = self.get_base_layer()
+        if not (args or kwargs) and self._can_take_weight(names[0], x):
+            weight = base.weight + self._update(names.pop(0), base.weight.dtype)
+            result = base._conv_forward(x, weight, base.bias)
+        else:
+            result = self.base_layer(x, *args, **kwargs)
+        for name in names:
+            dtype = compute_dtype(x)
+            dropped = self.randlora_dropout[name](x).to(dtype)
+            result = result + base._conv_forward(dropped, self._update(name, dtype), None).to(result.dtype)
+        return result
+
+    def _update(self, name: str, dtype: torch.dtype) -> Tensor:
+        """ΔW in the layout of the weight, differentiable in λ and γ, summed in float32 or wider."""
+        with without_autocast(self.randlora_lambda[name].device):
+            return self.get_delta_weight(name).to(dtype)
+
+    def _can_take_weight(self, name: str, x: Tensor) -> bool:
+        """Whether one convolution may do both: see :meth:`RandLoraLayer._weight_is_plain` and ``ops.can_fuse``."""
+        plain = type(self.base_layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and self._weight_is_plain(name, x)
+        return plain and ops.can_fuse(compute_dtype(x), self._base_weight().dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT converts matrices of linear layers only."""
+        return False
+
+    def _to_weight_layout(self, update: Tensor) -> Tensor:
+        return update.reshape(self._base_weight().shape)
+
+    def __repr__(self) -> str:
+        return "randlora." + super().__repr__()
+
+
+class Conv1d(_Conv):
+    """An ``nn.Conv1d`` with RandLoRA adapters, for x ([batch,] in, length)."""
+
+
+class Conv2d(_Conv):
+    """An ``nn.Conv2d`` with RandLoRA adapters, for x ([batch,] in, height, width)."""
+
+
+class Conv3d(_Conv):
+    """An ``nn.Conv3d`` with RandLoRA adapters, for x ([batch,] in, depth, height, width)."""
+
+
+def conv_class(base_layer: ConvNd) -> type[_Conv]:
+    """The class for a convolution of that number of dimensions."""
+    return {1: Conv1d, 2: Conv2d, 3: Conv3d}[len(base_layer.kernel_size)]
+
+
+def conv_shape(base_layer: Any) -> tuple[int, int]:
+    """(in, out) of the weight as a matrix: in/groups·∏kernel and the output channels."""
+    kernel = torch.Size(base_layer.kernel_size).numel()
+    return base_layer.in_channels // base_layer.groups * kernel, base_layer.out_channels

@@ -1,0 +1,139 @@
+"""Adapted parameters that belong to no layer of their own, such as the stacked weights of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from randlora.errors import UnsupportedLayerError
+from randlora.tuner.layers.base import RandLoraLayer, innermost
+
+
+class ParamWrapper(nn.Module, RandLoraLayer):
+    """A module of which one parameter has RandLoRA adapters.
+
+    The module runs with W + ΔW in the place of the parameter W: a stack (experts, out, in), of which each expert has
+    its own λ and γ, so that these are (experts, r, n) and (experts, n, m); or a matrix (out, in). The bases are the
+    same for all. Where the module's ``is_transposed`` says so, the stack is (experts, in, out). Several parameters of
+    one module are wrapped one around the other.
+
+    ΔW is added in the dtype of W: in half precision an update of less than half an ulp is rounded away.
+
+    Args:
+        base_layer: the module, or the wrapper of another of its parameters.
+        adapter_name: name of the first adapter.
+        parameter_name: name of the parameter in the module.
+        **adapter: values of the adapter, as of :meth:`RandLoraLayer.update_layer`.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, **adapter: Any) -> None:
+        super().__init__()
+        inner = innermost(base_layer)
+        count, in_features, out_features = stacked_shape(inner, parameter_name, parameter_name)
+        RandLoraLayer.__init__(self, base_layer, in_features, out_features)
+        self.parameter_name = parameter_name
+        self.stack = (count,) if getattr(inner, parameter_name).ndim == 3 else ()
+        self._transposed = _is_transposed(inner, parameter_name)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, **adapter)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Output of the module with the adapted parameter, for whatever the module takes."""
+        weight = self._base_weight()
+        if weight.device.type == "meta" and any(p.device.type != "meta" for p in self.randlora_lambda.values()):
+            raise UnsupportedLayerError(
+                f"the parameter {self.parameter_name!r} is offloaded, and there is nothing to add its update to: keep "
+                "its module on a device, or merge the adapter"
+            )
+        adapted = self.adapted_weight()
+        if adapted is weight:
+            return self.base_layer(*args, **kwargs)
+        return functional_call(self.base_layer, {self._path(): adapted}, args, kwargs)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW in the shape of the parameter, in float32 or wider."""
+        if not self.stack:
+            return super().get_delta_weight(adapter)
+
+        def update(lam: Tensor, gamma: Tensor) -> Tensor:
+            return self._update_of(adapter, lam, gamma)
+
+        return self._to_weight_layout(torch.vmap(update)(self.randlora_lambda[adapter], self.randlora_gamma[adapter]))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT converts matrices of linear layers only."""
+        return False
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The module itself, with its adapters, those of its other parameters and of its parts merged or left out."""
+        layer: nn.Module = self
+        while isinstance(layer, ParamWrapper):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        for name, part in list(layer.named_modules()):
+            if isinstance(part, RandLoraLayer):
+                if merge:
+                    part.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                parent, _, child = name.rpartition(".")
+                setattr(layer.get_submodule(parent), child, part.base_layer)
+        return layer
+
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapper has not is the module's own, the adapted parameter aside."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == self.__dict__.get("parameter_name"):
+                return self.adapted_weight()
+            if "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base_layer, name)
+
+    def _path(self) -> str:
+        """The parameter's name within ``base_layer``, which may be further wrappers."""
+        path, layer = self.parameter_name, self.base_layer
+        while isinstance(layer, ParamWrapper):
+            path, layer = f"base_layer.{path}", layer.base_layer
+        return path
+
+    def _to_weight_layout(self, update: Tensor) -> Tensor:
+        return update.mT if self._transposed else update
+
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device | None, torch.dtype | None]:
+        weight = getattr(base_layer, self.parameter_name)
+        return weight.device, weight.dtype
+
+    def extra_repr(self) -> str:
+        """The parameter's name."""
+        return f"parameter_name={self.parameter_name!r}"
+
+    def __repr__(self) -> str:
+        return "randlora." + super().__repr__()
+
+
+def stacked_shape(module: nn.Module, parameter_name: str, name: str) -> tuple[int, int, int]:
+    """(number of matrices, in, out) of a parameter.
+
+    Raises:
+        UnsupportedLayerError: if it is neither a matrix nor a stack of them.
+    """
+    parameter = getattr(module, parameter_name)
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    if len(shape) not in (2, 3) or not parameter.is_floating_point():
+        raise UnsupportedLayerError(
+            f"target parameter {name!r} of shape {tuple(shape)} and {parameter.dtype} is neither a matrix (out, in) "
+            "nor a stack (experts, out, in) of floating point numbers: remove it from `target_parameters`"
+        )
+    rows, columns = shape[-2:]
+    in_features, out_features = (rows, columns) if _is_transposed(module, parameter_name) else (columns, rows)
+    return (shape[0] if len(shape) == 3 else 1), in_features, out_features
+
+
+def _is_transposed(module: nn.Module, parameter_name: str) -> bool:
+    return getattr(module, parameter_name).ndim == 3 and bool(getattr(module, "is_transposed", False))

@@ -1,0 +1,69 @@
+"""Two processes on gloo: the same losses as one, bases that are nobody's to shard, one whole adapter in the file."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from randlora import PeftModel
+
+from .distributed_run import build
+
+SCRIPT = Path(__file__).with_name("distributed_run.py")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Each mode runs once; gives its report and its folder."""
+    done = {}
+
+    def run(mode):
+        if mode not in done:
+            folder = tmp_path_factory.mktemp(mode)
+            processes = 1 if mode == "one" else 2
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+            result = subprocess.run(
+                [*command, str(SCRIPT), mode, str(folder)],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+            assert result.returncode == 0, result.stderr[-3000:]
+            done[mode] = json.loads((folder / "report.json").read_text()), folder
+        return done[mode]
+
+    return run
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+class TestTwoProcesses:
+    def test_losses_are_those_of_one(self, mode, runs):
+        (one, _), (two, _) = runs("one"), runs(mode)
+        assert (one["processes"], two["processes"]) == (1, 2)
+        assert two["kind"] == {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel"}[mode]
+        assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+        assert one["losses"][-1] < one["losses"][0]
+
+    def test_bases_are_not_part_of_what_is_wrapped(self, mode, runs):
+        report, _ = runs(mode)
+        assert report["bases"] == []
+
+    def test_the_optimizer_holds_lambda_and_gamma_or_its_share_of_them(self, mode, runs):
+        (one, _), (two, _) = runs("one"), runs(mode)
+        assert two["optimized"] == one["optimized"]  # a sharded parameter counts whole
+
+    def test_the_adapter_is_saved_whole(self, mode, runs):
+        (one, first), (two, folder) = runs("one"), runs(mode)
+        assert two["saved"] == one["saved"]
+        tokens = torch.arange(12).reshape(2, 6)
+        outputs = []
+        for path in (first, folder):
+            base = build().unload()
+            outputs.append(PeftModel.from_pretrained(base, path / "adapter").eval()(input_ids=tokens).logits.detach())
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-4)
