@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from randlora.tuner import checkpoint
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import ProjectionView, RandLoraLayer
 from randlora.tuner.layers.linear import Linear, linear_shape
+from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
 
 
 class RandLoraModel(BaseTuner):
@@ -161,6 +163,20 @@ class RandLoraModel(BaseTuner):
             for parameters in (layer.randlora_lambda, layer.randlora_gamma):
                 parameters[adapter_name].data = parameters[adapter_name].data.to(dtype)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # modules_to_save
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Where PEFT's ``forward`` and ``generate`` hand over ``adapter_names``, one for each sample.
+
+        Raises:
+            AdapterNamesError: in training mode, or for a name that no layer knows.
+        """
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        with one_adapter_per_sample(self, names, copies_per_sample(kwargs, self.model)):
+            yield
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters into the base weights of all layers, or, with ``safe_merge``, of none if one is refused.
