@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig
@@ -17,11 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from randlora.errors import UnsupportedLayerError
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
-from randlora.tuner import checkpoint
+from randlora.tuner import arithmetic, checkpoint
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import ProjectionView, RandLoraLayer
 from randlora.tuner.layers.linear import Linear, linear_shape
 from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
+from randlora.tuner.withdraw import withdraw_adapter
 
 
 class RandLoraModel(BaseTuner):
@@ -92,19 +93,13 @@ class RandLoraModel(BaseTuner):
                 checkpoint.bind_defined_bases(layers, config, adapter_name)
                 _warn_of_single_bases(layers, adapter_name)
         except Exception:
-            self._withdraw(model, adapter_name)
+            withdraw_adapter(model, adapter_name)
             raise
 
-    def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
-        """Takes back what a failed injection has added to the model."""
-        for layer in checkpoint.adapter_layers(model, adapter_name):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                layer.delete_adapter(adapter_name)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, RandLoraLayer) and not module.randlora_lambda:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module.base_layer)
+    def withdraw_adapter(self, adapter_name: str) -> None:
+        """Takes an adapter back, as if it had never been added: modules that only it has adapted are themselves."""
+        withdraw_adapter(self.model, adapter_name)
+        self.peft_config.pop(adapter_name, None)
 
     def _create_and_replace(
         self,
@@ -177,6 +172,34 @@ class RandLoraModel(BaseTuner):
             return
         with one_adapter_per_sample(self, names, copies_per_sample(kwargs, self.model)):
             yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: Literal["linear", "nearest"] = "linear",
+    ) -> dict[str, float]:
+        """Adds an adapter that is a weighted sum of others.
+
+        Their updates are added, modules of ``modules_to_save`` as updates of the original. The sum is a RandLoRA
+        adapter only where its terms have the same bases and share λ or γ, up to a factor for each basis; one adapter
+        alone always is. ``docs/adapters.md`` says more.
+
+        Args:
+            adapters: names of the adapters.
+            weights: one for each.
+            adapter_name: name of the new one, which is not made active.
+            combination_type: ``"linear"`` refuses a sum that is no RandLoRA adapter; ``"nearest"`` takes the nearest
+                one, and warns of its error.
+
+        Returns:
+            By how much the new update of each layer misses the sum, relative to it.
+
+        Raises:
+            CombinationError: if the adapters cannot be combined so; the model is as it was.
+        """
+        return arithmetic.add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters into the base weights of all layers, or, with ``safe_merge``, of none if one is refused.
