@@ -96,6 +96,17 @@ class RandLoraModel(BaseTuner):
             withdraw_adapter(model, adapter_name)
             raise
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter; if it was the only active one, the first of the others becomes active in all layers.
+
+        (Left to themselves, layers that carry different adapters would choose different ones.)
+        """
+        active = [name for name in self.active_adapters if name != adapter_name]
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active:
+            self.set_adapter(active or sorted(self.peft_config)[:1])
+
     def withdraw_adapter(self, adapter_name: str) -> None:
         """Takes an adapter back, as if it had never been added: modules that only it has adapted are themselves."""
         withdraw_adapter(self.model, adapter_name)
