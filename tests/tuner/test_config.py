@@ -14,6 +14,7 @@ from randlora import ConfigError, RandLoraConfig, get_peft_model
 from .helpers import STACK_TARGETS, layers_of, ours, output, peft_itself, randomise, stack, theirs
 
 OWN = {"exclude_modules", "rank_pattern", "alpha_pattern", "sparsity", "randlora_scaling", "basis_fingerprint"}
+OWN |= {"trainable_token_indices", "ensure_weight_tying"}  # of PEFT's LoRA
 
 
 class TestFields:

@@ -175,7 +175,7 @@ def _other_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     content = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     prefix = "base_model.model."
     return {
-        prefix + key.removeprefix(prefix): value.detach().cpu().contiguous()
+        prefix + key.removeprefix(prefix): value.detach().cpu().clone()  # tied ones may not share memory in a file
         for key, value in content.items()
         if "randlora_" not in key
     }

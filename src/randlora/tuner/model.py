@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from randlora.errors import UnsupportedLayerError
+from randlora.errors import ConfigError, UnsupportedLayerError
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
 from randlora.tuner import arithmetic, checkpoint
 from randlora.tuner.config import RandLoraConfig
@@ -147,6 +148,31 @@ class RandLoraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not active, hence not trained
         self._replace_module(parent, target_name, layer, target)
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        """The input embeddings are trained, and what is tied to them is the same module."""
+        inputs = self.model.get_input_embeddings()
+        embeddings = next(name for name, module in self.model.named_modules() if module is inputs)
+        others = [
+            name
+            for name in peft_config.modules_to_save
+            if not any(re.match(rf"(^|.*\.){name}($|\..*)", key) for key in [*tied_weight_keys, embeddings])
+        ]
+        peft_config.modules_to_save = [embeddings, *others]
+        peft_config.modules_to_tie = set(tied_weight_keys)
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        """Refuses: PEFT calls this where ``target_modules`` names an embedding, or what is tied to it.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"ensure_weight_tying=True with target_modules={peft_config.target_modules!r}: "
+            f"{', '.join(tied_weight_keys)} and the input embeddings are one weight, and RandLoRA has no update for "
+            "both. Name the embeddings in `modules_to_save` or `trainable_token_indices`, or set "
+            "ensure_weight_tying=False; `save_merged` then saves them untied."
+        )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Puts ``new_module`` in the place of ``child``.
