@@ -7,8 +7,10 @@ everything built on them use it.
 from peft import PeftModel, get_peft_model
 
 from randlora.errors import (
+    AdapterNamesError,
     BasisMismatchError,
     CheckpointError,
+    CombinationError,
     ConfigError,
     MergeError,
     RandLoraError,
@@ -25,8 +27,10 @@ from randlora.tuner.register import register
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterNamesError",
     "BasisMismatchError",
     "CheckpointError",
+    "CombinationError",
     "ConfigError",
     "Linear",
     "Linear4bit",

@@ -23,3 +23,11 @@ class UnsupportedLayerError(RandLoraError, ValueError):
 
 class MergeError(RandLoraError, ValueError):
     """A merge that would break the weights of the base layer."""
+
+
+class AdapterNamesError(RandLoraError, ValueError):
+    """A batch whose ``adapter_names`` cannot be followed."""
+
+
+class CombinationError(RandLoraError, ValueError):
+    """A combination of adapters that is none of the kind that was asked for."""

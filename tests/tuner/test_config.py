@@ -21,6 +21,8 @@ OWN = {
     "sparsity",
     "randlora_scaling",
     "basis_fingerprint",
+    "trainable_token_indices",  # as PEFT's LoRA
+    "ensure_weight_tying",
 }
 
 

@@ -19,6 +19,8 @@ _EXTENSIONS = (
     "sparsity",
     "randlora_scaling",
     "basis_fingerprint",
+    "trainable_token_indices",
+    "ensure_weight_tying",
 )
 """Fields that PEFT's own RandLora does not know; they stand in the file only where they say something."""
 
@@ -58,6 +60,10 @@ class RandLoraConfig(PeftConfig):
             mixture: stacks (experts, out, in), of which each expert gets its own λ and γ. Matrices (out, in) too.
         rank_pattern: Ranks that differ from ``r``, by module name or regular expression.
         alpha_pattern: Alphas that differ from ``randlora_alpha``, likewise.
+        trainable_token_indices: Rows of the input embeddings to train beside the updates; or, as a dictionary, rows of
+            the embeddings that it names.
+        ensure_weight_tying: Whether embeddings that are one weight stay one when ``modules_to_save`` or
+            ``trainable_token_indices`` train them. (An update of tied embeddings is refused with it: adapt neither.)
         basis_fingerprint: SHA-256 of the adapter's bases. Recorded when the adapter is created; on loading, bases
             that differ are an error.
 
@@ -87,6 +93,10 @@ class RandLoraConfig(PeftConfig):
     randlora_scaling: Literal["peft", "paper"] = field(
         default="peft", metadata={"help": "alpha/r, or the paper's alpha/(r·√n)"}
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of the embeddings to train"}
+    )
+    ensure_weight_tying: bool = field(default=False, metadata={"help": "Whether tied embeddings train as one"})
     basis_fingerprint: str | None = field(default=None, metadata={"help": "SHA-256 of the adapter's bases"})
 
     def __post_init__(self) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig
@@ -15,11 +17,13 @@ from torch import Tensor, nn
 
 from randlora.errors import ConfigError
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
-from randlora.tuner import checkpoint
+from randlora.tuner import arithmetic, checkpoint
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import ProjectionView, RandLoraLayer
 from randlora.tuner.layers.dispatch import kind_of
 from randlora.tuner.layers.quantized import one_rounding_warning
+from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
+from randlora.tuner.withdraw import withdraw_adapter
 
 
 class RandLoraModel(BaseTuner):
@@ -90,7 +94,7 @@ class RandLoraModel(BaseTuner):
                 checkpoint.bind_defined_bases(layers, config, adapter_name)
                 _warn_of_single_bases(layers, adapter_name)
         except Exception:
-            self._withdraw(model, adapter_name)
+            withdraw_adapter(model, adapter_name)
             raise
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
@@ -105,16 +109,21 @@ class RandLoraModel(BaseTuner):
                     "all adapters of a model that target parameters must target the same ones"
                 )
 
-    def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
-        """Takes back what a failed injection has added to the model."""
-        for layer in checkpoint.adapter_layers(model, adapter_name):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                layer.delete_adapter(adapter_name)
-        for name, module in reversed(list(model.named_modules())):  # what is inside first
-            if isinstance(module, RandLoraLayer) and not module.randlora_lambda:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module.base_layer)
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter; if it was the only active one, the first of the others becomes active in all layers.
+
+        (Left to themselves, layers that carry different adapters would choose different ones.)
+        """
+        active = [name for name in self.active_adapters if name != adapter_name]
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active:
+            self.set_adapter(active or sorted(self.peft_config)[:1])
+
+    def withdraw_adapter(self, adapter_name: str) -> None:
+        """Takes an adapter back, as if it had never been added: modules that only it has adapted are themselves."""
+        withdraw_adapter(self.model, adapter_name)
+        self.peft_config.pop(adapter_name, None)
 
     def _create_and_replace(
         self,
@@ -152,6 +161,31 @@ class RandLoraModel(BaseTuner):
             layer.requires_grad_(False)  # an additional adapter is not active, hence not trained
         self._replace_module(parent, target_name, layer, target)
 
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        """The input embeddings are trained, and what is tied to them is the same module."""
+        inputs = self.model.get_input_embeddings()
+        embeddings = next(name for name, module in self.model.named_modules() if module is inputs)
+        others = [
+            name
+            for name in peft_config.modules_to_save
+            if not any(re.match(rf"(^|.*\.){name}($|\..*)", key) for key in [*tied_weight_keys, embeddings])
+        ]
+        peft_config.modules_to_save = [embeddings, *others]
+        peft_config.modules_to_tie = set(tied_weight_keys)
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        """Refuses: PEFT calls this where ``target_modules`` names an embedding, or what is tied to it.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"ensure_weight_tying=True with target_modules={peft_config.target_modules!r}: "
+            f"{', '.join(tied_weight_keys)} and the input embeddings are one weight, and RandLoRA has no update for "
+            "both. Name the embeddings in `modules_to_save` or `trainable_token_indices`, or set "
+            "ensure_weight_tying=False; `save_merged` then saves them untied."
+        )
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Puts ``new_module`` in the place of ``child``.
 
@@ -171,6 +205,48 @@ class RandLoraModel(BaseTuner):
             for parameters in (layer.randlora_lambda, layer.randlora_gamma):
                 parameters[adapter_name].data = parameters[adapter_name].data.to(dtype)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # modules_to_save
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Where PEFT's ``forward`` and ``generate`` hand over ``adapter_names``, one for each sample.
+
+        Raises:
+            AdapterNamesError: in training mode, or for a name that no layer knows.
+        """
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        with one_adapter_per_sample(self, names, copies_per_sample(kwargs, self.model)):
+            yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: Literal["linear", "nearest"] = "linear",
+    ) -> dict[str, float]:
+        """Adds an adapter that is a weighted sum of others.
+
+        Their updates are added, modules of ``modules_to_save`` as updates of the original. The sum is a RandLoRA
+        adapter only where its terms have the same bases and share λ or γ, up to a factor for each basis; one adapter
+        alone always is. ``docs/adapters.md`` says more.
+
+        Args:
+            adapters: names of the adapters.
+            weights: one for each.
+            adapter_name: name of the new one, which is not made active.
+            combination_type: ``"linear"`` refuses a sum that is no RandLoRA adapter; ``"nearest"`` takes the nearest
+                one, and warns of its error.
+
+        Returns:
+            By how much the new update of each layer misses the sum, relative to it.
+
+        Raises:
+            CombinationError: if the adapters cannot be combined so; the model is as it was.
+        """
+        return arithmetic.add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters into the base weights of all layers, or, with ``safe_merge``, of none if one is refused.

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import peft.helpers
 import peft.peft_model
 from peft import PeftType
 from peft.mapping import (
@@ -20,6 +21,7 @@ from peft.mapping import (
 
 from randlora.tuner.atomic import write_atomically
 from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.layers.scaled import ScaledLayer
 from randlora.tuner.model import RandLoraModel
 
 
@@ -28,6 +30,9 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] = RandLoraConfig
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = RandLoraModel
     PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.RANDLORA] = RandLoraModel.prefix
+    helpers: Any = peft.helpers
+    if not isinstance(helpers.LoraLayer, tuple):  # the layers whose `scaling` PEFT's `rescale_adapter_scale` changes
+        helpers.LoraLayer = (helpers.LoraLayer, ScaledLayer)
     save_file = peft.peft_model.safe_save_file
     if not hasattr(save_file, "__wrapped__"):
         peft.peft_model.safe_save_file = _save_whole_or_not_at_all(save_file)

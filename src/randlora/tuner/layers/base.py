@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from randlora.errors import MergeError
@@ -16,11 +16,12 @@ from randlora.ops import linear as ops
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
 from randlora.ops.operands import DenseBases
 from randlora.ops.sparse import SparseBases
+from randlora.tuner.layers.scaled import ScaledLayer
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class RandLoraLayer(BaseTunerLayer):
+class RandLoraLayer(ScaledLayer):
     """Adapters of one base layer.
 
     A subclass wraps one kind of base layer: it sets ``in_features`` and ``out_features``, says how its weight is laid
@@ -40,7 +41,15 @@ class RandLoraLayer(BaseTunerLayer):
     parameter_name: str = "weight"
     stack: tuple[int, ...] = ()
     adapter_layer_names: tuple[str, ...] = ("randlora_lambda", "randlora_gamma")
-    other_param_names: tuple[str, ...] = ("randlora_dropout", "bases", "r", "scaling", "gamma_factor", "num_bases")
+    other_param_names: tuple[str, ...] = (
+        "randlora_dropout",
+        "bases",
+        "r",
+        "scaling",
+        "initial_scaling",
+        "gamma_factor",
+        "num_bases",
+    )
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
         self.base_layer = base_layer
@@ -53,6 +62,7 @@ class RandLoraLayer(BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.num_bases: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
+        self.initial_scaling: dict[str, float] = {}
         self.gamma_factor: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -90,7 +100,8 @@ class RandLoraLayer(BaseTunerLayer):
     ) -> None:
         """Adds the parameters of an adapter; its bases are bound when all layers are known (``bind_basis``)."""
         n = num_bases(r, self.min_dim)
-        self.r[adapter_name], self.num_bases[adapter_name], self.scaling[adapter_name] = r, n, scaling
+        self.r[adapter_name], self.num_bases[adapter_name] = r, n
+        self.scaling[adapter_name] = self.initial_scaling[adapter_name] = scaling
         self.gamma_factor[adapter_name] = gamma_factor
         self.randlora_dropout[adapter_name] = nn.Dropout(randlora_dropout) if randlora_dropout > 0 else nn.Identity()
         self.randlora_lambda[adapter_name] = nn.Parameter(torch.randn(*self.stack, r, n, dtype=torch.float32))
@@ -111,7 +122,8 @@ class RandLoraLayer(BaseTunerLayer):
 
     def unfold_gamma(self, adapter_name: str) -> None:
         """Takes the scaling's share back from γ, whose values are about to be replaced."""
-        self.scaling[adapter_name] *= self.gamma_factor[adapter_name]
+        for scaling in (self.scaling, self.initial_scaling):
+            scaling[adapter_name] *= self.gamma_factor[adapter_name]
         self.gamma_factor[adapter_name] = 1.0
 
     def bind_basis(self, adapter_name: str, basis: Basis | AwaitedBasis) -> None:

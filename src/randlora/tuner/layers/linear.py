@@ -13,6 +13,7 @@ from randlora.ops import linear as ops
 from randlora.ops.plan import Plan, Problem, call_cost, choose, sum_cost
 from randlora.tuner.layers.base import RandLoraLayer, compute_dtype, innermost
 from randlora.tuner.layers.held import HeldWeight, may_hold
+from randlora.tuner.mixed_batch import mixed_forward
 
 
 class Linear(nn.Module, RandLoraLayer):
@@ -38,6 +39,8 @@ class Linear(nn.Module, RandLoraLayer):
         """Output (..., out) of the base layer plus the updates of the active adapters, for x (..., in)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if "adapter_names" in kwargs:
+            return mixed_forward(self, kwargs.pop("adapter_names"), x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.randlora_lambda]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)

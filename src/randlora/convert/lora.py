@@ -1,0 +1,231 @@
+"""A plain LoRA adapter in the place of a RandLoRA one, by truncated SVD of each layer's update.
+
+LoRA holds updates of low rank, RandLoRA of full rank, so something is lost: how much is part of the result.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from randlora.errors import CombinationError, ConfigError, UnsupportedLayerError
+from randlora.tuner.atomic import write_atomically, write_json
+from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.merged import base_model
+
+_BIAS: dict[str, Literal["none", "all", "lora_only"]] = {"none": "none", "all": "all", "randlora_only": "lora_only"}
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """What the conversion of a layer costs.
+
+    Attributes:
+        name: name of the layer in the base model.
+        rank: rank of its LoRA.
+        relative_error: ‖ΔW − BA‖ / ‖ΔW‖ in the Frobenius norm; no LoRA of that rank has a smaller one.
+    """
+
+    name: str
+    rank: int
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class LoraConversion:
+    """A LoRA adapter, and what it lacks.
+
+    Attributes:
+        config: its config. Each layer's scaling is 1: alpha is its rank.
+        tensors: the content of its file.
+        layers: the error of each layer.
+    """
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+    layers: tuple[ConvertedLayer, ...]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes an adapter folder that PEFT, without this package, loads as LoRA; each file whole or not at all."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        write_atomically(
+            target / "adapter_model.safetensors",
+            lambda temporary: save_file(self.tensors, temporary, metadata={"format": "pt"}),
+        )
+        content = {k: sorted(v) if isinstance(v, set) else v for k, v in self.config.to_dict().items()}
+        write_json(content, target, "adapter_config.json")
+
+
+@torch.no_grad()
+def to_lora(
+    model: nn.Module,
+    adapter_name: str | Mapping[str, float] = "default",
+    *,
+    rank: int | Mapping[str, int] | None = None,
+    energy: float | None = None,
+) -> LoraConversion:
+    """The LoRA adapter that is nearest to a RandLoRA adapter, or to a weighted sum of some.
+
+    Biases, ``modules_to_save`` and trainable tokens of the adapter go with it.
+
+    Args:
+        model: a model with the adapter.
+        adapter_name: its name, or weights by name for a sum.
+        rank: rank of every layer, or of each by its name. A layer has at most the rank of its smaller dimension.
+        energy: instead of a rank, which share (above 0, up to 1) of each update's squared singular values to keep.
+
+    Raises:
+        ConfigError: if not exactly one of ``rank`` and ``energy`` is given, or it means nothing.
+        CombinationError: for a sum of adapters that hold more than updates.
+        UnsupportedLayerError: for a layer of a kind that is not linear.
+    """
+    _require_choice(rank, energy)
+    weights = {adapter_name: 1.0} if isinstance(adapter_name, str) else dict(adapter_name)
+    configs = [_config_of(model, name) for name in weights]
+    base = base_model(model)
+    found, tensors = [], {}
+    for name, layer in _adapted(base, weights).items():
+        update = sum(weight * layer.get_delta_weight(a) for a, weight in weights.items() if a in layer.r)
+        oriented = _oriented(cast("Tensor", update), layer, name)
+        U, S, Vh = torch.linalg.svd(oriented, full_matrices=False)
+        kept = _kept(S, rank if not isinstance(rank, Mapping) else _rank_of(rank, name), energy)
+        root = S[:kept].sqrt()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = (root.unsqueeze(1) * Vh[:kept]).cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = (U[:, :kept] * root).cpu().contiguous()
+        found.append(ConvertedLayer(name, kept, _relative_error(S, kept)))
+    if len(weights) == 1:
+        tensors |= _other_tensors(model, next(iter(weights)))
+    else:
+        _require_updates_only(dict(zip(weights, configs, strict=True)))
+    return LoraConversion(_lora_config(base, configs[0], found), tensors, tuple(found))
+
+
+def _require_choice(rank: int | Mapping[str, int] | None, energy: float | None) -> None:
+    if (rank is None) == (energy is None):
+        raise ConfigError(f"rank={rank!r}, energy={energy!r}: give one of them, and only one")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"energy={energy!r} must be a share, above 0 and up to 1")
+    for value in rank.values() if isinstance(rank, Mapping) else [rank]:
+        if value is not None and value < 1:
+            raise ConfigError(f"rank={value!r} must be at least 1")
+
+
+def _config_of(model: nn.Module, adapter_name: str) -> RandLoraConfig:
+    configs = cast("Mapping[str, Any]", getattr(model, "peft_config", {}))
+    if not isinstance(configs.get(adapter_name), RandLoraConfig):
+        known = ", ".join(repr(name) for name, config in configs.items() if isinstance(config, RandLoraConfig))
+        raise ConfigError(f"the model has no RandLoRA adapter {adapter_name!r}, only {known or 'none'}")
+    return configs[adapter_name]
+
+
+def _adapted(base: nn.Module, weights: Mapping[str, float]) -> dict[str, RandLoraLayer]:
+    return {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, RandLoraLayer) and any(adapter in module.r for adapter in weights)
+    }
+
+
+def _oriented(update: Tensor, layer: RandLoraLayer, name: str) -> Tensor:
+    """(out, in), as LoRA's factors multiply."""
+    if update.ndim != 2 or isinstance(layer.get_base_layer(), nn.Embedding):
+        raise UnsupportedLayerError(
+            f"{name!r} is a {type(layer.get_base_layer()).__name__}; only linear layers can be converted to LoRA. "
+            "Merge the adapter instead (`randlora.convert.save_merged`)"
+        )
+    return (update.T if isinstance(layer.get_base_layer(), Conv1D) else update).float()
+
+
+def _rank_of(ranks: Mapping[str, int], name: str) -> int:
+    if name not in ranks:
+        raise ConfigError(f"rank names no rank for {name!r}: it must have every adapted layer")
+    return ranks[name]
+
+
+def _kept(S: Tensor, rank: int | None, energy: float | None) -> int:
+    """How many singular values to keep, at least one."""
+    if rank is not None:
+        return min(rank, len(S))
+    assert energy is not None
+    share = S.double().square().cumsum(0)
+    return min(int(torch.searchsorted(share, energy * share[-1]).item()) + 1, len(S))
+
+
+def _relative_error(S: Tensor, kept: int) -> float:
+    squares = S.double().square()
+    total = float(squares.sum())
+    return math.sqrt(float(squares[kept:].sum()) / total) if total else 0.0
+
+
+def _other_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """What the adapter's file holds beside λ, γ and bases."""
+    content = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    prefix = "base_model.model."
+    return {
+        prefix + key.removeprefix(prefix): value.detach().cpu().clone()  # tied ones may not share memory in a file
+        for key, value in content.items()
+        if "randlora_" not in key
+    }
+
+
+def _require_updates_only(configs: Mapping[str, RandLoraConfig]) -> None:
+    for name, config in configs.items():
+        for field in ("modules_to_save", "trainable_token_indices"):
+            if getattr(config, field, None):
+                raise CombinationError(
+                    f"adapter {name!r} has {field}={getattr(config, field)!r}, and whole modules cannot be added in a "
+                    "LoRA: convert the adapters one by one, or merge them"
+                )
+        if config.bias != "none":
+            raise CombinationError(f"adapter {name!r} has bias={config.bias!r}; biases cannot be added in a LoRA")
+
+
+def _lora_config(base: nn.Module, config: RandLoraConfig, layers: list[ConvertedLayer]) -> LoraConfig:
+    usual = Counter(layer.rank for layer in layers).most_common(1)[0][0]
+    names = {layer.name for layer in layers}
+    targets, excluded = _targets(base, names)
+    ranks = {f"^{layer.name}": layer.rank for layer in layers if layer.rank != usual}
+    adapted = [cast("RandLoraLayer", base.get_submodule(name)).get_base_layer() for name in names]
+    tokens = {
+        name: getattr(config, name)
+        for name in ("trainable_token_indices", "ensure_weight_tying")
+        if getattr(config, name, None)
+    }
+    return LoraConfig(
+        r=usual,
+        lora_alpha=usual,
+        rank_pattern=ranks,
+        alpha_pattern=dict(ranks),
+        target_modules=targets,
+        exclude_modules=excluded or None,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in adapted),
+        bias=_BIAS[config.bias],
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+        **tokens,
+    )
+
+
+def _targets(base: nn.Module, names: set[str]) -> tuple[list[str], list[str]]:
+    """Target modules that hit ``names`` only, last parts of names where possible, and what must be excluded."""
+    others = {name for name, _ in base.named_modules()} - names
+    leaves = {name.rpartition(".")[2] for name in names}
+    if not any(other.rpartition(".")[2] in leaves for other in others):
+        return sorted(leaves), []
+    return sorted(names), sorted(other for other in others if any(other.endswith(f".{name}") for name in names))

@@ -1,0 +1,218 @@
+"""Adapters of one model that differ in everything, in any order of adding, loading, switching and deleting."""
+
+import gc
+import itertools
+import tempfile
+import warnings
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+
+from randlora import RandLoraConfig, get_peft_model
+from randlora.ops import bases
+
+from .helpers import STACK_TARGETS, assert_close, layers_of, output, randomise, stack
+
+ADAPTERS = {
+    "u": {"r": 4, "randlora_alpha": 8, "target_modules": STACK_TARGETS},
+    "v": {"r": 7, "randlora_alpha": 3, "target_modules": ["tall"], "projection_prng_key": 5, "sparse": True},
+    "w": {"r": 2, "target_modules": ["wide"], "save_projection": False, "sparsity": 2.5, "randlora_dropout": 0.3},
+    "x": {"r": 4, "randlora_alpha": 2, "target_modules": STACK_TARGETS, "save_projection": False},  # the bases of u
+    "y": {"r": 3, "target_modules": ["square", "head"], "very_sparse": True, "randlora_scaling": "paper"},
+    "z": {"r": 5, "target_modules": ["tall", "head"], "rank_pattern": {"head": 2}, "alpha_pattern": {"tall": 7}},
+}
+MODULES = (*STACK_TARGETS, "head")
+
+
+def alone(name):
+    model = get_peft_model(stack(), RandLoraConfig(**ADAPTERS[name]), adapter_name=name)
+    return randomise(model, name, seed=ord(name)).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Each adapter in a folder, and its update of each layer."""
+    folder, updates = tmp_path_factory.mktemp("adapters"), {}
+    for name in ADAPTERS:
+        model = alone(name)
+        model.save_pretrained(folder)
+        updates[name] = {
+            module: layer.get_delta_weight(name).detach() for module, layer in layers_of(model.base_model.model).items()
+        }
+    return folder, updates
+
+
+def expected(updates, active):
+    plain = stack()
+    with torch.no_grad():
+        for name in active:
+            for module, update in updates[name].items():
+                getattr(plain, module).weight += update
+    return output(plain).detach()
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["add", "load", "delete"]), st.sampled_from(sorted(ADAPTERS))),
+        st.tuples(st.just("activate"), st.lists(st.sampled_from(sorted(ADAPTERS)), unique=True, max_size=3)),
+        st.tuples(st.sampled_from(["merge", "unmerge", "disable", "enable"]), st.just("")),
+    ),
+    max_size=12,
+)
+
+
+@given(first=st.sampled_from(sorted(ADAPTERS)), steps=STEPS)
+def test_any_sequence(saved, first, steps):
+    """After each step the model computes the base model and the updates of the active adapters, and nothing else."""
+    folder, updates = saved
+    model, present, active, enabled = alone(first), {first}, [first], True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for action, what in steps:
+            if action == "activate":
+                active = [name for name in what if name in present] or active
+                model.base_model.set_adapter(active)
+                model.base_model.unmerge_adapter()
+            elif action in ("add", "load") and what not in present:
+                present.add(what)
+                if action == "add":
+                    model.add_adapter(what, RandLoraConfig(**ADAPTERS[what]))
+                    randomise(model, what, seed=ord(what))
+                else:
+                    model.load_adapter(folder / what, what)
+            elif action == "delete" and what in present and len(present) > 1:
+                model.unmerge_adapter()
+                model.delete_adapter(what)
+                present.remove(what)
+                active = [name for name in active if name != what] or sorted(present)[:1]
+            elif action in ("merge", "unmerge"):
+                getattr(model, f"{action}_adapter")()
+            elif action in ("disable", "enable"):
+                enabled = action == "enable"
+                getattr(model.base_model, f"{action}_adapter_layers")()
+            assert model.base_model.active_adapters == active
+            model.eval()
+            assert_close(output(model).detach(), expected(updates, active if enabled else []), 1e-5, str(steps))
+    assert set(model.peft_config) == present
+    for layer in layers_of(model).values():
+        for name in (*layer.adapter_layer_names, *layer.other_param_names):
+            assert set(getattr(layer, name)) <= present, name
+        assert layer.active_adapters == active
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations("uvy")), ids="".join)
+def test_loaded_in_any_order(saved, order):
+    folder, _ = saved
+    model = PeftModel.from_pretrained(stack(), folder / order[0], adapter_name=order[0])
+    for name in order[1:]:
+        model.load_adapter(folder / name, name)
+    for name in "uvyuv":
+        model.set_adapter(name)
+        assert torch.equal(output(model), output(alone(name))), name
+
+
+def test_loading_into_an_adapter_that_is_there_replaces_it(saved):
+    folder, _ = saved
+    model = PeftModel.from_pretrained(stack(), folder / "u", adapter_name="u")
+    before = output(model)
+    randomise(model, "u", seed=99)
+    assert not torch.equal(output(model), before)
+    model.load_adapter(folder / "u", "u")
+    assert torch.equal(output(model), before)
+
+
+def test_dropout_of_one_adapter_leaves_the_others():
+    model = alone("w").train()
+    model.add_adapter("v", RandLoraConfig(**ADAPTERS["v"]))
+    randomise(model, "v", seed=ord("v"))
+    model.set_adapter("v")
+    assert torch.equal(output(model.train()), output(alone("v")))
+    model.set_adapter("w")
+    assert not torch.equal(output(model), output(model))
+
+
+def test_deleting_the_active_adapter_leaves_all_layers_with_the_same_one():
+    """Each layer would choose the first of its own adapters: here v in one layer and w in another."""
+    model = alone("u")
+    for name in "vwx":
+        model.add_adapter(name, RandLoraConfig(**ADAPTERS[name]))
+        randomise(model, name, seed=ord(name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.delete_adapter("u")
+    assert model.active_adapters == ["v"]
+    assert all(layer.active_adapters == ["v"] for layer in layers_of(model).values())
+    assert torch.equal(output(model), output(alone("v")))
+    trainable = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"v"}
+
+
+def test_deleting_an_inactive_adapter_changes_nothing_else():
+    model = alone("u")
+    model.add_adapter("v", RandLoraConfig(**ADAPTERS["v"]))
+    model.set_adapter("u", inference_mode=True)
+    before = output(model)
+    model.delete_adapter("v")
+    assert torch.equal(output(model), before)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+class TestBases:
+    def test_the_same_numbers_are_shared_however_they_came(self, saved):
+        """Drawn, loaded with the file, and loaded without."""
+        folder, _ = saved
+        model = alone("u")
+        model.load_adapter(folder / "u", "loaded")
+        model.load_adapter(folder / "x", "drawn")
+        other = PeftModel.from_pretrained(stack(), folder / "u")
+        for layer in layers_of(model).values():
+            assert len({id(basis) for basis in layer.bases.values()}) == 1
+        assert other.base_model.model.tall.bases["default"] is model.base_model.model.tall.bases["u"]
+
+    @pytest.mark.parametrize("order", list(itertools.permutations("uvx")), ids="".join)
+    def test_they_are_freed_with_the_last_adapter_that_uses_them(self, order):
+        key = {"projection_prng_key": 4711}  # no other test holds these
+        names = "uvx"
+        model = get_peft_model(stack(), RandLoraConfig(**ADAPTERS["u"] | key), adapter_name="u")
+        for name in "vx":
+            model.add_adapter(name, RandLoraConfig(**ADAPTERS[name] | key))
+        output(model)
+        held = {name: weakref.ref(model.base_model.model.tall.bases[name]) for name in names}
+        assert held["u"]() is held["x"]()
+        assert held["u"]() is not held["v"]()
+        left = set(names)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name in order:
+                model.delete_adapter(name)
+                left.remove(name)
+                gc.collect()
+                assert (held["v"]() is None) == ("v" not in left)
+                assert (held["u"]() is None) == (not left & {"u", "x"})
+
+    def test_two_models_share_them(self):
+        key = {"projection_prng_key": 4712}
+        first, second = (get_peft_model(stack(), RandLoraConfig(**ADAPTERS["u"] | key)) for _ in range(2))
+        held = weakref.ref(first.base_model.model.tall.bases["default"])
+        assert second.base_model.model.tall.bases["default"] is held()
+        del first
+        gc.collect()
+        assert held() is not None
+        del second
+        gc.collect()
+        assert held() is None
+        assert not [spec for spec in bases._live if getattr(spec, "key", None) == 4712]
+
+
+def test_save_projection_is_each_adapters_own():
+    model = alone("u")
+    model.add_adapter("x", RandLoraConfig(**ADAPTERS["x"]))
+    with tempfile.TemporaryDirectory() as target:
+        model.save_pretrained(target)
+        sizes = {name: (Path(target) / name / "adapter_model.safetensors").stat().st_size for name in "ux"}
+    assert sizes["u"] > sizes["x"] + 2 * 17 * 3 * 4  # B alone, in bfloat16
