@@ -22,6 +22,7 @@ from peft.mapping import (
 from randlora.tuner.atomic import write_atomically
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.scaled import ScaledLayer
+from randlora.tuner.loading import from_pretrained_or_nothing, load_adapter_or_nothing
 from randlora.tuner.model import RandLoraModel
 
 
@@ -33,6 +34,10 @@ def register() -> None:
     helpers: Any = peft.helpers
     if not isinstance(helpers.LoraLayer, tuple):  # the layers whose `scaling` PEFT's `rescale_adapter_scale` changes
         helpers.LoraLayer = (helpers.LoraLayer, ScaledLayer)
+    host: Any = peft.peft_model.PeftModel
+    if not hasattr(host.load_adapter, "__wrapped__"):
+        host.load_adapter = load_adapter_or_nothing(host.load_adapter)
+        host.from_pretrained = classmethod(from_pretrained_or_nothing(host.from_pretrained.__func__))
     save_file = peft.peft_model.safe_save_file
     if not hasattr(save_file, "__wrapped__"):
         peft.peft_model.safe_save_file = _save_whole_or_not_at_all(save_file)

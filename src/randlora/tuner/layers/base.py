@@ -36,10 +36,12 @@ class RandLoraLayer(ScaledLayer):
         gamma_factor: per adapter the share of the scaling that γ holds already, 1 unless γ is as a file has it.
         parameter_name: name of the weight in the base layer.
         stack: leading dimensions of λ and γ, one for a weight that is a stack of matrices, each with its own.
+        computes_rows: whether each row of an input can be given an adapter of its own.
     """
 
     parameter_name: str = "weight"
     stack: tuple[int, ...] = ()
+    computes_rows: bool = True
     adapter_layer_names: tuple[str, ...] = ("randlora_lambda", "randlora_gamma")
     other_param_names: tuple[str, ...] = (
         "randlora_dropout",

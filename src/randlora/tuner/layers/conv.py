@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from randlora.ops import linear as ops
 from randlora.tuner.layers.base import RandLoraLayer, compute_dtype, innermost, without_autocast
+from randlora.tuner.mixed_batch import mixed_forward
 
 ConvNd = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -35,6 +36,8 @@ class _Conv(nn.Module, RandLoraLayer):
         """Output of the base layer plus the updates of the active adapters, for x ([batch,] in, *size)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if "adapter_names" in kwargs:
+            return mixed_forward(self, kwargs.pop("adapter_names"), x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.randlora_lambda]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)

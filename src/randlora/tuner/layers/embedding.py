@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from randlora.errors import UnsupportedLayerError
 from randlora.tuner.layers.base import RandLoraLayer, innermost, without_autocast
+from randlora.tuner.mixed_batch import mixed_forward
 
 
 class Embedding(nn.Module, RandLoraLayer):
@@ -35,6 +36,8 @@ class Embedding(nn.Module, RandLoraLayer):
         """Rows (..., dim) of the base layer plus those of the active adapters, for indices x (...)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if "adapter_names" in kwargs:
+            return mixed_forward(self, kwargs.pop("adapter_names"), x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result

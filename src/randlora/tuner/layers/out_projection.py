@@ -10,6 +10,8 @@ from randlora.tuner.layers.linear import Linear
 class OutProjection(Linear):
     """The ``out_proj`` of an ``nn.MultiheadAttention`` with RandLoRA adapters: its weight is W + ΔW when it is read."""
 
+    computes_rows = False
+
     @property
     def weight(self) -> Tensor:
         """See :meth:`RandLoraLayer.adapted_weight`."""

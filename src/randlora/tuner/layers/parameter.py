@@ -29,6 +29,8 @@ class ParamWrapper(nn.Module, RandLoraLayer):
         **adapter: values of the adapter, as of :meth:`RandLoraLayer.update_layer`.
     """
 
+    computes_rows = False
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, **adapter: Any) -> None:
         super().__init__()
         inner = innermost(base_layer)

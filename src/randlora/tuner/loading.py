@@ -1,0 +1,61 @@
+"""Loads that fail leave the model as it was.
+
+PEFT first puts a new adapter into the model and then reads its file; where the file is refused, it leaves the adapter
+there, untrained.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.withdraw import withdraw_adapter
+
+
+@contextmanager
+def taken_back_on_failure(model: nn.Module) -> Iterator[None]:
+    """Takes back the RandLoRA adapters that ``model`` has been given within the context, if it ends with an error."""
+    before, had_config = _adapters(model), hasattr(model, "peft_config")
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except Exception:
+        for name in _adapters(model) - before:
+            withdraw_adapter(model, name)
+            getattr(model, "peft_config", {}).pop(name, None)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+        if not had_config and not getattr(model, "peft_config", True):
+            del model.peft_config
+        raise
+
+
+def from_pretrained_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
+    """``PeftModel.from_pretrained``, the function of the class method, made so."""
+
+    @functools.wraps(load)
+    def from_pretrained(cls: type, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with taken_back_on_failure(model):
+            return load(cls, model, *args, **kwargs)
+
+    return from_pretrained
+
+
+def load_adapter_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
+    """``PeftModel.load_adapter``, made so."""
+
+    @functools.wraps(load)
+    def load_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with taken_back_on_failure(model):
+            return load(model, *args, **kwargs)
+
+    return load_adapter
+
+
+def _adapters(model: nn.Module) -> set[str]:
+    return {name for m in model.modules() if isinstance(m, RandLoraLayer) for name in m._all_available_adapter_names()}
