@@ -245,9 +245,10 @@ def test_stock_peft_loads_it_without_this_package(tmp_path):
 class TestPeftsOwnConversion:
     """PEFT's functions; they take one adapter that all layers carry, and no biases."""
 
-    @pytest.mark.parametrize(("build", "targets"), [KINDS["linear"], KINDS["conv1d"], KINDS["llama"]], ids=str)
+    @pytest.mark.parametrize("kind", ["linear", "conv1d", "llama"])
     @pytest.mark.parametrize("rank", [3, 0.9])
-    def test_convert_to_lora(self, build, targets, rank, tmp_path):
+    def test_convert_to_lora(self, kind, rank, tmp_path):
+        build, targets = KINDS[kind]
         model = adapted(build, targets)
         assert model.supports_lora_conversion()
         _, tensors = convert_to_lora(model, rank)

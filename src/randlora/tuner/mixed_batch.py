@@ -127,7 +127,7 @@ def _require_usable(model: nn.Module, adapter_names: Sequence[str]) -> None:
     for path, module in model.named_modules():
         if isinstance(module, RandLoraLayer) and not module.computes_rows and set(adapter_names) & set(module.r):
             raise AdapterNamesError(
-                f"adapter_names cannot be used with an adapter of {path!r}: its module computes with one weight for all "
+                f"adapter_names cannot be used with an adapter of {path!r}: its module has one weight for all "
                 "samples. Run the adapters one after another, with `set_adapter`"
             )
     known = {name for m in model.modules() if isinstance(m, RandLoraLayer) for name in m.randlora_lambda}
