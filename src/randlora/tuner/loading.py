@@ -1,16 +1,18 @@
 """Loads that fail leave the model as it was.
 
 PEFT first puts a new adapter into the model and then reads its file; where the file is refused, it leaves the adapter
-there, untrained.
+there, untrained; and where one of its tensors is refused, those before it are in place already.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from randlora.tuner.layers.base import RandLoraLayer
@@ -35,6 +37,23 @@ def taken_back_on_failure(model: nn.Module) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def put_back_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Gives ``adapter``, which ``model`` has, its values and bases back if the context ends with an error."""
+    values = [(p, p.detach().clone()) for name, p in model.named_parameters() if adapter in name.split(".")]
+    layers = [m for m in model.modules() if isinstance(m, RandLoraLayer) and adapter in m.bases]
+    bases = [layer.bases[adapter] for layer in layers]
+    try:
+        yield
+    except Exception:
+        with torch.no_grad():
+            for parameter, value in values:
+                parameter.copy_(value)
+        for layer, basis in zip(layers, bases, strict=True):
+            layer.bind_basis(adapter, basis)
+        raise
+
+
 def from_pretrained_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
     """``PeftModel.from_pretrained``, the function of the class method, made so."""
 
@@ -48,10 +67,15 @@ def from_pretrained_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
 
 def load_adapter_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
     """``PeftModel.load_adapter``, made so."""
+    signature = inspect.signature(load)
 
     @functools.wraps(load)
     def load_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with taken_back_on_failure(model):
+        adapter = signature.bind(model, *args, **kwargs).arguments["adapter_name"]
+        with ExitStack() as undo:
+            undo.enter_context(taken_back_on_failure(model))
+            if adapter in _adapters(model):
+                undo.enter_context(put_back_on_failure(model, adapter))
             return load(model, *args, **kwargs)
 
     return load_adapter

@@ -15,7 +15,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from randlora.errors import ConfigError, RandLoraError
+from randlora.errors import ConfigError
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
 from randlora.tuner import arithmetic, checkpoint
 from randlora.tuner.config import RandLoraConfig
@@ -307,13 +307,7 @@ class RandLoraModel(BaseTuner):
         """Binds the file's bases and hands on the parameters."""
         if isinstance(config, RandLoraConfig):
             layers = checkpoint.adapter_layers(model, adapter_name)
-            bound = [layer.bases[adapter_name] for layer in layers]
-            try:
-                state_dict = checkpoint.take_projections(state_dict, model, config, adapter_name)
-            except RandLoraError:
-                for layer, basis in zip(layers, bound, strict=True):
-                    layer.bind_basis(adapter_name, basis)
-                raise
+            state_dict = checkpoint.take_projections(state_dict, model, config, adapter_name)
             state_dict = checkpoint.unfold_scaling(state_dict, layers, config, adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
