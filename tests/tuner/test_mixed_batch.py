@@ -184,3 +184,33 @@ def test_disabled_adapters_leave_the_base_model():
     model = adapted()
     with model.disable_adapter():
         assert torch.equal(model(features(), adapter_names=["x"] * 6), stack()(features()))
+
+
+class TestOtherKindsOfLayer:
+    @pytest.mark.parametrize(
+        ("base", "batch"),
+        [
+            (lambda: torch.nn.Conv2d(3, 8, 3), torch.linspace(-1, 1, 3 * 3 * 25).reshape(3, 3, 5, 5)),
+            (lambda: torch.nn.Embedding(20, 8), torch.arange(12).reshape(3, 4)),
+        ],
+        ids=["Conv2d", "Embedding"],
+    )
+    def test_each_sample_has_its_own_adapter(self, base, batch):
+        torch.manual_seed(0)
+        model = adapted(lambda: torch.nn.Sequential(base()), ["0"], ["0"])
+        names = ["y", BASE, "x"]
+        mixed = model(batch, adapter_names=names)
+        for row, name in enumerate(names):
+            expected = alone(model, name, batch[row : row + 1])
+            assert_close(mixed[row : row + 1].detach(), expected.detach(), 1e-6, name)
+        assert not torch.equal(mixed, alone(model, BASE, batch))
+
+    def test_one_weight_for_all_samples_is_refused(self):
+        torch.manual_seed(0)
+        attention = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        model = adapted(lambda: attention, ["linear1", "out_proj"], ["linear1"])
+        model.add_adapter("z", RandLoraConfig(r=4, target_modules=["linear2"]))
+        batch = torch.zeros(2, 3, 8)
+        with pytest.raises(AdapterNamesError, match=r"'.*self_attn\.out_proj': its module has one weight for all"):
+            model(batch, adapter_names=["x", "z"])
+        assert model(batch, adapter_names=["y", "z"]).shape == batch.shape
