@@ -8,7 +8,7 @@ from .comparison import Comparison
 from .models import LLAMA, LLAMA_QUICK
 
 COLUMNS = COMPARED
-ROUNDS = {128: 5, 256: 5, 512: 3, 2048: 3, 4096: 2}  # by tokens; long steps are steadier, and long
+ROUNDS = {128: 7, 256: 7, 512: 5, 2048: 5, 4096: 3}  # by tokens; long steps are steadier, and long
 
 
 def run(quick: bool) -> Iterator[dict[str, Any]]:
