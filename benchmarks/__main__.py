@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
 
     for name in options.names or NAMES:
-        measure(name, options.quick, Console())
+        # in a file or a pipe no column may be cut
+        measure(name, options.quick, Console(width=None if sys.stdout.isatty() else 160))
 
 
 def measure(name: str, quick: bool, console: Console) -> None:
