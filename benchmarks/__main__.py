@@ -13,7 +13,19 @@ from transformers.utils import logging
 from . import record
 from .table import table
 
-NAMES = ("step", "step_bf16", "architectures", "compiled", "layers", "memory", "files", "bases", "decode", "scaling")
+NAMES = (
+    "step",
+    "step_bf16",
+    "architectures",
+    "compiled",
+    "layers",
+    "crossover",
+    "memory",
+    "files",
+    "bases",
+    "decode",
+    "scaling",
+)
 """Each is a file here, with `COLUMNS` of its table, and `run(quick)` that yields its rows."""
 
 

@@ -1,0 +1,110 @@
+"""Where token space ends and weight space begins: as the planner counts it, and as it is measured.
+
+Forward and backward of one layer in fp32 run with either plan forced, at numbers of tokens around the one at which the
+planner changes from one to the other. The measured crossover is where a line through the logarithms of the ratios of
+their times crosses zero. At the planned one both should take as long: "off by" says what choosing wrongly costs there.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from randlora.ops import plan as planner
+from randlora.ops.bases import BasisSpec, get_basis
+from randlora.ops.linear import adapted_linear, problem_of
+from randlora.ops.plan import Plan, Problem, backward_cost, forward_cost
+
+from .rounds import interleave, ratio, seconds
+
+COLUMNS = ("out", "in", "bases", "direction", "planned tokens", "measured tokens", "planned / measured", "off by")
+SHAPES = ((1024, 1024), (2048, 2048), (2816, 1024), (1024, 2816))  # (out, in)
+RANK = 32
+PLANS = {"token": Plan("token", "token", "token"), "weight": Plan("fused", "fused", "weight")}
+SPAN = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)  # times the planned crossover
+
+Costs = dict[str, tuple[Callable[[Problem], float], Callable[[Problem], float]]]
+COSTS: Costs = {
+    "forward": (lambda p: forward_cost(p, "token"), lambda p: forward_cost(p, "fused")),
+    "backward": (lambda p: backward_cost(p, "token", "token"), lambda p: backward_cost(p, "fused", "weight")),
+}
+
+
+def run(quick: bool) -> Iterator[dict[str, Any]]:
+    for out, into in ((192, 256),) if quick else SHAPES:
+        for name, sparsity in (("dense", None), ("very sparse", 2 * math.sqrt(max(out, into)))):
+            layer = Layer(out, into, sparsity)
+            for direction in COSTS:
+                yield {"out": out, "in": into, "bases": name, **compare(layer, direction, rounds=3 if quick else 9)}
+
+
+class Layer:
+    """One adapted layer, as its operands."""
+
+    def __init__(self, out: int, into: int, sparsity: float | None) -> None:
+        torch.manual_seed(0)
+        m, M = sorted((out, into))
+        basis = get_basis(BasisSpec(RANK, m, M, 0, sparsity, m, M))
+        self.bases = basis.operands(torch.device("cpu"), torch.float32, m, M, basis.num_bases)
+        self.lam = torch.full((RANK, basis.num_bases), 0.01, requires_grad=True)
+        self.gamma = torch.full((basis.num_bases, m), 1 / M, requires_grad=True)
+        self.weight = torch.randn(out, into)
+
+    def problem(self, tokens: int) -> Problem:
+        out, into = self.weight.shape
+        return problem_of(self.bases, torch.float32, tokens, out, into, tuple(self.lam.shape), fusible=True)
+
+    def input(self, tokens: int) -> Tensor:
+        return torch.randn(tokens, self.weight.shape[1], requires_grad=True)
+
+    def output(self, x: Tensor, plan: Plan) -> Tensor:
+        """The gradients' ways are fixed here too."""
+        with planner.force(plan):
+            return adapted_linear(x, self.bases, self.lam, self.gamma, 1.0, self.weight.shape[0], self.weight)
+
+
+def compare(layer: Layer, direction: str, rounds: int) -> dict[str, Any]:
+    planned = planned_crossover(layer.problem(1), direction)
+    tokens = [max(1, round(planned * factor)) for factor in SPAN]
+    ratios = [measured_ratio(layer, direction, count, rounds) for count in tokens]
+    slope, intercept = np.polyfit(np.log(tokens), np.log(ratios), 1)
+    measured = math.exp(-intercept / slope)
+    return {
+        "direction": direction,
+        "planned tokens": planned,
+        "measured tokens": round(measured),
+        "planned / measured": planned / measured,
+        "off by": math.exp(abs(slope * math.log(planned) + intercept)) - 1,
+        "ratios": dict(zip(map(str, tokens), ratios, strict=True)),
+    }
+
+
+def planned_crossover(problem: Problem, direction: str) -> int:
+    """The smallest number of tokens from which weight space counts as cheaper."""
+    token, weight = COSTS[direction]
+    low, high = 0, 1
+    while token(replace(problem, tokens=high)) <= weight(replace(problem, tokens=high)):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        at = replace(problem, tokens=middle)
+        low, high = (middle, high) if token(at) <= weight(at) else (low, middle)
+    return high
+
+
+def measured_ratio(layer: Layer, direction: str, tokens: int, rounds: int) -> float:
+    """Time in token space over time in weight space."""
+    x, dy = layer.input(tokens), torch.randn(tokens, layer.weight.shape[0])
+    forward = {name: partial(layer.output, x, plan) for name, plan in PLANS.items()}
+    if direction == "forward":
+        _, *history = interleave(forward, 1 + rounds)
+    else:
+        history = [
+            {name: seconds(partial(call().backward, dy)) for name, call in forward.items()} for _ in range(rounds)
+        ]
+    return ratio(history, "token", "weight")
