@@ -35,7 +35,7 @@ def test_every_name_is_a_benchmark():
     for name in __main__.NAMES:
         benchmark = __import__(f"benchmarks.{name}", fromlist=["run"])
         assert callable(benchmark.run)
-        assert len(set(benchmark.COLUMNS)) == len(benchmark.COLUMNS) > 3
+        assert len(set(benchmark.COLUMNS)) == len(benchmark.COLUMNS) >= 3
 
 
 def test_a_method_that_learns_something_else_is_refused():

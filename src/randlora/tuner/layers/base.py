@@ -261,21 +261,22 @@ class RandLoraLayer(ScaledLayer):
             setattr(self.get_base_layer(), self.parameter_name, weight)
         self._unmerged_weight = None
 
-    def _weight_is_plain(self, adapter_name: str, x: Tensor) -> bool:
-        """Whether the base layer is nothing but a product with a plain weight that sees the adapter's own input.
+    def _plain_weight(self, adapter_name: str, x: Tensor) -> Tensor | None:
+        """The base weight, if the base layer is nothing but a product with it that sees the adapter's own input.
 
-        Not with hooks (offloading, for one), a quantised or sharded weight, or active dropout.
+        ``None`` with hooks (offloading, for one), a quantised or sharded weight, or active dropout.
         """
         base = self.base_layer
-        if hasattr(base, "_hf_hook") or base._forward_hooks or base._forward_pre_hooks:
-            return False
+        if "_hf_hook" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks:
+            return None
         if base._backward_hooks or base._backward_pre_hooks:
-            return False
+            return None
         dropout = self.randlora_dropout[adapter_name]
-        if dropout.training and isinstance(dropout, nn.Dropout):
-            return False
-        weight = base.weight
-        return type(weight) in (nn.Parameter, Tensor) and weight.dtype in _FLOATING and weight.device == x.device
+        if isinstance(dropout, nn.Dropout) and dropout.training:
+            return None
+        weight = cast("Tensor", base.weight)
+        plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype in _FLOATING and weight.device == x.device
+        return weight if plain else None
 
     def _to_weight_layout(self, update: Tensor) -> Tensor:
         """(out, in) to the layout in which the base layer stores its weight."""

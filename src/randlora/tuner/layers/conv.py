@@ -60,8 +60,8 @@ class _Conv(nn.Module, RandLoraLayer):
             return self.get_delta_weight(name).to(dtype)
 
     def _can_take_weight(self, name: str, x: Tensor) -> bool:
-        """Whether one convolution may do both: see :meth:`RandLoraLayer._weight_is_plain` and ``ops.can_fuse``."""
-        plain = type(self.base_layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and self._weight_is_plain(name, x)
+        """Whether one convolution may do both: see :meth:`RandLoraLayer._plain_weight` and ``ops.can_fuse``."""
+        plain = type(self.base_layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and self._plain_weight(name, x) is not None
         return plain and ops.can_fuse(compute_dtype(x), self._base_weight().dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

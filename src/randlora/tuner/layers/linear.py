@@ -41,20 +41,20 @@ class Linear(nn.Module, RandLoraLayer):
             self.unmerge()
         if "adapter_names" in kwargs:
             return mixed_forward(self, kwargs.pop("adapter_names"), x, *args, **kwargs)
-        names = [name for name in self.active_adapters if name in self.randlora_lambda]
+        names = [name for name in self.active_adapters if name in self.r]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
 
         dtype = compute_dtype(x)
-        if args or kwargs or not self._can_take_weight(names[0], x, dtype):
+        weight = None if args or kwargs else self._takeable_weight(names[0], x, dtype)
+        if weight is None:
             result = self.base_layer(x, *args, **kwargs)
         else:
-            weight = self._base_weight()
-            oriented = weight.T if self.fan_in_fan_out else weight
             bias = cast("Tensor | None", self.base_layer.bias)
-            summed = self._summed(names, x, dtype)
+            summed = self._summed(names, x, dtype, weight)
             if summed is not None and not torch.is_grad_enabled():
                 return F.linear(x, summed, bias)
+            oriented = weight.T if self.fan_in_fan_out else weight
             result = self._update(names.pop(0), x, dtype, oriented, bias, summed)
         for name in names:
             result = result + self._update(name, x, dtype).to(result.dtype)
@@ -72,7 +72,7 @@ class Linear(nn.Module, RandLoraLayer):
         weight = self._base_weight()
         dtype = weight.dtype if dtype is None else dtype
         x = torch.empty(0, self.in_features, dtype=dtype, device=weight.device)
-        fusible = self._can_take_weight(name, x, dtype) and ops.can_fuse(dtype, weight.dtype)
+        fusible = self._takeable_weight(name, x, dtype) is not None and ops.can_fuse(dtype, weight.dtype)
         return choose(self._problem(name, tokens, weight.device, dtype, fusible))
 
     def train(self, mode: bool = True) -> Linear:
@@ -90,12 +90,11 @@ class Linear(nn.Module, RandLoraLayer):
         self._held.release()  # of another device or dtype from now on
         return super()._apply(fn, recurse)
 
-    def _summed(self, names: list[str], x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def _summed(self, names: list[str], x: Tensor, dtype: torch.dtype, weight: Tensor) -> Tensor | None:
         """W plus the updates of the adapters, (out, in), where the layer may and should hold it between calls."""
         training = self.training or torch.is_grad_enabled()
         if not may_hold(training) or torch.compiler.is_compiling() or (training and len(names) > 1):
             return None
-        weight = self._base_weight()
         if not ops.can_fuse(dtype, weight.dtype):
             return None
         key = self._sum_key(names, weight)
@@ -106,12 +105,17 @@ class Linear(nn.Module, RandLoraLayer):
 
     def _sum_key(self, names: list[str], weight: Tensor) -> tuple[object, ...] | None:
         """Equal for as long as the sum of W and the adapters' updates is; ``None`` where nothing tells."""
+        lam, gamma = self.randlora_lambda, self.randlora_gamma
+        parameters: list[Tensor] = [weight]
         key: list[object] = []
-        for p in (weight, *(group[n] for n in names for group in (self.randlora_lambda, self.randlora_gamma))):
-            if type(p) is not nn.Parameter or p.is_inference():
+        for name in names:
+            parameters += (lam[name], gamma[name])
+            key += (self.scaling[name], id(self.bases[name]))
+        for parameter in parameters:
+            if type(parameter) is not nn.Parameter or parameter.is_inference():
                 return None
-            key += (p.data_ptr(), p._version)
-        return (*key, *(self.scaling[name] for name in names), *(id(self.bases[name]) for name in names))
+            key += (parameter.data_ptr(), parameter._version)
+        return tuple(key)
 
     def _hold(self, key: tuple[object, ...], names: list[str], x: Tensor, training: bool) -> Tensor | None:
         """The sum, once the calls without it have cost as much as it costs to make, and if the budget has room."""
@@ -152,18 +156,17 @@ class Linear(nn.Module, RandLoraLayer):
             summed,
         )
 
-    def _can_take_weight(self, name: str, x: Tensor, dtype: torch.dtype) -> bool:
-        """Whether the product with the base weight may be done here, together with the update.
+    def _takeable_weight(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The base weight, if the product with it may be done here, together with the update.
 
         Not where the base layer is anything but a plain product with a plain frozen tensor that sees the same input:
         another adapter inside, a quantised or sharded weight, hooks (offloading, for one), active dropout.
         """
-        if type(self.base_layer) not in (nn.Linear, Conv1D) or not self._weight_is_plain(name, x):
-            return False
-        same_dtype = (
-            self.base_layer.weight.dtype == x.dtype or dtype != x.dtype
-        )  # else the base layer says what is wrong
-        return same_dtype and not self.base_layer.weight.requires_grad
+        weight = self._plain_weight(name, x) if type(self.base_layer) in (nn.Linear, Conv1D) else None
+        if weight is None or weight.requires_grad:
+            return None
+        # else the base layer says what is wrong
+        return weight if weight.dtype == x.dtype or dtype != x.dtype else None
 
     def __repr__(self) -> str:
         return "randlora." + super().__repr__()
