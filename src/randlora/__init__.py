@@ -12,11 +12,13 @@ from randlora.errors import (
     CheckpointError,
     CombinationError,
     ConfigError,
+    HotswapError,
     MergeError,
     RandLoraError,
     UnsupportedLayerError,
 )
 from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.hotswap import hotswap_adapter
 from randlora.tuner.layers.base import RandLoraLayer
 from randlora.tuner.layers.held import set_weight_cache
 from randlora.tuner.layers.linear import Linear
@@ -32,6 +34,7 @@ __all__ = [
     "CheckpointError",
     "CombinationError",
     "ConfigError",
+    "HotswapError",
     "Linear",
     "Linear4bit",
     "Linear8bitLt",
@@ -44,6 +47,7 @@ __all__ = [
     "RandLoraModel",
     "UnsupportedLayerError",
     "get_peft_model",
+    "hotswap_adapter",
     "set_weight_cache",
 ]
 

@@ -31,3 +31,7 @@ class AdapterNamesError(RandLoraError, ValueError):
 
 class CombinationError(RandLoraError, ValueError):
     """A combination of adapters that is none of the kind that was asked for."""
+
+
+class HotswapError(RandLoraError, ValueError):
+    """An adapter that cannot take the place of another."""

@@ -19,7 +19,8 @@ def test_the_planned_crossover_is_where_the_planner_changes(layer):
 
 def test_the_measured_crossover_is_where_the_times_are_equal(layer, monkeypatch):
     monkeypatch.setattr(crossover, "measured_ratio", lambda _layer, _direction, tokens, _rounds: (tokens / 100) ** 0.5)
-    row = crossover.compare(layer, "backward", rounds=1)
+    planned = crossover.planned_crossover(layer.problem(1), "backward")
+    row = crossover.compare(layer, "backward", planned, rounds=1)
     assert row["measured tokens"] == 100
     assert row["planned / measured"] == pytest.approx(row["planned tokens"] / 100)
     assert 1 + row["off by"] == pytest.approx(max(row["planned / measured"], 1 / row["planned / measured"]) ** 0.5)
@@ -28,3 +29,8 @@ def test_the_measured_crossover_is_where_the_times_are_equal(layer, monkeypatch)
 @pytest.mark.parametrize("direction", crossover.COSTS)
 def test_a_ratio_is_measured(layer, direction):
     assert crossover.measured_ratio(layer, direction, tokens=5, rounds=2) > 0
+
+
+def test_where_weight_space_never_pays_there_is_none(layer, monkeypatch):
+    monkeypatch.setitem(crossover.COSTS, "forward", (lambda problem: 1.0, lambda problem: 2.0))
+    assert crossover.planned_crossover(layer.problem(1), "forward") is None

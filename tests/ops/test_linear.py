@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -334,6 +334,9 @@ class TestDerivatives:
         case = Case(9, 6, 4)
         with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward mode"):
             torch.func.jvp(lambda x: case.run(case.leaves | {"x": x}), (case.leaves["x"],), (case.leaves["x"],))
+        x = case.leaves["x"].detach()
+        with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward mode"):
+            case.run({name: leaf.detach() for name, leaf in case.leaves.items()} | {"x": forward_ad.make_dual(x, x)})
 
 
 class Allocations(TorchDispatchMode):

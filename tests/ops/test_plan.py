@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from randlora.ops import plan as plans
-from randlora.ops.linear import adapted_linear
+from randlora.ops.linear import adapted_linear, skips_zeros
 from randlora.ops.operands import DenseBases
 from randlora.ops.plan import (
     Plan,
@@ -182,3 +182,10 @@ class TestChoice:
         with pytest.raises(KeyError), force(Plan("fused", "fused", "weight")):
             raise KeyError
         assert choose(problem) == Plan("token", "token", "token")
+
+
+def test_zeros_are_skipped_in_half_precision_for_few_tokens_only(monkeypatch):
+    monkeypatch.setattr(plans, "rates", Rates(sparse_tokens=100))
+    for dtype in (torch.bfloat16, torch.float16):
+        assert [skips_zeros(dtype, tokens) for tokens in (1, 100, 101)] == [True, True, False]
+    assert skips_zeros(torch.float32, 1 << 20)

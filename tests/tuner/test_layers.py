@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from randlora import Linear
 from randlora.ops import naive
+from randlora.ops.operands import DenseBases
 from randlora.ops.plan import Plan, force
+from randlora.ops.sparse import SparseBases
 
 from .contract import RANK, SCALING, Contract
 from .helpers import assert_close, conv1d, ours, randomise, theirs
@@ -309,3 +311,22 @@ class TestWideConv1D(Conv1DContract):
 
 class TestSquareConv1D(Conv1DContract):
     in_features, out_features = 10, 10
+
+
+def test_many_tokens_in_half_precision_compute_as_few_do():
+    """Very sparse bases take another form of product beyond a number of tokens."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(48, 40))
+    model = randomise(ours(base.bfloat16(), r=4, randlora_alpha=8, sparsity=32.0, target_modules=["0"]))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    x, dy = torch.randn(600, 48).bfloat16(), torch.randn(600, 40).bfloat16()
+    whole = model(x)
+    expected = torch.autograd.grad(whole, parameters, dy)
+    blocks = [model(block) for block in x.split(200)]
+    gradients = [torch.autograd.grad(y, parameters, part) for y, part in zip(blocks, dy.split(200), strict=True)]
+    assert_close(torch.cat(blocks).detach(), whole.detach(), 1e-2)
+    for own, parts in zip(expected, zip(*gradients, strict=True), strict=True):
+        assert_close(sum(parts), own, 2e-2)
+    layer = model.model[0]
+    forms = [type(layer._cheaper_operands("default", tokens, x.device, x.dtype)) for tokens in (200, 600)]
+    assert forms == [SparseBases, DenseBases]

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from randlora.ops import plan as planner
 from randlora.ops.bf16 import sum_of_products
 from randlora.ops.operands import DenseBases, product
 from randlora.ops.plan import Plan, Problem, choose
@@ -44,7 +46,8 @@ def adapted_linear(
     problem = problem_of(bases, x.dtype, tokens, out_features, x.shape[-1], lam.shape, fusible, x.requires_grad)
     tensors = (bases.columns, bases.values, *bases.B) if isinstance(bases, SparseBases) else bases
     call = _Call(scaling, out_features, choose(problem))
-    return _AdaptedLinear.apply(x, lam, gamma, weight, bias, call, summed, *tensors)
+    compute = _AdaptedLinear.apply if _is_watched(x, lam, gamma, bias) else _AdaptedLinear.forward
+    return compute(x, lam, gamma, weight, bias, call, summed, *tensors)
 
 
 def problem_of(
@@ -65,6 +68,14 @@ def problem_of(
     return problem.with_kind("split" if bases.ready(dtype).B.dtype != dtype else "dense")
 
 
+def skips_zeros(dtype: torch.dtype, tokens: int) -> bool:
+    """Whether products in ``dtype`` with very sparse bases should skip their zeros.
+
+    In half precision not for many tokens: skipping runs in float32, and plain products are faster.
+    """
+    return dtype in _WIDE or tokens <= planner.rates.sparse_tokens
+
+
 def can_fuse(compute: torch.dtype, weight: torch.dtype) -> bool:
     """Whether W + ΔW may be formed: in half precision it would round small updates away."""
     return compute == weight and compute in _WIDE
@@ -78,6 +89,15 @@ def delta_weight(
         bases = bases.ready(lam.dtype)
     base = None if base is None else _oriented(base, wide)
     return _oriented(bases.weight(bases.scaled(lam * scaling, gamma, lam.dtype), base), wide)
+
+
+def _is_watched(*inputs: Tensor | None) -> bool:
+    """Whether anybody differentiates or maps what is computed from ``inputs``; else the bookkeeping is spared."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _Call(NamedTuple):

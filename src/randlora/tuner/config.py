@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from peft import PeftConfig, PeftType
+from peft.utils.other import get_pattern_key
 
 from randlora.errors import ConfigError
+from randlora.ops.bases import num_bases
 from randlora.tuner.atomic import write_json
 
 _EXTENSIONS = (
@@ -136,6 +138,12 @@ class RandLoraConfig(PeftConfig):
     def scaling(self, rank: int, alpha: float, num_bases: int) -> float:
         """Factor of the update of a layer: alpha/r, or the paper's alpha/(r·√n)."""
         return alpha / rank if self.randlora_scaling == "peft" else alpha / (rank * math.sqrt(num_bases))
+
+    def rank_and_scaling(self, module: str, min_dim: int) -> tuple[int, float]:
+        """Rank and scaling of the update of the module of that path, whose smaller dimension is ``min_dim``."""
+        rank = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.r)
+        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), self.randlora_alpha)
+        return rank, self.scaling(rank, alpha, num_bases(rank, min_dim))
 
     def to_dict(self) -> dict[str, Any]:
         """The file's content: fields unknown to PEFT only where they differ from their default, lists sorted."""

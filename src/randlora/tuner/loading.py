@@ -43,6 +43,7 @@ def put_back_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
     values = [(p, p.detach().clone()) for name, p in model.named_parameters() if adapter in name.split(".")]
     layers = [m for m in model.modules() if isinstance(m, RandLoraLayer) and adapter in m.bases]
     bases = [layer.bases[adapter] for layer in layers]
+    numbers = [(held, held[adapter]) for x in layers for held in (x.scaling, x.initial_scaling, x.gamma_factor)]
     try:
         yield
     except Exception:
@@ -51,6 +52,8 @@ def put_back_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
                 parameter.copy_(value)
         for layer, basis in zip(layers, bases, strict=True):
             layer.bind_basis(adapter, basis)
+        for held, number in numbers:
+            held[adapter] = number
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,6 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from randlora.errors import ConfigError
@@ -137,14 +137,11 @@ class RandLoraModel(BaseTuner):
     ) -> None:
         config = cast("RandLoraConfig", peft_config)
         kind = kind_of(target, current_key, self.model, config, parameter_name)
-        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.r)
-        alpha = config.alpha_pattern.get(
-            get_pattern_key(list(config.alpha_pattern), current_key), config.randlora_alpha
-        )
-        scaling = config.scaling(rank, alpha, num_bases(rank, min(kind.shape)))
+        rank, scaling = config.rank_and_scaling(current_key, min(kind.shape))
         # A config that was saved announces a file, in which γ holds the scaling's share. PEFT's way of loading takes
         # it out again; others, Transformers' among them, put the file's values into γ as they are.
-        gamma_factor = 1.0 if config.basis_fingerprint is None else scaling / (alpha / rank)
+        folded = config.basis_fingerprint is not None and config.randlora_scaling == "paper"
+        gamma_factor = 1 / math.sqrt(num_bases(rank, min(kind.shape))) if folded else 1.0
         adapter: dict[str, Any] = {
             "r": rank,
             "scaling": scaling / gamma_factor,

@@ -12,6 +12,7 @@ from typing import Any
 
 import peft.helpers
 import peft.peft_model
+import peft.utils.hotswap
 from peft import PeftType
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -21,6 +22,7 @@ from peft.mapping import (
 
 from randlora.tuner.atomic import write_atomically
 from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.hotswap import hotswap_randlora_too
 from randlora.tuner.layers.scaled import ScaledLayer
 from randlora.tuner.loading import from_pretrained_or_nothing, load_adapter_or_nothing
 from randlora.tuner.model import RandLoraModel
@@ -38,6 +40,8 @@ def register() -> None:
     if not hasattr(host.load_adapter, "__wrapped__"):
         host.load_adapter = load_adapter_or_nothing(host.load_adapter)
         host.from_pretrained = classmethod(from_pretrained_or_nothing(host.from_pretrained.__func__))
+    if not hasattr(peft.utils.hotswap.hotswap_adapter, "__wrapped__"):
+        peft.utils.hotswap.hotswap_adapter = hotswap_randlora_too(peft.utils.hotswap.hotswap_adapter)
     save_file = peft.peft_model.safe_save_file
     if not hasattr(save_file, "__wrapped__"):
         peft.peft_model.safe_save_file = _save_whole_or_not_at_all(save_file)

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from randlora.ops import linear as ops
+from randlora.ops.operands import DenseBases
 from randlora.ops.plan import Plan, Problem, call_cost, choose, sum_cost
+from randlora.ops.sparse import SparseBases
 from randlora.tuner.layers.base import RandLoraLayer, compute_dtype, innermost
 from randlora.tuner.layers.held import HeldWeight, may_hold
 from randlora.tuner.mixed_batch import mixed_forward
@@ -132,8 +134,17 @@ class Linear(nn.Module, RandLoraLayer):
         return self._held.make(key, make, weight.nbytes, training)
 
     def _problem(self, name: str, tokens: int, device: torch.device, dtype: torch.dtype, fusible: bool) -> Problem:
-        bases, shape = self._operands(name, device, dtype), self.randlora_lambda[name].shape
+        bases, shape = self._cheaper_operands(name, tokens, device, dtype), self.randlora_lambda[name].shape
         return ops.problem_of(bases, dtype, tokens, self.out_features, self.in_features, shape, fusible)
+
+    def _cheaper_operands(
+        self, name: str, tokens: int, device: torch.device, dtype: torch.dtype
+    ) -> DenseBases | SparseBases:
+        """The bases in the form in which that many tokens cost less."""
+        bases = self._operands(name, device, dtype)
+        if isinstance(bases, DenseBases) or ops.skips_zeros(dtype, tokens):
+            return bases
+        return self._stored(name, device)
 
     def _update(
         self,
@@ -146,7 +157,7 @@ class Linear(nn.Module, RandLoraLayer):
     ) -> Tensor:
         return ops.adapted_linear(
             self.randlora_dropout[name](x).to(dtype),
-            self._operands(name, x.device, dtype),
+            self._cheaper_operands(name, x.numel() // max(x.shape[-1], 1), x.device, dtype),
             self.randlora_lambda[name],
             self.randlora_gamma[name],
             self._scaling(name),
