@@ -12,7 +12,8 @@ def table(title: str, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> T
     for column in columns:
         words = all(isinstance(row[column], str) for row in rows)
         result.add_column(column, justify="left" if words else "right", no_wrap=words)
-    groups = [[row[column] for column in columns[: columns.index("method")]] for row in rows]
+    before = columns[: columns.index("method")] if "method" in columns else ()
+    groups = [[row[column] for column in before] for row in rows]
     for row, group, following in zip(rows, groups, [*groups[1:], []], strict=True):
         result.add_row(*(cell(row[column]) for column in columns), end_section=group != following)
     return result

@@ -1,4 +1,4 @@
-"""Trains a tiny model in one or two processes, through torchrun: ``distributed_run.py <one|ddp|fsdp2> <folder>``."""
+"""Trains a tiny model in one or two processes, through torchrun: ``distributed_run.py <one|ddp|fsdp1|fsdp2> <folder>``."""
 
 import json
 import sys
@@ -9,8 +9,10 @@ from accelerate import Accelerator
 from peft import get_peft_model_state_dict
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from randlora import RandLoraConfig, get_peft_model
 
@@ -33,10 +35,17 @@ def sharded(model):
     return fully_shard(model, mesh=mesh)
 
 
+def flattened(model):
+    """FSDP1, likewise."""
+    policy = ModuleWrapPolicy({LlamaDecoderLayer})
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
+
+
 def main(mode, folder):
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
-    model = sharded(build()) if mode == "fsdp2" else accelerator.prepare(build())
+    distribute = {"fsdp1": flattened, "fsdp2": sharded}.get(mode, accelerator.prepare)
+    model = distribute(build())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     tokens = torch.randint(0, 50, (ROWS, 9), generator=torch.Generator().manual_seed(1))
     mine = tokens.chunk(accelerator.num_processes)[accelerator.process_index]
@@ -49,9 +58,11 @@ def main(mode, folder):
         losses.append(accelerator.reduce(loss.detach(), "mean").item())
 
     held = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    if mode == "fsdp1":  # each process counts its own share
+        held = int(accelerator.reduce(torch.tensor(held), "sum"))
     names = [name for name, _ in (*model.named_buffers(), *model.named_parameters())]
-    plain = accelerator.unwrap_model(model)
-    whole = get_model_state_dict(plain, options=StateDictOptions(full_state_dict=True))
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    plain = model.module if mode == "fsdp1" else accelerator.unwrap_model(model)
     if accelerator.is_main_process:
         content = get_peft_model_state_dict(plain, state_dict=whole)
         report = {

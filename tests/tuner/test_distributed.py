@@ -41,12 +41,15 @@ def runs(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+KINDS = {"ddp": "DistributedDataParallel", "fsdp1": "FullyShardedDataParallel", "fsdp2": "FSDPPeftModel"}
+
+
+@pytest.mark.parametrize("mode", KINDS)
 class TestTwoProcesses:
     def test_losses_are_those_of_one(self, mode, runs):
         (one, _), (two, _) = runs("one"), runs(mode)
         assert (one["processes"], two["processes"]) == (1, 2)
-        assert two["kind"] == {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel"}[mode]
+        assert two["kind"] == KINDS[mode]
         assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
         assert one["losses"][-1] < one["losses"][0]
 
