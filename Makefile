@@ -11,6 +11,10 @@ READY := $(VENV)/.ready
 MIN_PEFT := 0.21.0
 MIN_PEFT_DIR := build/peft-$(MIN_PEFT)
 
+# What the tests need and cannot have in $(VENV): timm's torchvision comes for CUDA builds of torch only, and what
+# finds it beside another fails on import; DeepSpeed is built from source, against the torch that is there.
+ASIDE := build/.ready
+
 # Two processes with one thread each: torch's own threads would fight over the cores.
 TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -m "not demo" -n 2 --dist loadfile
 
@@ -40,7 +44,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(VENV)/bin/randlora demo
 
-test: $(READY)
+test: $(READY) $(ASIDE)
 	$(TEST)
 
 lint: $(READY)
@@ -56,7 +60,14 @@ $(MIN_PEFT_DIR)/.ready: $(READY)
 	$(PY) -m pip install --disable-pip-version-check -q --no-deps --target $(MIN_PEFT_DIR) peft==$(MIN_PEFT)
 	@touch $@
 
-test-min-peft: $(MIN_PEFT_DIR)/.ready
+$(ASIDE): $(READY) constraints-aside.txt
+	rm -rf build/timm build/deepspeed
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps -c constraints-aside.txt --target build/timm timm torchvision
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -c constraints-aside.txt \
+		--target build/deepspeed deepspeed hjson msgpack ninja nvidia-ml-py py-cpuinfo
+	@touch $@
+
+test-min-peft: $(MIN_PEFT_DIR)/.ready $(ASIDE)
 	PYTHONPATH="$(CURDIR)/$(MIN_PEFT_DIR)" $(PY) -c 'import peft; assert peft.__version__ == "$(MIN_PEFT)", peft.__version__'
 	PYTHONPATH="$(CURDIR)/$(MIN_PEFT_DIR)" $(TEST) tests/tuner
 

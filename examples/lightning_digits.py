@@ -33,14 +33,17 @@ class Digits(lightning.LightningModule):
         self.model = get_peft_model(network(), config)
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
+        """Cross-entropy of a batch."""
         images, digits = batch
         return nn.functional.cross_entropy(self.model(images), digits)
 
     def validation_step(self, batch: list[Tensor]) -> None:
+        """Accuracy on a batch."""
         images, digits = batch
         self.log("accuracy", (self.model(images).argmax(-1) == digits).float().mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Of λ, γ and the head."""
         return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=2e-3)
 
 
@@ -51,7 +54,12 @@ def main(output: Path, epochs: int = 5) -> None:
     train, test = torch.utils.data.random_split(data, [1500, 297], torch.Generator().manual_seed(0))
     module = Digits()
     module.model.print_trainable_parameters()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", **quiet)
     trainer.fit(module, DataLoader(train, 32, shuffle=True), DataLoader(test, 297))
     print(f"{trainer.callback_metrics['accuracy']:.1%} right after {epochs} epochs")

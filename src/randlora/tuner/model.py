@@ -117,8 +117,9 @@ class RandLoraModel(BaseTuner):
         active = [name for name in self.active_adapters if name != adapter_name]
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
-        if was_active:
-            self.set_adapter(active or sorted(self.peft_config)[:1])
+        following = active or sorted(self.peft_config)[:1]
+        if was_active and following:
+            self.set_adapter(following)
 
     def withdraw_adapter(self, adapter_name: str) -> None:
         """Takes an adapter back, as if it had never been added: modules that only it has adapted are themselves."""
@@ -288,6 +289,7 @@ class RandLoraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """The adapter's file: λ and γ (the scaling's share folded in), and the bases once."""
         content = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        content |= _parameters_below_fsdp(model, adapter_name, state_dict)
         layers = checkpoint.adapter_layers(model, adapter_name)
         if not layers or not isinstance(config, RandLoraConfig):
             return content
@@ -307,6 +309,17 @@ class RandLoraModel(BaseTuner):
             state_dict = checkpoint.take_projections(state_dict, model, config, adapter_name)
             state_dict = checkpoint.unfold_scaling(state_dict, layers, config, adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _parameters_below_fsdp(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """λ and γ of layers inside modules that FSDP1 wraps: PEFT looks past a wrapper of the whole model only."""
+    names = [
+        name.replace("_fsdp_wrapped_module.", "")
+        for name, module in model.named_modules()
+        if isinstance(module, RandLoraLayer) and "_fsdp_wrapped_module." in name
+    ]
+    keys = [f"{name}.{group}.{adapter_name}" for name in names for group in RandLoraLayer.adapter_layer_names]
+    return {key: state_dict[key] for key in keys if key in state_dict}
 
 
 def _warn_of_single_bases(layers: list[RandLoraLayer], adapter_name: str) -> None:
