@@ -27,7 +27,7 @@ help:
 	@echo "make test           the tests"
 	@echo "make test-min-peft  the tuner's tests against peft $(MIN_PEFT), the oldest supported"
 	@echo "make lint           ruff and mypy"
-	@echo "make bench          the benchmarks (about 45 minutes); 'python -m benchmarks --quick' for a fast look"
+	@echo "make bench          the benchmarks (about 40 minutes); 'python -m benchmarks --quick' for a fast look"
 	@echo "make setup          only set up $(VENV)"
 	@echo "make clean          remove $(VENV) and everything built"
 
