@@ -153,7 +153,7 @@ def randlora_complaint(arguments: list[str]) -> str:
 def help_of(*path: str) -> str | None:
     """The help text of a subcommand, wide enough not to be cut; None where there is no such subcommand."""
     run = subprocess.run(
-        [sys.executable, "-c", "from randlora.cli.main import main; main()", *path, "--help"],
+        [sys.executable, "-c", "from randlora_cli import main; main()", *path, "--help"],
         env={**os.environ, "COLUMNS": "400", "TERMINAL_WIDTH": "400", "NO_COLOR": "1", "TERM": "dumb"},
         capture_output=True,
         text=True,

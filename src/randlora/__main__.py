@@ -1,6 +1,6 @@
 """`python -m randlora` is the `randlora` command."""
 
-from randlora.cli.main import main
+from randlora_cli import main
 
 if __name__ == "__main__":
     main()

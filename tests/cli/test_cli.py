@@ -3,19 +3,11 @@ import subprocess
 import sys
 
 import pytest
-from typer.testing import CliRunner
 
 import randlora
-from randlora.cli.app import app
+from cli.helpers import invoke
 from randlora.train.settings import TrainSettings
-
-
-def invoke(*arguments: str, code: int = 0):
-    """The command in this process, in a wide terminal."""
-    result = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, list(arguments))
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result
+from randlora_cli import COMMANDS
 
 
 def test_version():
@@ -79,10 +71,26 @@ def test_mistakes_end_with_code_2_and_are_named(arguments, expected, tmp_path, m
     assert expected in invoke(*arguments, code=2).output
 
 
-def test_a_missing_extra_is_named():
+def test_help_lists_every_command_and_imports_none():
     program = (
-        "import sys; sys.modules['typer'] = None\nfrom randlora.cli.main import main\nsys.argv = ['randlora']\nmain()"
+        "import sys; from randlora_cli import main\nsys.argv = ['randlora', '--help']\ntry: main()\nfinally: "
+        "print(*(name for name in ('torch', 'peft', 'transformers', 'randlora') if name in sys.modules), file=sys.stderr)"
     )
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not process.stderr.strip()
+    assert all(f"│ {name} " in process.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_its_summary_an_example_and_json(name):
+    text = invoke(name, "--help").stdout
+    assert COMMANDS[name][1] in " ".join(text.split())
+    assert f"\n   randlora {name}" in text
+    assert "--json" in text
+
+
+def test_a_missing_extra_is_named():
+    program = "import sys; sys.modules['typer'] = None\nfrom randlora_cli import main\nsys.argv = ['randlora']\nmain()"
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert process.returncode == 2
     assert "pip install 'randlora[train]'" in process.stderr

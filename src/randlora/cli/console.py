@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from randlora.errors import RandLoraError
 
@@ -28,6 +32,11 @@ def explained_errors(hint: str = "") -> Iterator[None]:
     except (RandLoraError, FloatingPointError) as error:
         _say("error", str(error))
         raise typer.Exit(USER_ERROR if isinstance(error, ValueError) else FAILURE) from None
+    except OSError as error:  # no space, no permission: of the system, not of the program
+        if error.filename is None:
+            raise
+        _say("error", f"{error.filename}: {error.strerror}")
+        raise typer.Exit(FAILURE) from None
     except KeyboardInterrupt:
         _say("interrupted", hint)
         raise typer.Exit(INTERRUPTED) from None
@@ -43,16 +52,79 @@ def stdout_for_json(wanted: bool) -> Iterator[None]:
         yield
 
 
-def print_json(content: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
-    print(json.dumps(content))
+@contextmanager
+def answering(json: bool, hint: str = "") -> Iterator[Console]:
+    """Where a command works and says what it does: errors explained, warnings as one line each, stdout free for JSON.
+
+    Args:
+        json: whether stdout is wanted for JSON alone.
+        hint: what to say after an interruption.
+    """
+    with explained_errors(hint), stdout_for_json(json), warnings.catch_warnings():
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        _quiet_transformers()
+        yield console(to_stderr=json)
+
+
+def print_json(content: Any) -> None:
+    """One JSON object on stdout; what is no number is null, as JSON has no NaN."""
+    print(json.dumps(_without_nan(content), default=str))
 
 
 def console(to_stderr: bool = False) -> Console:
-    """Where people read; without colours if it is no terminal."""
-    return Console(stderr=to_stderr, highlight=False)
+    """Where people read; without colours if it is no terminal, and then as wide as its tables."""
+    out = Console(stderr=to_stderr, highlight=False)
+    return out if out.is_terminal else Console(stderr=to_stderr, highlight=False, width=max(out.width, 140))
+
+
+def plain_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, left: int = 1
+) -> Table:
+    """A table, its first ``left`` columns of words, the others of numbers."""
+    table = Table(title=title, box=box.SIMPLE_HEAVY, title_justify="left", padding=(0, 1, 0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def byte_text(count: float) -> str:
+    """Bytes for people, in powers of a thousand as files are counted."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def number_text(value: float | None, form: str = ".3g") -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None else format(value, form)
+
+
+def _quiet_transformers() -> None:
+    """No advice, and no bars where nobody watches."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {str(key): _without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_place: Any, **_more: Any) -> None:
+    if issubclass(category, UserWarning):
+        _say("note", str(message))
 
 
 def _say(kind: str, text: str) -> None:
-    Console(stderr=True, highlight=False).print(f"[bold red]{kind}:[/] ", end="")
+    color = {"note": "yellow"}.get(kind, "red")
+    Console(stderr=True, highlight=False).print(f"[bold {color}]{kind}:[/] ", end="")
     print(text, file=sys.stderr)

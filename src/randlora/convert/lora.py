@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from randlora.errors import CombinationError, ConfigError, UnsupportedLayerError
-from randlora.tuner.atomic import write_atomically, write_json
+from randlora.tuner.atomic import folder_atomically, write_atomically, write_json
+from randlora.tuner.base_model import base_path_of, empty_base
 from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.folder import read_adapter
 from randlora.tuner.layers.base import RandLoraLayer
 from randlora.tuner.merged import base_model
 
@@ -111,6 +113,38 @@ def to_lora(
     else:
         _require_updates_only(dict(zip(weights, configs, strict=True)))
     return LoraConversion(_lora_config(base, configs[0], found), tensors, tuple(found))
+
+
+def convert_folder_to_lora(
+    adapter: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    base_model_path: str | os.PathLike[str] | None = None,
+) -> LoraConversion:
+    """``to_lora`` from folder to folder; of the base model only the config is read.
+
+    Args:
+        adapter: folder of a RandLoRA adapter.
+        folder: where to write; there must be nothing yet.
+        rank: as of :func:`to_lora`.
+        energy: as of :func:`to_lora`.
+        base_model_path: where the base model is, if not where the adapter's config says.
+
+    Raises:
+        CheckpointError: if ``adapter`` is no adapter of RandLoRA, or a damaged one.
+        ConfigError: if there is something in ``folder``, the base model's config is not at hand, or as of ``to_lora``.
+    """
+    _require_choice(rank, energy)
+    config = read_adapter(adapter).config
+    with folder_atomically(folder) as temporary:
+        # weights that nobody reads or writes take no memory; on the meta device λ and γ would lose their values
+        base = empty_base(base_path_of(config, base_model_path), config.task_type).to_empty(device="cpu")
+        model = PeftModel.from_pretrained(base, os.fspath(adapter))
+        conversion = to_lora(model, rank=rank, energy=energy)
+        conversion.save(temporary)
+    return conversion
 
 
 def _require_choice(rank: int | Mapping[str, int] | None, energy: float | None) -> None:

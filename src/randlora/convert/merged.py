@@ -14,26 +14,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from randlora.errors import ConfigError, MergeError
 from randlora.tuner.atomic import folder_atomically, write_json
+from randlora.tuner.base_model import base_path_of, load_base
+from randlora.tuner.folder import read_config
 from randlora.tuner.merged import MergedTensor, base_model, merged_tensors
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNLIMITED = "1000TB"
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 def save_merged(
@@ -85,14 +78,9 @@ def save_merged(
 
 def _load(path: str | os.PathLike[str], base_path: Any, arguments: dict[str, Any]) -> nn.Module:
     """The base model of a saved adapter with the adapter in it, in evaluation mode."""
-    config = PeftConfig.from_pretrained(os.fspath(path))
-    source = base_path or config.base_model_name_or_path
-    if not source:
-        raise ConfigError(f"the adapter in {path} does not say which model it is for: name it by base_model_path")
-    name = _AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
-    name = name or (transformers.AutoConfig.from_pretrained(source).architectures or ["AutoModel"])[0]
-    loader = getattr(transformers, name)
-    return PeftModel.from_pretrained(loader.from_pretrained(source, **arguments), path)
+    config = read_config(path)
+    base = load_base(base_path_of(config, base_path), config.task_type, **arguments)
+    return PeftModel.from_pretrained(base, path)
 
 
 def _savable(base: nn.Module, adapter_names: list[str] | None) -> list[MergedTensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> list[RandLoraLayer]:
     return [m for m in model.modules() if isinstance(m, RandLoraLayer) and adapter_name in m.randlora_lambda]
 
 
-def define_bases(layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> dict[int, BasisSpec]:
+def define_bases(layers: Sequence[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> dict[int, BasisSpec]:
     """Which bases the adapter needs, by rank.
 
     As PEFT does, they are drawn for the largest output and the largest input dimension among all layers of the
@@ -67,7 +67,7 @@ def bind_defined_bases(layers: list[RandLoraLayer], config: RandLoraConfig, adap
     """
     specs = define_bases(layers, config, adapter_name)
     drawn = {rank: get_basis(spec) for rank, spec in specs.items()}
-    found = _combined(drawn.values())
+    found = combined_fingerprint(drawn.values())
     bases: dict[int, Basis | AwaitedBasis] = {**drawn}
     if config.basis_fingerprint not in (None, found):
         awaited = AwaitedBasis(config.basis_fingerprint or "", found)
@@ -84,10 +84,10 @@ def fingerprint(layers: list[RandLoraLayer], adapter_name: str) -> str:
     Raises:
         BasisMismatchError: if they were to come from a file that did not hold them.
     """
-    return _combined({layer.r[adapter_name]: layer.basis(adapter_name) for layer in layers}.values())
+    return combined_fingerprint({layer.r[adapter_name]: layer.basis(adapter_name) for layer in layers}.values())
 
 
-def _combined(bases: Iterable[Basis]) -> str:
+def combined_fingerprint(bases: Iterable[Basis]) -> str:
     """Fingerprints of the bases of one adapter, smallest rank first."""
     return "-".join(basis.fingerprint for basis in sorted(bases, key=lambda basis: basis.rank))
 

@@ -91,11 +91,14 @@ class RandLoraModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             layers = checkpoint.adapter_layers(model, adapter_name)
             if layers:
-                checkpoint.bind_defined_bases(layers, config, adapter_name)
-                _warn_of_single_bases(layers, adapter_name)
+                self._bind_bases(layers, config, adapter_name)
         except Exception:
             withdraw_adapter(model, adapter_name)
             raise
+
+    def _bind_bases(self, layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> None:
+        checkpoint.bind_defined_bases(layers, config, adapter_name)
+        _warn_of_single_bases(layers, adapter_name)
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         """Adapters that target parameters target the same: the names in their files tell how wrappers are nested."""

@@ -35,3 +35,15 @@ def singular_values(update: Tensor) -> Tensor:
 def numerical_rank(values: Tensor) -> int:
     """How many singular values stand out of the rounding of float32."""
     return int((values > values.max() * len(values) * torch.finfo(torch.float32).eps).sum())
+
+
+def effective_rank(values: Tensor) -> float:
+    """The exponential of the entropy of the singular values' shares (Roy & Vetterli, 2007); 0 for no update.
+
+    A matrix with k equal singular values, and no others, has k.
+    """
+    total = values.double().sum()
+    if total == 0:
+        return 0.0
+    shares = values.double() / total
+    return float(torch.special.entr(shares).sum().exp())

@@ -1,0 +1,5 @@
+"""What adapters are and cost, from their files or from a model's shape."""
+
+from randlora.analysis.update import delta_weight, effective_rank, numerical_rank, singular_values
+
+__all__ = ["delta_weight", "effective_rank", "numerical_rank", "singular_values"]

@@ -1,0 +1,187 @@
+"""What is in an adapter folder: config, shapes, counts, norms and ranks, and whether its bases are the right ones."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from randlora.analysis.update import effective_rank
+from randlora.errors import BasisMismatchError, CheckpointError, ConfigError
+from randlora.ops.bases import Basis
+from randlora.tuner.folder import AdapterFolder, SavedLayer, content_of, read_adapter
+from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.shapes import known_shapes
+
+
+@dataclass(frozen=True)
+class LayerContents:
+    """One adapted layer.
+
+    Attributes:
+        name: its name in the base model.
+        rank: r.
+        num_bases: n.
+        shape: (out, in) of the weight; ``None`` where only the file is known, which says no more than its smaller side.
+        min_dim: m, its smaller dimension.
+        parameters: number of values of λ and γ.
+        lambda_norm: Frobenius norm of λ; 0 says that the layer has not been trained.
+        update_norm: Frobenius norm of ΔW, of all experts together; ``None`` without shape or bases.
+        effective_rank: of ΔW (``update.effective_rank``), the mean over experts; ``None`` likewise, and if not asked for.
+    """
+
+    name: str
+    rank: int
+    num_bases: int
+    shape: tuple[int, int] | None
+    min_dim: int
+    parameters: int
+    lambda_norm: float
+    update_norm: float | None
+    effective_rank: float | None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """An adapter.
+
+    Attributes:
+        path: its folder.
+        config: its ``adapter_config.json``.
+        parameters: values of λ, γ and everything else that was trained.
+        file_bytes: bytes of its file of weights.
+        bases_in_file: how many copies of the bases the file holds.
+        fingerprint: the one that the config records.
+        bases: "verified": they are those of the fingerprint, or, where none is recorded, those that the key defines;
+            "from the file": others, which the file holds and no fingerprint confirms; "unknown": sizes are missing;
+            "wrong": they are not those that the config records.
+        remark: why, where the bases are unknown or wrong.
+        layers: the adapted layers.
+        others: shapes of the other tensors by name.
+        not_finite: names of the tensors that hold NaN or infinity.
+    """
+
+    path: str
+    config: dict[str, Any]
+    parameters: int
+    file_bytes: int
+    bases_in_file: int
+    fingerprint: str | None
+    bases: Literal["verified", "from the file", "unknown", "wrong"]
+    remark: str
+    layers: tuple[LayerContents, ...]
+    others: dict[str, tuple[int, ...]]
+    not_finite: tuple[str, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is wrong with it."""
+        return self.bases != "wrong" and not self.not_finite
+
+
+def inspect_adapter(
+    path: str | os.PathLike[str], base_model_path: str | os.PathLike[str] | None = None, ranks: bool = True
+) -> Contents:
+    """Looks into an adapter folder.
+
+    The base model's config, if it is at hand, gives the shapes of the layers; its weights are never read.
+
+    Args:
+        path: the folder.
+        base_model_path: where the base model is, if not where the adapter's config says.
+        ranks: whether to compute effective ranks, which takes a decomposition of every ΔW.
+
+    Raises:
+        CheckpointError: if it is no adapter of RandLoRA, or a damaged one.
+        ConfigError: if ``base_model_path`` is given and no model, or none that the adapter fits.
+    """
+    folder = read_adapter(path)
+    shapes, remark = _shapes(folder, base_model_path)
+    bases, state, reason = _bases(folder, shapes)
+    layers = [_layer(layer, shapes, bases, ranks) for layer in folder.layers.values()]
+    return Contents(
+        path=os.fspath(path),
+        config=content_of(folder),
+        parameters=sum(layer.parameters for layer in folder.layers.values())
+        + sum(math.prod(shape) for shape in folder.others.values()),
+        file_bytes=folder.nbytes,
+        bases_in_file=len(folder.projections),
+        fingerprint=folder.config.basis_fingerprint,
+        bases=state,
+        remark=reason or remark,
+        layers=tuple(layers),
+        others=folder.others,
+        not_finite=tuple(_not_finite(folder)),
+    )
+
+
+def _shapes(
+    folder: AdapterFolder, base_model_path: str | os.PathLike[str] | None
+) -> tuple[Mapping[str, RandLoraLayer] | None, str]:
+    try:
+        return known_shapes(folder, base_model_path), ""
+    except ConfigError as error:
+        if base_model_path is not None:
+            raise
+        return None, f"the shapes of the layers are unknown: {error}"
+
+
+def _bases(
+    folder: AdapterFolder, shapes: Mapping[str, RandLoraLayer] | None
+) -> tuple[dict[int, Basis], Literal["verified", "from the file", "unknown", "wrong"], str]:
+    specs = folder.specs(shapes)
+    if specs is None:
+        return {}, "unknown", ""
+    try:
+        bases = folder.bases(specs)
+    except (BasisMismatchError, CheckpointError) as error:
+        return {}, "wrong", str(error)
+    drawn = all(basis.spec is not None for basis in bases.values())
+    return bases, "verified" if drawn or folder.config.basis_fingerprint else "from the file", ""
+
+
+def _layer(
+    layer: SavedLayer, shapes: Mapping[str, RandLoraLayer] | None, bases: Mapping[int, Basis], ranks: bool
+) -> LayerContents:
+    shape = None if shapes is None else (shapes[layer.name].out_features, shapes[layer.name].in_features)
+    norm, rank = None, None
+    if shape is not None and layer.rank in bases:
+        norm, rank = _measure(list(layer.updates(bases[layer.rank], *shape)), ranks)
+    return LayerContents(
+        name=layer.name,
+        rank=layer.rank,
+        num_bases=layer.num_bases,
+        shape=shape,
+        min_dim=layer.min_dim,
+        parameters=layer.parameters,
+        lambda_norm=float(layer.lam.float().norm()),
+        update_norm=norm,
+        effective_rank=rank,
+    )
+
+
+def _measure(updates: list[Tensor], ranks: bool) -> tuple[float, float | None]:
+    norm = math.sqrt(sum(float(update.double().square().sum()) for update in updates))
+    if not ranks or not math.isfinite(norm):
+        return norm, None
+    found = [effective_rank(_spectrum(update)) for update in updates]
+    return norm, sum(found) / len(found)
+
+
+def _spectrum(update: Tensor) -> Tensor:
+    """Singular values through the smaller Gram matrix: several times faster, and what it loses is no share of an entropy."""
+    rows = update.double() if update.shape[0] <= update.shape[1] else update.double().T
+    return torch.linalg.eigvalsh(rows @ rows.T).clamp(min=0).sqrt()
+
+
+def _not_finite(folder: AdapterFolder) -> Iterator[str]:
+    for layer in folder.layers.values():
+        yield from (
+            f"{layer.name}.{name}" for name, t in (("λ", layer.lam), ("γ", layer.gamma)) if not t.isfinite().all()
+        )
+    yield from (name for name in folder.others if not folder.tensor(name).isfinite().all())

@@ -1,0 +1,164 @@
+"""How two adapters differ: in their configs, in their layers, and in the updates that they make."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from randlora.errors import ConfigError
+from randlora.tuner.folder import AdapterFolder, content_of, read_adapter
+from randlora.tuner.shapes import known_shapes
+
+_UNIMPORTANT = ("peft_version", "inference_mode", "auto_mapping")
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """One layer of both adapters.
+
+    Attributes:
+        name: its name in the base model.
+        same_values: whether λ and γ are equal, bit for bit.
+        relative: ‖ΔW₂ − ΔW₁‖ / ‖ΔW₁‖ in the Frobenius norm; infinite where only the first does nothing, ``None`` where
+            the updates are unknown.
+        cosine: ⟨ΔW₁, ΔW₂⟩ / ‖ΔW₁‖‖ΔW₂‖; ``None`` likewise, and where one of them is zero.
+    """
+
+    name: str
+    same_values: bool
+    relative: float | None
+    cosine: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two adapters side by side.
+
+    Attributes:
+        config: the fields that differ, with both values.
+        layers: the layers that both have.
+        only_first: layers that only the first has.
+        only_second: layers that only the second has.
+        others: largest absolute difference of each other tensor of both; infinite where the shapes differ, or only one
+            of them has it.
+        remark: why updates are unknown, if they are.
+    """
+
+    config: dict[str, tuple[Any, Any]]
+    layers: tuple[LayerDifference, ...]
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+    others: dict[str, float]
+    remark: str
+
+    @property
+    def same_effect(self) -> bool:
+        """Whether both make the same updates to the same layers, bit for bit in float32, and train the rest alike."""
+        updates = all(layer.relative == 0 for layer in self.layers)
+        return updates and not (self.only_first or self.only_second or any(self.others.values()))
+
+
+def compare_adapters(
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    base_model_path: str | os.PathLike[str] | None = None,
+) -> Difference:
+    """Compares two adapter folders; no weights of the base model are read.
+
+    Args:
+        first: a folder.
+        second: another.
+        base_model_path: where the base model of both is, if not where their configs say.
+
+    Raises:
+        CheckpointError: if one is no adapter of RandLoRA, or a damaged one.
+        BasisMismatchError: if the bases of one are wrong.
+        ConfigError: if ``base_model_path`` is given and does not fit.
+    """
+    pair = (read_adapter(first), read_adapter(second))
+    names = [set(folder.layers) for folder in pair]
+    updates, remark = _updates_of(pair, base_model_path)
+    layers = [_compare_layer(pair, name, updates) for name in sorted(names[0] & names[1])]
+    return Difference(
+        config=_config_difference(*pair),
+        layers=tuple(layers),
+        only_first=tuple(sorted(names[0] - names[1])),
+        only_second=tuple(sorted(names[1] - names[0])),
+        others={name: _largest(pair, name) for name in sorted({*pair[0].others, *pair[1].others})},
+        remark=remark,
+    )
+
+
+class _Updates:
+    """ΔW of an adapter's layers, one layer at a time."""
+
+    def __init__(self, folder: AdapterFolder, base_model_path: str | os.PathLike[str] | None) -> None:
+        self._folder = folder
+        self._shapes = known_shapes(folder, base_model_path)
+        specs = folder.specs(self._shapes)
+        assert specs is not None  # the shapes are known
+        self._bases = folder.bases(specs)
+
+    def of(self, name: str) -> Iterator[Tensor]:
+        layer, shape = self._folder.layers[name], self._shapes[name]
+        return layer.updates(self._bases[layer.rank], shape.out_features, shape.in_features)
+
+
+def _updates_of(
+    pair: tuple[AdapterFolder, AdapterFolder], base_model_path: str | os.PathLike[str] | None
+) -> tuple[tuple[_Updates, _Updates] | None, str]:
+    try:
+        return (_Updates(pair[0], base_model_path), _Updates(pair[1], base_model_path)), ""
+    except ConfigError as error:
+        if base_model_path is not None:
+            raise
+        return None, f"the updates are unknown: {error}"
+
+
+def _config_difference(first: AdapterFolder, second: AdapterFolder) -> dict[str, tuple[Any, Any]]:
+    a, b = content_of(first), content_of(second)
+    keys = sorted({*a, *b} - set(_UNIMPORTANT))
+    return {key: (_plain(a.get(key)), _plain(b.get(key))) for key in keys if _plain(a.get(key)) != _plain(b.get(key))}
+
+
+def _plain(value: object) -> object:
+    """Lists of names in no order: PEFT writes sets."""
+    return sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+
+
+def _compare_layer(
+    pair: tuple[AdapterFolder, AdapterFolder], name: str, updates: tuple[_Updates, _Updates] | None
+) -> LayerDifference:
+    a, b = (folder.layers[name] for folder in pair)
+    same = a.scaling == b.scaling and torch.equal(a.lam, b.lam) and torch.equal(a.gamma, b.gamma)
+    if updates is None:
+        return LayerDifference(name, same, None, None)
+    apart = first = second = inner = 0.0
+    for u, v in zip(updates[0].of(name), updates[1].of(name), strict=True):
+        if u.shape != v.shape:
+            raise ConfigError(
+                f"the layer {name!r} has {tuple(u.shape)} weights in one and {tuple(v.shape)} in the other"
+            )
+        u, v = u.double(), v.double()
+        apart += float((v - u).square().sum())
+        first, second, inner = (
+            first + float(u.square().sum()),
+            second + float(v.square().sum()),
+            inner + float((u * v).sum()),
+        )
+    relative = 0.0 if apart == 0 else math.sqrt(apart / first) if first else math.inf
+    cosine = inner / math.sqrt(first * second) if first and second else None
+    return LayerDifference(name, same, relative, cosine)
+
+
+def _largest(pair: tuple[AdapterFolder, AdapterFolder], name: str) -> float:
+    if pair[0].others.get(name) != pair[1].others.get(name):
+        return math.inf
+    a, b = (folder.tensor(name).double() for folder in pair)
+    return float((a - b).abs().max()) if a.numel() else 0.0

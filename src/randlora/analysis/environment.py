@@ -1,0 +1,156 @@
+"""What this machine and this installation can do: versions, devices, and which products run, tried out."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from packaging.requirements import Requirement
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
+
+from randlora.ops import bf16, naive
+from randlora.ops.bases import BasisSpec, get_basis
+from randlora.ops.linear import adapted_linear, problem_of
+from randlora.tuner.model import RandLoraModel
+
+Verdict = Literal["ok", "absent", "broken"]
+_OPTIONAL = {
+    "bitsandbytes": "4- and 8-bit base models",
+    "torchao": "quantised base models",
+    "hqq": "quantised base models",
+    "trl": "SFTTrainer",
+    "datasets": "randlora train",
+    "typer": "the randlora command",
+    "matplotlib": "pictures",
+    "huggingface_hub": "randlora push",
+}
+_TOLERANCE = 1e-4  # of the output's norm, against the formula in float64
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        topic: "version", "device", "product" or "optional".
+        name: what.
+        verdict: "ok"; "absent", which something slower or nothing stands in for; "broken", which must be mended.
+        detail: what was found, and the way out where it is not ok.
+    """
+
+    topic: str
+    name: str
+    verdict: Verdict
+    detail: str
+
+
+def examine() -> list[Finding]:
+    """Looks at everything; changes nothing, takes about a second."""
+    return [*_versions(), *_devices(), *_products(), *_optional()]
+
+
+def _versions() -> list[Finding]:
+    found = [
+        Finding("version", "python", "ok", f"{platform.python_version()} ({sys.executable})"),
+        Finding("version", "randlora", "ok", version("randlora")),
+    ]
+    for line in requires("randlora") or ():
+        wanted = Requirement(line)
+        if wanted.marker is not None:  # of an extra
+            continue
+        there = version(wanted.name)
+        fits = wanted.specifier.contains(there, prereleases=True)
+        detail = (
+            there
+            if fits
+            else f"{there}, but it must be {wanted.specifier}: pip install '{wanted.name}{wanted.specifier}'"
+        )
+        found.append(Finding("version", wanted.name, "ok" if fits else "broken", detail))
+    ours = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] is RandLoraModel
+    said = (
+        "PEFT uses this package for RandLoRA"
+        if ours
+        else "another package has taken RandLoRA in PEFT: import randlora last"
+    )
+    return [*found, Finding("version", "registration", "ok" if ours else "broken", said)]
+
+
+def _devices() -> list[Finding]:
+    cores = os.cpu_count()
+    capability = torch.backends.cpu.get_cpu_capability()
+    found = [
+        Finding("device", "cpu", "ok", f"{cores} cores, torch uses {torch.get_num_threads()} threads, {capability}")
+    ]
+    if not torch.accelerator.is_available():
+        return [*found, Finding("device", "accelerator", "absent", "none that torch sees; training runs on the CPU")]
+    kind = torch.accelerator.current_accelerator()
+    for index in range(torch.accelerator.device_count()):
+        name = torch.cuda.get_device_name(index) if kind is not None and kind.type == "cuda" else str(kind)
+        found.append(Finding("device", f"{kind}:{index}", "ok", name))
+    return found
+
+
+def _products() -> list[Finding]:
+    split = (
+        Finding("product", "exact bf16 products", "ok", "float32 products with bf16 bases run on bf16 matrix units")
+        if bf16.available
+        else Finding("product", "exact bf16 products", "absent", "plain float32 products instead; results are the same")
+    )
+    mkl = torch.backends.mkl.is_available()
+    sparse = Finding(
+        "product",
+        "sparse products (MKL)",
+        "ok" if mkl else "absent",
+        "zeros of very sparse bases are skipped" if mkl else "very sparse bases are multiplied as dense ones",
+    )
+    return [split, sparse, *(_tried(name, sparsity) for name, sparsity in (("dense", None), ("very sparse", 64.0)))]
+
+
+def _tried(name: str, sparsity: float | None) -> Finding:
+    """One layer's output against the formula."""
+    return _guarded("product", f"{name} layer", lambda: _compare(sparsity))
+
+
+def _compare(sparsity: float | None) -> tuple[Verdict, str]:
+    rank, out, into, tokens = 16, 320, 256, 64
+    basis = get_basis(BasisSpec(rank, into, out, 0, sparsity, into, out))
+    operands = basis.operands(torch.device("cpu"), torch.float32, into, out, basis.num_bases)
+    generator = torch.Generator().manual_seed(0)
+    lam = torch.randn(rank, basis.num_bases, generator=generator)
+    gamma = torch.randn(basis.num_bases, into, generator=generator)
+    x = torch.randn(tokens, into, generator=generator)
+    y = adapted_linear(x, operands, lam, gamma, basis.factor, out)
+    A, B = basis.tensors(torch.device("cpu"), torch.float64)
+    expected = x.double() @ naive.delta_weight(A, B, lam.double(), gamma.double(), 1.0, out, into).T
+    error = float((y - expected).norm() / expected.norm())
+    kind = problem_of(operands, torch.float32, tokens, out, into, tuple(lam.shape), fusible=False).kind
+    detail = f"relative error {error:.0e} against float64, by {kind} products"
+    return ("ok" if error < _TOLERANCE else "broken"), detail
+
+
+def _optional() -> list[Finding]:
+    found = []
+    for name, purpose in _OPTIONAL.items():
+        if find_spec(name) is None:
+            found.append(Finding("optional", name, "absent", f"for {purpose}: pip install {name}"))
+            continue
+        try:
+            there = version(name)
+        except PackageNotFoundError:
+            there = "of unknown version"
+        found.append(Finding("optional", name, "ok", f"{there}, for {purpose}"))
+    return found
+
+
+def _guarded(topic: str, name: str, look: Callable[[], tuple[Verdict, str]]) -> Finding:
+    try:
+        return Finding(topic, name, *look())
+    except Exception as error:  # whatever a broken installation raises is the finding
+        return Finding(topic, name, "broken", f"{type(error).__name__}: {error}")

@@ -1,0 +1,100 @@
+"""From an adapter folder to a model folder that needs nothing else: merged weights and the tokenizer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer
+
+from randlora.convert.merged import save_merged
+from randlora.errors import ConfigError
+from randlora.tuner.base_model import base_path_of
+from randlora.tuner.folder import read_config
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class MergedFolder:
+    """A model folder.
+
+    Attributes:
+        path: the folder.
+        nbytes: bytes of its files of weights.
+        files: their number.
+        dtype: of the first weight.
+        tokenizer: whether a tokenizer is in it.
+    """
+
+    path: str
+    nbytes: int
+    files: int
+    dtype: str
+    tokenizer: bool
+
+
+def merge_folder(
+    adapter: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    base_model_path: str | os.PathLike[str] | None = None,
+    dtype: str = "auto",
+    max_shard_size: int | str = "5GB",
+    **base_model_arguments: object,
+) -> MergedFolder:
+    """Merges an adapter folder into its base model, and writes the whole with the adapter's tokenizer, or the model's.
+
+    Args:
+        adapter: folder of the adapter.
+        folder: where to write; there must be nothing yet.
+        base_model_path: where the base model is, if not where the adapter's config says.
+        dtype: "auto" for that of the base model's files, or its name. Half precision rounds small updates away.
+        max_shard_size: bytes in a file, as of :func:`save_merged`.
+        **base_model_arguments: passed to the base model's ``from_pretrained``.
+
+    Raises:
+        CheckpointError: if there is no adapter.
+        ConfigError: for an unknown dtype, a base model that cannot be loaded, or as of :func:`save_merged`.
+        MergeError: as of :func:`save_merged`.
+    """
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(_DTYPES)}")
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):  # before anything is loaded
+        raise ConfigError(f"there is something in {folder} already: name a folder that does not exist")
+    source = base_path_of(read_config(adapter), base_model_path)
+    arguments = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **base_model_arguments}
+    if "num_labels" not in arguments and (labels := _number_of_labels(adapter)) is not None:
+        arguments["num_labels"] = labels
+    save_merged(adapter, folder, max_shard_size=max_shard_size, base_model_path=source, **arguments)
+    tokenizer = _save_tokenizer((adapter, source), target)
+    files = sorted(target.glob("*.safetensors"))
+    with safe_open(files[0], "pt") as file:
+        found = file.get_tensor(next(iter(file.keys()))).dtype
+    name = str(found).removeprefix("torch.")
+    return MergedFolder(str(target), sum(file.stat().st_size for file in files), len(files), name, tokenizer)
+
+
+def _number_of_labels(adapter: str | os.PathLike[str]) -> int | None:
+    """Outputs of the classification head in the adapter's file, if it has one."""
+    weights = Path(adapter) / "adapter_model.safetensors"
+    if not weights.is_file():
+        return None
+    with safe_open(weights, "pt") as file:
+        heads = [n for n in file.keys() if n.endswith((".classifier.weight", ".score.weight"))]  # noqa: SIM118
+        return file.get_slice(heads[0]).get_shape()[0] if heads else None
+
+
+def _save_tokenizer(places: tuple[str | os.PathLike[str], ...], folder: Path) -> bool:
+    for place in places:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(os.fspath(place))
+        except (OSError, ValueError, KeyError):
+            continue
+        tokenizer.save_pretrained(str(folder))
+        return True
+    return False

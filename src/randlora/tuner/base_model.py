@@ -1,0 +1,83 @@
+"""The base model of a saved adapter: which class it has, and the model itself, with its weights or without."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig
+from torch import nn
+
+from randlora.errors import ConfigError
+
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def base_path_of(config: PeftConfig, base_model_path: str | os.PathLike[str] | None = None) -> str:
+    """Where the base model of an adapter is: as given, or as its config says.
+
+    Raises:
+        ConfigError: if neither says.
+    """
+    source = base_model_path or config.base_model_name_or_path
+    if not source:
+        raise ConfigError("the adapter does not say which model it is for: name it by base_model_path (--model)")
+    return os.fspath(source)
+
+
+def model_config(source: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
+    """The Transformers config of a model; its weights are not looked at.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(os.fspath(source), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{os.fspath(source)!r} is neither a folder with a Transformers model nor a model of the hub within reach: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from None
+
+
+def model_class(task_type: Any, config: Any) -> Any:
+    """The auto class for a task of PEFT's; without one, the class that the model was saved with."""
+    name = _AUTO_CLASSES.get(str(getattr(task_type, "value", task_type)))
+    name = name or next(iter(config.architectures or ()), "AutoModel")
+    return getattr(transformers, name, transformers.AutoModel)
+
+
+def load_base(source: str | os.PathLike[str], task_type: Any, **arguments: Any) -> nn.Module:
+    """The base model with its weights.
+
+    Raises:
+        ConfigError: if it cannot be loaded.
+    """
+    auto_class = model_class(task_type, model_config(source, arguments.get("trust_remote_code", False)))
+    try:
+        return auto_class.from_pretrained(os.fspath(source), **arguments)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the model {os.fspath(source)!r} cannot be loaded: {str(error).strip()}") from error
+
+
+def empty_base(source: str | os.PathLike[str], task_type: Any, trust_remote_code: bool = False) -> nn.Module:
+    """The base model without weights (on the meta device), from its config alone.
+
+    Raises:
+        ConfigError: if there is no config.
+    """
+    config = model_config(source, trust_remote_code)
+    auto_class = model_class(task_type, config)
+    with torch.device("meta"):
+        if hasattr(auto_class, "from_config"):
+            return auto_class.from_config(config, trust_remote_code=trust_remote_code)
+        return auto_class(config)

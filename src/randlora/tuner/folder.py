@@ -1,0 +1,234 @@
+"""An adapter folder, read without its base model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from randlora.errors import BasisMismatchError, CheckpointError
+from randlora.ops import linear as ops
+from randlora.ops.bases import Basis, BasisSpec, basis_from_projections, get_basis
+from randlora.tuner.checkpoint import combined_fingerprint, define_bases
+from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.layers.base import RandLoraLayer
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_LAMBDA, _GAMMA = ".randlora_lambda", ".randlora_gamma"
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """One layer's part of an adapter file.
+
+    Attributes:
+        name: name of the layer in the base model.
+        lam: λ, (..., r, n).
+        gamma: γ as the file has it, (..., n, m), with the scaling's share folded in.
+        scaling: what the update of these is multiplied with: alpha/r.
+    """
+
+    name: str
+    lam: Tensor
+    gamma: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.lam.shape[-2]
+
+    @property
+    def num_bases(self) -> int:
+        """n, number of bases."""
+        return self.lam.shape[-1]
+
+    @property
+    def min_dim(self) -> int:
+        """m, the smaller dimension of the weight."""
+        return self.gamma.shape[-1]
+
+    @property
+    def parameters(self) -> int:
+        """Number of values of λ and γ."""
+        return self.lam.numel() + self.gamma.numel()
+
+    def updates(self, basis: Basis, out_features: int, in_features: int) -> Iterator[Tensor]:
+        """ΔW (out, in) in float32, for each matrix of the layer's weight: one, or one for each expert."""
+        operands = basis.operands(
+            torch.device("cpu"), torch.float32, self.min_dim, max(out_features, in_features), self.num_bases
+        )
+        wide = out_features < in_features
+        lams, gammas = (t.float().reshape(-1, *t.shape[-2:]) for t in (self.lam, self.gamma))
+        for lam, gamma in zip(lams, gammas, strict=True):
+            yield ops.delta_weight(operands, lam, gamma, self.scaling * basis.factor, wide)
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A RandLoRA adapter on disk. λ and γ are in memory, everything else is read when asked for.
+
+    Attributes:
+        path: the folder.
+        config: its config.
+        layers: the adapted layers by their names in the base model.
+        projections: for each owner of a pair of bases in the file, the names of A and B there.
+        others: shapes of the other tensors by name: ``modules_to_save``, biases, token embeddings.
+    """
+
+    path: Path
+    config: RandLoraConfig
+    layers: dict[str, SavedLayer]
+    projections: dict[str, tuple[str, str]]
+    others: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors of the file."""
+        with safe_open(self.path / WEIGHTS, "pt") as file:
+            return list(file.keys())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its file of weights."""
+        return (self.path / WEIGHTS).stat().st_size
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the file."""
+        with safe_open(self.path / WEIGHTS, "pt") as file:
+            return file.get_tensor(name)
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The bases A (r, 1, m) and B (M, n, r) in the file, each copy, one at a time."""
+        with safe_open(self.path / WEIGHTS, "pt") as file:
+            for a, b in self.projections.values():
+                yield file.get_tensor(a), file.get_tensor(b)
+
+    def specs(self, shapes: Mapping[str, RandLoraLayer] | None = None) -> dict[int, BasisSpec] | None:
+        """Which bases the adapter's config defines, by rank; ``None`` where sizes are missing.
+
+        Args:
+            shapes: the layers, of known shapes (``shapes.adapted_layers``). Without them the sizes must stand in the
+                file, as those of bases that are in it whole.
+        """
+        if shapes is not None:
+            return define_bases(list(shapes.values()), self.config, "default")
+        whole = next(((a, b) for a, b in self.projections.values() if a.endswith("randlora_A")), None)
+        if whole is None:
+            return None
+        with safe_open(self.path / WEIGHTS, "pt") as file:
+            min_dim, max_dim = file.get_slice(whole[0]).get_shape()[-1], file.get_slice(whole[1]).get_shape()[0]
+        used = max(layer.min_dim for layer in self.layers.values())
+        key, sparsity = self.config.projection_prng_key % 2**32, self.config.ternary_sparsity(min_dim)
+        return {
+            rank: BasisSpec(rank, min_dim, max_dim, key, sparsity, min(used, min_dim), max_dim)
+            for rank in sorted({layer.rank for layer in self.layers.values()})
+        }
+
+    def bases(self, specs: Mapping[int, BasisSpec]) -> dict[int, Basis]:
+        """The bases by rank: those that are defined, or, where the file holds others, the file's.
+
+        Raises:
+            CheckpointError: if the file's copies differ.
+            BasisMismatchError: if they are not those of the config's fingerprint.
+        """
+        bases = {rank: get_basis(spec) for rank, spec in specs.items()}
+        for number, (A, B) in enumerate(self.pairs()):
+            current = bases.get(self.config.r)
+            if current is None or current.same_numbers(A, B):
+                continue
+            if number:
+                raise CheckpointError(f"{self.path / WEIGHTS} holds different bases for different layers")
+            bases[self.config.r] = basis_from_projections(A, B)
+        found, expected = combined_fingerprint(bases.values()), self.config.basis_fingerprint
+        if expected not in (None, found):
+            raise BasisMismatchError(
+                f"the bases of {self.path} have fingerprint {found}, but its config records {expected}: the file is "
+                "damaged, belongs to another config, or the base model is not the one it was trained for"
+            )
+        return bases
+
+
+def read_config(path: str | os.PathLike[str]) -> PeftConfig:
+    """The config of an adapter folder, of any method of PEFT's; from the hub where there is no such folder.
+
+    Raises:
+        CheckpointError: if there is none that can be read.
+    """
+    try:
+        return PeftConfig.from_pretrained(os.fspath(path))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if Path(path).is_dir() and not (Path(path) / CONFIG).exists():
+            inside = sorted(str(found.parent) for found in Path(path).glob(f"*/{CONFIG}"))
+            hint = f"; there is one in {', '.join(inside)}" if inside else ""
+            raise CheckpointError(f"{os.fspath(path)!r} is no adapter: it has no {CONFIG}{hint}") from None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{os.fspath(path)!r} holds no adapter that can be read: {reason}") from None
+
+
+def read_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
+    """Reads a folder that ``save_pretrained`` wrote, by this package or by PEFT.
+
+    Raises:
+        CheckpointError: naming what is missing, broken or of another method.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no adapter folder {os.fspath(path)!r}")
+    config = read_config(folder)
+    if not isinstance(config, RandLoraConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise CheckpointError(f"{os.fspath(path)!r} is an adapter of {kind}, not of RandLoRA")
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise CheckpointError(f"{os.fspath(path)!r} has no {WEIGHTS}")
+    try:
+        with safe_open(weights, "pt") as file:
+            names = list(file.keys())
+            ours = {n: file.get_tensor(n) for n in names if n.endswith((_LAMBDA, _GAMMA))}
+            rest = {n: tuple(file.get_slice(n).get_shape()) for n in names if n not in ours}
+    except SafetensorError as error:
+        raise CheckpointError(f"{weights} is no safetensors file, or a damaged one: {error}") from None
+    projections: dict[str, dict[str, str]] = {}
+    for name in [n for n in rest if ".randlora_A" in f".{n}" or ".randlora_B" in f".{n}"]:
+        owner, _, kind = name.rpartition(".")
+        projections.setdefault(owner, {})[kind.removeprefix("randlora_")[0]] = name
+        del rest[name]
+    half = [owner for owner, pair in projections.items() if len(pair) < 2]
+    if half:
+        raise CheckpointError(f"{weights} holds only one of the two bases of {half[0]!r}")
+    pairs = {owner: (pair["A"], pair["B"]) for owner, pair in projections.items()}
+    return AdapterFolder(folder, config, _layers(ours, config, weights), pairs, rest)
+
+
+def content_of(folder: AdapterFolder) -> dict[str, object]:
+    """The config file as it stands."""
+    content: dict[str, object] = json.loads((folder.path / CONFIG).read_text(encoding="utf-8"))
+    return content
+
+
+def _layers(tensors: dict[str, Tensor], config: RandLoraConfig, weights: Path) -> dict[str, SavedLayer]:
+    layers = {}
+    for key in sorted(tensors):
+        if not key.endswith(_LAMBDA):
+            continue
+        full = key.removesuffix(_LAMBDA)
+        lam, gamma = tensors[key], tensors.get(full + _GAMMA)
+        if gamma is None or lam.shape[-1] != gamma.shape[-2] or lam.shape[:-2] != gamma.shape[:-2]:
+            shape = None if gamma is None else tuple(gamma.shape)
+            raise CheckpointError(f"{weights}: λ {tuple(lam.shape)} and γ {shape} of {full!r} do not belong together")
+        name = full.removeprefix(_PREFIX)
+        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.randlora_alpha)
+        layers[name] = SavedLayer(name, lam, gamma, alpha / lam.shape[-2])
+    if not layers or len(tensors) != 2 * len(layers):
+        raise CheckpointError(f"{weights} holds {len(tensors)} tensors of λ and γ, for {len(layers)} layers")
+    return layers

@@ -1,0 +1,64 @@
+"""Which layers an adapter would adapt, and of which shapes: nothing is drawn, nothing can be computed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+
+from randlora.errors import ConfigError
+from randlora.tuner.base_model import base_path_of, empty_base
+from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.folder import AdapterFolder
+from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.model import RandLoraModel
+
+
+class _Unbound(RandLoraModel):
+    """Adapted layers without bases: they have shapes and parameters, and no update."""
+
+    def _bind_bases(self, layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> None:
+        pass
+
+
+def adapted_layers(model: nn.Module, config: RandLoraConfig) -> dict[str, RandLoraLayer]:
+    """The layers that an adapter with this config has, by their names in the base model.
+
+    Args:
+        model: the base model, on the meta device for speed; it is changed.
+        config: of the adapter, from code or from its folder.
+
+    Raises:
+        ConfigError: if the config fits none of the model's modules.
+    """
+    plain: Any = config.to_dict()
+    plain.pop("basis_fingerprint", None)
+    for name in ("auto_mapping", "peft_version", "peft_type"):
+        plain.pop(name, None)
+    try:
+        tuner = _Unbound(model, RandLoraConfig(**plain), "default")
+    except ValueError as error:
+        raise ConfigError(f"the adapter does not fit {type(model).__name__}: {error}") from error
+    return {name: m for name, m in tuner.model.named_modules() if isinstance(m, RandLoraLayer)}
+
+
+def known_shapes(
+    folder: AdapterFolder, base_model_path: str | os.PathLike[str] | None = None
+) -> dict[str, RandLoraLayer]:
+    """The adapted layers with their shapes, from the config of the base model.
+
+    Raises:
+        ConfigError: if the base model is not at hand, or another one.
+    """
+    base = empty_base(base_path_of(folder.config, base_model_path), folder.config.task_type)
+    shapes = adapted_layers(base, folder.config)
+    for name, layer in folder.layers.items():
+        there = shapes.get(name)
+        if there is None or there.min_dim != layer.min_dim or there.r["default"] != layer.rank:
+            found = "no such layer" if there is None else f"{there.out_features}×{there.in_features}"
+            raise ConfigError(
+                f"the adapter in {folder.path} does not fit the model: its layer {name!r} has r={layer.rank} and a "
+                f"smaller dimension of {layer.min_dim}, the model {found}"
+            )
+    return shapes

@@ -1,0 +1,107 @@
+"""The entry of the `randlora` command, which starts fast.
+
+It stands outside the package `randlora`, the import of which takes seconds because it brings PEFT along. Here the
+subcommands are only named; what a subcommand needs is imported when it is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from importlib.metadata import version
+from typing import Any
+
+try:
+    import typer
+    from typer.core import TyperCommand, TyperGroup
+except ModuleNotFoundError as _error:
+    print(f"error: the command needs the package {_error.name!r}: pip install 'randlora[train]'", file=sys.stderr)
+    sys.exit(2)
+
+COMMANDS = {
+    "plan": ("plan:plan", "Before training: parameters, bytes, memory and cost, for every r."),
+    "train": ("train:train", "Fine-tune a model on your data and save the adapter."),
+    "eval": ("evaluate:evaluate", "Score an adapter on data."),
+    "predict": ("predict:predict", "Labels for texts, with their probabilities."),
+    "generate": ("generate:generate", "Write text with an adapter, from a prompt or in a conversation."),
+    "inspect": ("inspect:inspect", "What is in an adapter, and whether it is whole."),
+    "diff": ("diff:diff", "How two adapters differ, in their configs and in what they do."),
+    "merge": ("merge:merge", "Write the model with its adapter merged into its weights."),
+    "convert": ("convert:convert", "Turn an adapter into a LoRA, or a large file into a small one."),
+    "push": ("push:push", "Upload an adapter to the hub, with a model card."),
+    "bench": ("bench:bench", "Measure what training costs on this machine."),
+    "doctor": ("doctor:doctor", "Versions, devices, and which products run on this machine."),
+    "demo": ("demo:demo", "Fine-tune a real model on real sentences in four ways, and compare them."),
+}
+"""Name: module within `randlora.cli` and its function, and the first line of that function's docstring."""
+
+_CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+
+class _LazyGroup(TyperGroup):
+    """Imports a subcommand when it is called, and none of them to list all."""
+
+    _lists = False
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        place, summary = COMMANDS[cmd_name]
+        return TyperCommand(cmd_name, help=summary) if self._lists else _load(cmd_name, place)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self._lists = True
+        super().format_help(ctx, formatter)
+
+
+def _load(name: str, place: str) -> Any:
+    module, _, function = place.partition(":")
+    command = getattr(importlib.import_module(f"randlora.cli.{module}"), function)
+    # typer keeps the line breaks of a docstring, which are those of the source
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    single = _typer()
+    single.command(name, help="\n\n".join(" ".join(text.split("\n")) for text in paragraphs))(command)
+    return typer.main.get_command(single)
+
+
+def _typer(**kwargs: Any) -> typer.Typer:
+    return typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings=_CONTEXT,
+        rich_markup_mode="rich",
+        **kwargs,
+    )
+
+
+app = _typer(name="randlora", cls=_LazyGroup, no_args_is_help=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"randlora {version('randlora')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: bool = typer.Option(False, "--version", help="Show the version.", callback=_version, is_eager=True),
+) -> None:
+    """Full-rank parameter-efficient fine-tuning."""
+
+
+def main() -> None:
+    """Runs the command; exit code 2 for a mistake of the user's, 1 for a failure, 130 for an interruption."""
+    try:
+        app(prog_name="randlora")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("randlora", "randlora_cli"):
+            raise
+        print(f"error: the command needs the package {error.name!r}: pip install 'randlora[train]'", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,221 @@
+"""inspect, diff, convert and merge: what they say of an adapter, what they write, and what they refuse."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cli.conftest import save_adapter
+from cli.helpers import answer, invoke
+from randlora.analysis import effective_rank, singular_values
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def changed(folder, target, change):
+    """A copy of an adapter with other tensors or another config."""
+    shutil.copytree(folder, target)
+    tensors, config = load_file(target / WEIGHTS), json.loads((target / "adapter_config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+    (target / "adapter_config.json").write_text(json.dumps(config))
+    return target
+
+
+def logits(base, folder):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    with torch.no_grad():
+        return model(torch.arange(10)[None]).logits
+
+
+class TestInspect:
+    def test_layers_norms_and_ranks_are_those_of_the_loaded_model(self, adapter, tiny_llama):
+        found = answer("inspect", adapter)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter)
+        assert found["bases"] == "verified"
+        assert found["whole"]
+        assert found["parameters"] == sum(p.numel() for n, p in model.named_parameters() if "randlora_" in n)
+        assert len(found["layers"]) == 14
+        for layer in found["layers"]:
+            module = model.get_base_model().get_submodule(layer["name"])
+            update = module.get_delta_weight("default").detach()
+            assert layer["shape"] == [module.out_features, module.in_features]
+            assert layer["update_norm"] == pytest.approx(float(update.norm()), rel=1e-5)
+            assert layer["effective_rank"] == pytest.approx(effective_rank(singular_values(update)), rel=1e-3)
+
+    def test_text(self, adapter):
+        text = invoke("inspect", adapter).stdout
+        assert "verified by fingerprint" in text
+        assert "no bases in it" in text
+        assert "more layers: --all" in text
+        assert "more layers" not in invoke("inspect", adapter, "--all").stdout
+
+    def test_whole_bases_in_the_file_need_no_base_model(self, adapter_with_bases, tmp_path):
+        alone = changed(
+            adapter_with_bases, tmp_path / "alone", lambda _, config: config.update(base_model_name_or_path="nowhere")
+        )
+        found = answer("inspect", alone)
+        assert found["bases"] == "verified"
+        assert found["layers"][0]["shape"] is None
+        assert found["layers"][0]["update_norm"] is None
+        assert found["layers"][0]["lambda_norm"] > 0
+
+    def test_without_bases_and_base_model_it_says_what_it_cannot_know(self, adapter, tmp_path, tiny_llama):
+        alone = changed(adapter, tmp_path / "alone", lambda _, config: config.update(base_model_name_or_path="nowhere"))
+        assert answer("inspect", alone)["bases"] == "unknown"
+        assert "--model" in invoke("inspect", alone).stdout
+        assert answer("inspect", alone, "--model", tiny_llama)["bases"] == "verified"
+
+    def test_wrong_bases_end_with_code_1(self, adapter, tmp_path):
+        wrong = changed(adapter, tmp_path / "wrong", lambda _, config: config.update(projection_prng_key=1))
+        assert answer("inspect", wrong, code=1)["bases"] == "wrong"
+
+    def test_a_value_that_is_not_finite_ends_with_code_1(self, adapter, tmp_path):
+        def spoil(tensors, _):
+            tensors[next(name for name in sorted(tensors) if name.endswith("randlora_gamma"))][0, 0] = float("nan")
+
+        found = answer("inspect", changed(adapter, tmp_path / "nan", spoil), code=1)
+        assert found["not_finite"] == ["model.layers.0.mlp.down_proj.γ"]
+        assert found["layers"][0]["update_norm"] is None  # JSON has no NaN
+
+    def test_an_adapter_that_has_not_been_trained(self, tiny_llama, tmp_path):
+        save_adapter(tiny_llama, tmp_path, target_modules=["q_proj"])
+        zero = changed(tmp_path, tmp_path / "zero", lambda t, _: [v.zero_() for n, v in t.items() if "lambda" in n])
+        assert answer("inspect", zero)["layers"][0]["effective_rank"] == 0
+        assert "changes nothing yet" in invoke("inspect", zero).stdout
+
+
+class TestDiff:
+    def test_the_same_with_and_without_bases(self, adapter_with_bases, tiny_llama, tmp_path):
+        other = save_adapter(tiny_llama, tmp_path, target_modules=["k_proj", "q_proj"], save_projection=False)
+        found = answer("diff", adapter_with_bases, other)
+        assert found["same_effect"]
+        assert found["config"] == {"save_projection": [True, False]}
+
+    def test_how_far_and_in_which_direction(self, adapter, tmp_path):
+        double = changed(adapter, tmp_path / "x", lambda t, _: [v.mul_(2) for n, v in t.items() if "lambda" in n])
+        found = answer("diff", adapter, double, code=1)
+        assert not found["same_effect"]
+        for layer in found["layers"]:
+            assert layer["relative"] == pytest.approx(1, rel=1e-5)
+            assert layer["cosine"] == pytest.approx(1, rel=1e-5)
+        assert "they differ" in invoke("diff", adapter, double, code=1).stdout
+
+    def test_other_layers(self, adapter, adapter_with_bases):
+        found = answer("diff", adapter_with_bases, adapter, code=1)
+        assert len(found["only_second"]) == 10
+        assert found["only_first"] == []
+
+    def test_unknown_updates_are_said_to_be_unknown(self, adapter, tmp_path):
+        alone = changed(adapter, tmp_path / "alone", lambda _, config: config.update(base_model_name_or_path="nowhere"))
+        assert "not known" in invoke("diff", alone, alone, code=1).stdout
+
+
+class TestCompact:
+    def test_a_file_without_bases_that_computes_the_same(self, adapter_with_bases, tiny_llama, tmp_path):
+        done = answer("convert", adapter_with_bases, tmp_path / "small", "--to", "compact")
+        assert done["bytes_after"] < done["bytes_before"]
+        assert not [name for name in load_file(tmp_path / "small" / WEIGHTS) if name.endswith(("_A", "_B"))]
+        assert torch.equal(logits(tiny_llama, tmp_path / "small"), logits(tiny_llama, adapter_with_bases))
+
+    def test_in_place(self, adapter_with_bases, tiny_llama, tmp_path):
+        folder = shutil.copytree(adapter_with_bases, tmp_path / "adapter")
+        (folder / "tokenizer.json").write_text("{}")
+        invoke("convert", folder, "--to", "compact", "--in-place")
+        assert {file.name for file in folder.iterdir()} >= {WEIGHTS, "adapter_config.json", "tokenizer.json"}
+        assert not [file for file in folder.iterdir() if file.name.startswith(".")]
+        assert torch.equal(logits(tiny_llama, folder), logits(tiny_llama, adapter_with_bases))
+
+
+class TestLora:
+    def test_what_is_lost_is_said(self, adapter, tiny_llama, tmp_path):
+        done = answer("convert", adapter, tmp_path / "lora", "--to", "lora", "--energy", "1.0")
+        assert max(layer["relative_error"] for layer in done["layers"]) < 1e-6
+        assert torch.allclose(logits(tiny_llama, tmp_path / "lora"), logits(tiny_llama, adapter), atol=1e-4)
+        assert "the worst of 14" in invoke("convert", adapter, tmp_path / "r2", "--to", "lora", "--rank", 2).stdout
+
+
+def test_merge_gives_a_model_that_needs_nothing_else(adapter, tiny_llama, tmp_path):
+    done = answer("merge", adapter, tmp_path / "merged")
+    assert done["tokenizer"]
+    assert done["dtype"] == "float32"
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        found = merged(torch.arange(10)[None]).logits
+    assert torch.allclose(found, logits(tiny_llama, adapter), atol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("good")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("inspect nowhere", "no adapter folder 'nowhere'"),
+        ("inspect EMPTY", "it has no adapter_config.json"),
+        ("inspect RUN", "there is one in"),
+        ("inspect LORA", "an adapter of LORA, not of RandLoRA"),
+        ("inspect ADAPTER --model nowhere", "'nowhere' is neither a folder"),
+        ("inspect ADAPTER --model BERT", "does not fit"),
+        ("inspect BROKEN", "no safetensors file, or a damaged one"),
+        ("inspect HALF", "do not belong together"),
+        ("diff ADAPTER nowhere", "nowhere"),
+        ("diff ADAPTER LORA", "an adapter of LORA"),
+        ("convert ADAPTER --to compact", "name a new folder, or say --in-place"),
+        ("convert ADAPTER EMPTY/x --to compact --in-place", "name a new folder, or say --in-place"),
+        ("convert ADAPTER EMPTY/x --to compact", "as compact as it gets"),
+        ("convert ADAPTER --to lora --in-place --rank 4", "name a new folder"),
+        ("convert ADAPTER EMPTY/x --to lora", "give one of them"),
+        ("convert ADAPTER EMPTY/x --to lora --rank 0", "rank=0 must be at least 1"),
+        ("convert ADAPTER ADAPTER --to lora --rank 4", "something in"),
+        ("convert ADAPTER EMPTY/x --to gguf", "'gguf' is not one of"),
+        ("merge nowhere EMPTY/x", "nowhere"),
+        ("merge ADAPTER ADAPTER", "something in"),
+        ("merge ADAPTER EMPTY/x --dtype float8", "dtype='float8'"),
+        ("merge ADAPTER EMPTY/x --max-shard-size big", "max_shard_size='big'"),
+        ("merge ADAPTER EMPTY/x --model nowhere", "'nowhere' is neither a folder"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_change_nothing(arguments, expected, adapter, tiny_bert, tmp_path, monkeypatch):
+    def half(tensors, _):
+        del tensors[next(name for name in tensors if name.endswith("gamma"))]
+
+    places = {
+        "EMPTY": tmp_path / "empty",
+        "RUN": tmp_path / "run",
+        "LORA": tmp_path / "lora",
+        "BROKEN": tmp_path / "truncated",
+        "HALF": tmp_path / "half",
+        "ADAPTER": adapter,
+        "BERT": tiny_bert,
+    }
+    places["EMPTY"].mkdir()
+    if "RUN" in arguments:
+        shutil.copytree(adapter, places["RUN"] / "adapter")
+    if "LORA" in arguments:
+        places["LORA"].mkdir()
+        (places["LORA"] / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if "BROKEN" in arguments:
+        shutil.copytree(adapter, places["BROKEN"])
+        (places["BROKEN"] / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:300])
+    if "HALF" in arguments:
+        changed(adapter, places["HALF"], half)
+    monkeypatch.chdir(tmp_path)
+    for name, place in places.items():
+        arguments = arguments.replace(name, str(place))
+    before = {file: file.read_bytes() for file in adapter.iterdir()}
+    result = invoke(*arguments.split(), code=2)
+    assert expected in result.output.replace("\n", "")
+    assert {file: file.read_bytes() for file in adapter.iterdir()} == before
+    assert not list(places["EMPTY"].iterdir())
+
+
+def test_an_interruption_of_a_merge_leaves_nothing(adapter, tmp_path, monkeypatch):
+    def interrupt(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("randlora.convert.merged._write_shard", interrupt)
+    assert "nothing has been written" in invoke("merge", adapter, tmp_path / "merged", code=130).output
+    assert not list(tmp_path.iterdir())
