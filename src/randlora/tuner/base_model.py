@@ -69,15 +69,27 @@ def load_base(source: str | os.PathLike[str], task_type: Any, **arguments: Any) 
         raise ConfigError(f"the model {os.fspath(source)!r} cannot be loaded: {str(error).strip()}") from error
 
 
-def empty_base(source: str | os.PathLike[str], task_type: Any, trust_remote_code: bool = False) -> nn.Module:
+def empty_base(
+    source: str | os.PathLike[str], task_type: Any, dtype: torch.dtype | None = None, **changes: Any
+) -> nn.Module:
     """The base model without weights (on the meta device), from its config alone.
 
+    Args:
+        source: a folder, or a name on the hub.
+        task_type: of PEFT's.
+        dtype: of its weights; by default as the config says.
+        **changes: of its config, such as ``num_labels=3``.
+
     Raises:
-        ConfigError: if there is no config.
+        ConfigError: if there is no config, or none of a model for the task.
     """
-    config = model_config(source, trust_remote_code)
+    config = model_config(source)
+    for name, value in changes.items():
+        setattr(config, name, value)
     auto_class = model_class(task_type, config)
-    with torch.device("meta"):
-        if hasattr(auto_class, "from_config"):
-            return auto_class.from_config(config, trust_remote_code=trust_remote_code)
-        return auto_class(config)
+    build = getattr(auto_class, "from_config", None) or auto_class._from_config
+    try:
+        with torch.device("meta"):
+            return build(config, **({} if dtype is None else {"dtype": dtype}))
+    except ValueError as error:
+        raise ConfigError(f"{os.fspath(source)!r}: {str(error).strip().splitlines()[0]}") from None

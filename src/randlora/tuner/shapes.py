@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from randlora.errors import ConfigError
+from randlora.ops.bases import Basis
 from randlora.tuner.base_model import base_path_of, empty_base
+from randlora.tuner.checkpoint import adapter_layers, define_bases
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.folder import AdapterFolder
 from randlora.tuner.layers.base import RandLoraLayer
@@ -22,8 +25,8 @@ class _Unbound(RandLoraModel):
         pass
 
 
-def adapted_layers(model: nn.Module, config: RandLoraConfig) -> dict[str, RandLoraLayer]:
-    """The layers that an adapter with this config has, by their names in the base model.
+def unbound_model(model: nn.Module, config: RandLoraConfig) -> RandLoraModel:
+    """``model`` with adapted layers that have no bases yet.
 
     Args:
         model: the base model, on the meta device for speed; it is changed.
@@ -33,14 +36,38 @@ def adapted_layers(model: nn.Module, config: RandLoraConfig) -> dict[str, RandLo
         ConfigError: if the config fits none of the model's modules.
     """
     plain: Any = config.to_dict()
-    plain.pop("basis_fingerprint", None)
-    for name in ("auto_mapping", "peft_version", "peft_type"):
+    for name in ("basis_fingerprint", "auto_mapping", "peft_version", "peft_type"):
         plain.pop(name, None)
     try:
-        tuner = _Unbound(model, RandLoraConfig(**plain), "default")
+        return _Unbound(model, RandLoraConfig(**plain), "default")
     except ValueError as error:
         raise ConfigError(f"the adapter does not fit {type(model).__name__}: {error}") from error
+
+
+def adapted_layers(model: nn.Module, config: RandLoraConfig) -> dict[str, RandLoraLayer]:
+    """The layers that an adapter with this config has, by their names in the base model; as :func:`unbound_model`."""
+    tuner = unbound_model(model, config)
     return {name: m for name, m in tuner.model.named_modules() if isinstance(m, RandLoraLayer)}
+
+
+def bind_empty_bases(model: nn.Module) -> list[Tensor]:
+    """Gives the layers of an unbound model bases of the right sizes and no particular numbers.
+
+    Returns:
+        The tensors that they hold: bfloat16, of ternary ones too.
+    """
+    held: list[Tensor] = []
+    for tuner in [m for m in model.modules() if isinstance(m, _Unbound)]:
+        layers = adapter_layers(tuner.model, "default")
+        for rank, spec in define_bases(layers, tuner.peft_config["default"], "default").items():
+            a = torch.empty(rank, spec.used_min_dim, dtype=torch.bfloat16)
+            b = torch.empty(spec.used_max_dim, spec.used_num_bases * rank, dtype=torch.bfloat16)
+            held += (a, b)
+            basis = Basis(a, b)
+            for layer in layers:
+                if layer.r["default"] == rank:
+                    layer.bind_basis("default", basis)
+    return held
 
 
 def known_shapes(
