@@ -59,13 +59,14 @@ def trace_step(build: Callable[[], nn.Module], batch: Callable[[], dict[str, Ten
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable) if trainable else None
         counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
-        with live, counter:
+        with live, counter:  # which keeps tensors alive: no measure of memory
             _backward(model, inputs)
-            elements = live.elements
+        products, elements = counter.get_total_flops() / 2, live.elements
+        with live:
             _update(optimizer)
+            live.forget_peak()
             _backward(model, inputs)
             _update(optimizer)
-        products = counter.get_total_flops() / 4  # of two steps, and two for a multiply-add
         return Trace(products, elements, live.peak, sum(p.numel() for p in trainable))
 
 
@@ -119,6 +120,10 @@ class LiveBytes(TorchDispatchMode):
         self._known[storage] = weakref.finalize(storage, self._release, nbytes)
         self._now += nbytes
         self.peak = max(self.peak, self._now)
+
+    def forget_peak(self) -> None:
+        """Begins anew, with what is held now."""
+        self.peak = self._now
 
     def _release(self, nbytes: int) -> None:
         self._now -= nbytes
