@@ -25,6 +25,7 @@ NAMES = (
     "bases",
     "decode",
     "scaling",
+    "plan",
 )
 """Each is a file here, with `COLUMNS` of its table, and `run(quick)` that yields its rows."""
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from randlora.convert.merged import save_merged
 from randlora.errors import ConfigError
 from randlora.tuner.base_model import base_path_of
-from randlora.tuner.folder import read_config
+from randlora.tuner.folder import head_size, read_config
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -68,7 +68,7 @@ def merge_folder(
         raise ConfigError(f"there is something in {folder} already: name a folder that does not exist")
     source = base_path_of(read_config(adapter), base_model_path)
     arguments = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **base_model_arguments}
-    if "num_labels" not in arguments and (labels := _number_of_labels(adapter)) is not None:
+    if "num_labels" not in arguments and (labels := head_size(adapter)) is not None:
         arguments["num_labels"] = labels
     save_merged(adapter, folder, max_shard_size=max_shard_size, base_model_path=source, **arguments)
     tokenizer = _save_tokenizer((adapter, source), target)
@@ -77,16 +77,6 @@ def merge_folder(
         found = file.get_tensor(next(iter(file.keys()))).dtype
     name = str(found).removeprefix("torch.")
     return MergedFolder(str(target), sum(file.stat().st_size for file in files), len(files), name, tokenizer)
-
-
-def _number_of_labels(adapter: str | os.PathLike[str]) -> int | None:
-    """Outputs of the classification head in the adapter's file, if it has one."""
-    weights = Path(adapter) / "adapter_model.safetensors"
-    if not weights.is_file():
-        return None
-    with safe_open(weights, "pt") as file:
-        heads = [n for n in file.keys() if n.endswith((".classifier.weight", ".score.weight"))]  # noqa: SIM118
-        return file.get_slice(heads[0]).get_shape()[0] if heads else None
 
 
 def _save_tokenizer(places: tuple[str | os.PathLike[str], ...], folder: Path) -> bool:

@@ -55,6 +55,17 @@ def load_data(settings: TrainSettings) -> Data:
     return Data(train, evaluation, labels)
 
 
+def load_rows(source: str, settings: TrainSettings) -> Dataset:
+    """All rows of ``source``, or of its validation or test split, under the names ``text`` and ``label``.
+
+    Labels are as the data has them.
+
+    Raises:
+        ConfigError: if data, a split or a column is missing, empty or malformed.
+    """
+    return _columns(_one_split(_read(source, settings), source), settings, source)
+
+
 def _read(source: str, settings: TrainSettings) -> Dataset | DatasetDict:
     path = Path(source)
     readers = {

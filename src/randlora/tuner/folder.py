@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,6 +209,18 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
         raise CheckpointError(f"{weights} holds only one of the two bases of {half[0]!r}")
     pairs = {owner: (pair["A"], pair["B"]) for owner, pair in projections.items()}
     return AdapterFolder(folder, config, _layers(ours, config, weights), pairs, rest)
+
+
+def head_size(path: str | os.PathLike[str]) -> int | None:
+    """Outputs of the classification head in an adapter's file, of any method of PEFT's, if it has one."""
+    weights = Path(path) / WEIGHTS
+    if not weights.is_file():
+        return None
+    with safe_open(weights, "pt") as file:
+        names = list(file.keys())
+        heads = [n for n in names if re.search(r"\.(classifier|score)(\.\w+)*\.weight$", n) and "lora_" not in n]
+        last = [n for n in heads if "out_proj" in n] or heads
+        return int(file.get_slice(last[-1]).get_shape()[0]) if last else None
 
 
 def content_of(folder: AdapterFolder) -> dict[str, object]:

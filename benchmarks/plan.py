@@ -1,0 +1,81 @@
+"""What `randlora plan` says of a training step, beside what is measured: time as a multiple of the frozen model's step,
+and the most memory beyond what the process held before it built the model.
+"""
+
+import resource
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import LlamaConfig
+
+from randlora.analysis.budget import Budget, Setup, plan_training
+
+from .comparison import Comparison, Step
+from .methods import DENSE, FROZEN, FULL, LORA, METHODS, VERY_SPARSE
+from .models import LLAMA, LLAMA_QUICK, SEQUENCE, Llama
+from .processes import fresh_processes
+
+COLUMNS = ("tokens", "method", "× frozen", "planned", "off", "peak MB", "planned MB", "MB off")
+ROUNDS = 5
+
+
+def run(quick: bool) -> Iterator[dict[str, Any]]:
+    architecture, counts = (LLAMA_QUICK, (256,)) if quick else (LLAMA, (256, 2048))
+    for tokens in counts:
+        planned = plans(architecture, tokens)
+        rows = Comparison(architecture, tokens, ROUNDS, methods=(FROZEN, *planned)).run()
+        measured = {row["method"]: row["× frozen"] for row in rows}
+        with fresh_processes() as processes:
+            for method, (cost, peak) in planned.items():
+                found = processes.submit(peak_bytes, method, architecture, tokens).result()
+                yield {
+                    "tokens": tokens,
+                    "method": method,
+                    "× frozen": measured[method],
+                    "planned": cost,
+                    "off": f"{cost / measured[method] - 1:+.0%}",
+                    "peak MB": found / 1e6,
+                    "planned MB": peak / 1e6,
+                    "MB off": f"{peak / found - 1:+.0%}",
+                }
+
+
+def plans(architecture: Llama, tokens: int) -> dict[str, tuple[float, int]]:
+    """Cost and peak bytes by method."""
+    config = LlamaConfig(
+        hidden_size=architecture.hidden,
+        intermediate_size=architecture.intermediate,
+        num_hidden_layers=architecture.layers,
+        num_attention_heads=architecture.heads,
+        num_key_value_heads=architecture.heads,
+        vocab_size=architecture.vocab,
+    )
+    length = min(tokens, SEQUENCE)
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        dense, sparse = (
+            plan_training(
+                Setup(folder, kind=kind, batch_size=tokens // length, length=length), Budget(r=architecture.rank)
+            )
+            for kind in ("dense", "very_sparse")
+        )
+    options = {LORA: dense.lora, DENSE: dense.chosen, VERY_SPARSE: sparse.chosen, FULL: dense.full}
+    return {name: (option.cost or 0.0, option.peak_bytes or 0) for name, option in options.items()}
+
+
+def peak_bytes(method: str, architecture: Llama, tokens: int) -> int:
+    """Of two steps, beyond what the process held before."""
+    before = _most_held()
+    base = architecture.build().requires_grad_(False)
+    # full fine-tuning trains the base itself here, not a copy beside it
+    step = Step(base.requires_grad_(True) if method == FULL else METHODS[method](base, architecture))
+    step.model.enable_input_require_grads()
+    batch = architecture.batch(tokens)
+    for _ in range(2):
+        step(batch)
+    return _most_held() - before
+
+
+def _most_held() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

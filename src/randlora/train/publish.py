@@ -1,0 +1,191 @@
+"""An adapter on the hub, with a model card that is filled from its run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from randlora.errors import CheckpointError, ConfigError, RandLoraError
+from randlora.tuner.atomic import write_text
+from randlora.tuner.base_model import base_path_of
+from randlora.tuner.folder import CONFIG, read_config
+
+_PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
+_NOT_UPLOADED = ["checkpoint*", "*.bin", "optimizer*", ".*"]
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was uploaded, or would be.
+
+    Attributes:
+        repo_id: the repository.
+        url: of the commit; empty where nothing was uploaded.
+        files: names of the files.
+        nbytes: their bytes.
+        card: the model card.
+    """
+
+    repo_id: str
+    url: str
+    files: tuple[str, ...]
+    nbytes: int
+    card: str
+
+
+def publish(
+    path: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    licence: str | None = None,
+    message: str = "Upload RandLoRA adapter",
+    upload: bool = True,
+) -> Published:
+    """Uploads a run's adapter, or an adapter folder.
+
+    A README.md that is no card of ours stays as it is; else one is written into the folder.
+
+    Args:
+        path: folder of a run or of an adapter.
+        repo_id: ``user/name``; made if it is not there.
+        private: whether a new repository is private.
+        licence: for the card, such as "apache-2.0".
+        message: of the commit.
+        upload: whether to upload; without it, nothing but the card is made, and nothing is written.
+
+    Raises:
+        CheckpointError: if there is no adapter.
+        ConfigError: for a malformed ``repo_id``, or without a token.
+        RandLoraError: if the hub refuses or is out of reach.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ConfigError(f"repo_id={repo_id!r}: {str(error).splitlines()[0]}") from None
+    if repo_id.count("/") != 1:
+        raise ConfigError(f"repo_id={repo_id!r} must be user/name")
+    folder, run = _folders(Path(path))
+    card = _own_card(folder) or model_card(folder, run, repo_id, licence)
+    files = tuple(sorted(f.name for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")))
+    nbytes = sum((folder / name).stat().st_size for name in files)
+    names = tuple(sorted({*files, "README.md"}))
+    if not upload:
+        return Published(repo_id, "", names, nbytes, card)
+    write_text(folder / "README.md", card)
+    url = _tried(repo_id, lambda: _upload(folder, repo_id, private, message))
+    return Published(repo_id, url, names, nbytes, card)
+
+
+def model_card(folder: Path, run: Path | None, repo_id: str, licence: str | None = None) -> str:
+    """The card of an adapter: what it is, how to load it, how it was trained and what it reached."""
+    config = read_config(folder)
+    base = base_path_of(config)
+    task = str(getattr(config.task_type, "value", config.task_type))
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8")) if _has(run, "metrics.json") else {}
+    settings = yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8")) if _has(run, "resolved.yaml") else {}
+    data = ModelCardData(
+        base_model=None if Path(base).exists() else base,  # a folder of this machine means nothing to others
+        library_name="peft",
+        license=licence,
+        pipeline_tag=_PIPELINES.get(task),
+        tags=["randlora", "peft", "base_model:adapter"],
+    )
+    parts = [
+        f"# {repo_id.split('/')[1]}",
+        f"A [RandLoRA](https://arxiv.org/abs/2502.00987) adapter of `{Path(base).name}`: a full-rank update of its "
+        f"weights, {_trained(metrics)}made with [randlora](https://pypi.org/project/randlora/).",
+        _usage(repo_id, base, task),
+        _metrics(metrics),
+        _settings(settings),
+    ]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _folders(path: Path) -> tuple[Path, Path | None]:
+    """Folder of the adapter, and of the run."""
+    if (path / "adapter" / CONFIG).is_file():
+        return path / "adapter", path
+    if not (path / CONFIG).is_file():
+        raise CheckpointError(f"{os.fspath(path)!r} is neither an adapter nor a run with one: it has no {CONFIG}")
+    return path, path.parent if (path.parent / "metrics.json").is_file() else None
+
+
+def _has(run: Path | None, name: str) -> bool:
+    return run is not None and (run / name).is_file()
+
+
+def _own_card(folder: Path) -> str:
+    """A README that somebody wrote; the one that PEFT saves with every adapter is a form with nothing filled in."""
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    return "" if "[More Information Needed]" in text or "made with [randlora]" in text else text
+
+
+def _trained(metrics: dict[str, Any]) -> str:
+    return f"{metrics['trainable_parameters']:,} trained parameters, " if "trainable_parameters" in metrics else ""
+
+
+def _usage(repo_id: str, base: str, task: str) -> str:
+    auto = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}.get(task, "AutoModel")
+    lines = [
+        "```python",
+        f"from transformers import {auto}",
+        "",
+        "from randlora import PeftModel",
+        "",
+        f'base = {auto}.from_pretrained("{base}")',
+        f'model = PeftModel.from_pretrained(base, "{repo_id}")',
+        "```",
+    ]
+    return "\n".join(["## Use", "", *lines])
+
+
+def _metrics(metrics: dict[str, Any]) -> str:
+    found = metrics.get("metrics", {})
+    shown = {n: found[n] for n in ("eval_accuracy", "eval_perplexity", "eval_loss", "train_loss") if n in found}
+    if not shown:
+        return ""
+    rows = [f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in shown.items()]
+    return "\n".join(["## Results", "", "| metric | value |", "|---|---:|", *rows])
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    """Without paths of the machine that it ran on."""
+    private = ("model", "data", "eval_data", "output_dir", "resume")
+    shown = {name: value for name, value in settings.items() if name not in private and value not in (None, [], False)}
+    return f"## Training\n\n```yaml\n{yaml.safe_dump(shown, sort_keys=False).strip()}\n```" if shown else ""
+
+
+def _upload(folder: Path, repo_id: str, private: bool, message: str) -> str:
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    done = api.upload_folder(
+        repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=_NOT_UPLOADED
+    )
+    return str(done.commit_url)
+
+
+def _tried(repo_id: str, action: Callable[[], str]) -> str:
+    try:
+        return action()
+    except LocalTokenNotFoundError as error:
+        raise ConfigError("there is no token of the hub here: run `hf auth login`, or set HF_TOKEN") from error
+    except HfHubHTTPError as error:
+        code = getattr(error.response, "status_code", None)
+        if code in (401, 403):
+            raise ConfigError(f"the hub does not let you write to {repo_id!r} ({code}): run `hf auth login`") from error
+        raise RandLoraError(f"the hub refused the upload to {repo_id!r}: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise RandLoraError(f"the hub is out of reach: {error}. Nothing is lost; run the command again") from error
+
+

@@ -1,0 +1,144 @@
+"""What training left, loaded to be used: the model with its adapter, its tokenizer, its task and its labels."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from randlora.errors import CheckpointError, ConfigError
+from randlora.train.data import load_data
+from randlora.train.settings import Task, TrainSettings, load_settings
+from randlora.tuner.base_model import base_path_of, load_base, model_config
+from randlora.tuner.folder import CONFIG, head_size, read_config
+
+_TASK_TYPES: dict[Task, str] = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
+_LENGTH = 256  # of an input, where no run says
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model to be used, in evaluation mode.
+
+    Attributes:
+        path: folder of the adapter, or of the whole model.
+        base: name of the base model; of the model itself where there is no adapter.
+        model: on the accelerator, if there is one.
+        tokenizer: its tokenizer, with a padding token.
+        task: what it does.
+        labels: names of a classifier's labels.
+        max_length: longest input in tokens.
+        run: the settings of the run that it came from, if they are beside it.
+    """
+
+    path: Path
+    base: str
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    labels: tuple[str, ...]
+    max_length: int
+    run: TrainSettings | None
+
+
+def load_trained(
+    path: str | os.PathLike[str],
+    base_model_path: str | os.PathLike[str] | None = None,
+    task: Task | None = None,
+    adapter: bool = True,
+) -> Trained:
+    """Loads a run's folder, an adapter of any method of PEFT's, or a whole model.
+
+    Args:
+        path: the folder.
+        base_model_path: where an adapter's base model is, if not where its config says.
+        task: by default what the adapter's config, or else the class of the model, says.
+        adapter: whether to load the adapter; without it, the base model answers.
+
+    Raises:
+        CheckpointError: if there is nothing to load, or an adapter that cannot be read.
+        ConfigError: if the base model or tokenizer is not at hand, or the task is not known.
+    """
+    folder, run_folder = _locate(Path(path))
+    run = load_settings(run_folder / "resolved.yaml") if run_folder is not None else None
+    is_adapter = (folder / CONFIG).is_file()
+    config = read_config(folder) if is_adapter else None
+    base = os.fspath(folder) if config is None else base_path_of(config, base_model_path)
+    kind = getattr(config, "task_type", None)
+    task = task or _task_of(getattr(kind, "value", kind), run, base)
+    labels = _labels(folder, run_folder, run, base) if task == "sequence-classification" else ()
+    arguments: dict[str, Any] = {"num_labels": len(labels)} if labels else {}
+    model: Any = load_base(base, _TASK_TYPES[task], **arguments)
+    if is_adapter and adapter:
+        try:
+            model = PeftModel.from_pretrained(model, os.fspath(folder))
+        except (RuntimeError, SafetensorError, OSError) as error:
+            raise CheckpointError(f"the adapter in {folder} cannot be loaded onto {base!r}: {error}") from error
+    tokenizer = _tokenizer(folder, base)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    length = _LENGTH if run is None else run.max_length
+    positions = getattr(model.config, "max_position_embeddings", None) or length
+    return Trained(folder, base, model.to(device).eval(), tokenizer, task, labels, min(length, positions), run)
+
+
+def _locate(path: Path) -> tuple[Path, Path | None]:
+    """Folder of adapter or model, and of the run."""
+    for inner in ("adapter", "model"):
+        if (path / inner).is_dir() and (path / "resolved.yaml").is_file():
+            return path / inner, path
+    if not (path / CONFIG).is_file() and not (path / "config.json").is_file():
+        what = "has neither an adapter nor a model in it" if path.is_dir() else "is no folder"
+        raise CheckpointError(f"{os.fspath(path)!r} {what}: name a run, an adapter or a model folder")
+    return path, path.parent if (path.parent / "resolved.yaml").is_file() else None
+
+
+def _task_of(kind: str | None, run: TrainSettings | None, base: str) -> Task:
+    for task, name in _TASK_TYPES.items():
+        if kind == name:
+            return task
+    if run is not None:
+        return run.task
+    for architecture in model_config(base).architectures or ():
+        for ending, task in (("ForCausalLM", "causal-lm"), ("ForSequenceClassification", "sequence-classification")):
+            if architecture.endswith((ending, "LMHeadModel") if task == "causal-lm" else ending):
+                return task  # type: ignore[return-value]
+    raise ConfigError(f"the task of {base!r} is not known: name it by task, one of {', '.join(get_args(Task))}")
+
+
+def _labels(folder: Path, run_folder: Path | None, run: TrainSettings | None, base: str) -> tuple[str, ...]:
+    """Names of the labels: of the run's model, of its data, of the model; else numbers."""
+    count = head_size(folder)
+    if run_folder is not None and (run_folder / "base_model" / "config.json").is_file():
+        names = json.loads((run_folder / "base_model" / "config.json").read_text(encoding="utf-8")).get("id2label")
+        if names and count in (None, len(names)):
+            return tuple(names[str(number)] for number in range(len(names)))
+    if run is not None:
+        try:
+            return tuple(load_data(run).labels)
+        except ConfigError:
+            pass  # the data is elsewhere now
+    names = model_config(base).id2label or {}
+    if count in (None, len(names)):
+        return tuple(str(names[number]) for number in sorted(names))
+    return tuple(f"LABEL_{number}" for number in range(count or 0))
+
+
+def _tokenizer(folder: Path, base: str) -> PreTrainedTokenizerBase:
+    for place in (os.fspath(folder), base):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place)
+        except (OSError, ValueError, KeyError):
+            continue
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+    raise ConfigError(f"there is no tokenizer in {folder}, nor in its base model {base!r}")
