@@ -95,10 +95,10 @@ def test_counts_and_bytes_are_exact(name, r, tmp_path):
     assert plan.parameters == sum(p.numel() for p in build(config, task, "full", 0).parameters())
     lora = build(config, task, "LoRA", plan.lora.r)
     assert plan.lora.trainable == sum(p.numel() for p in lora.parameters() if p.requires_grad)
-    for name, expected in (("with", plan.chosen.file_bytes_with_bases), ("without", plan.chosen.file_bytes)):
-        model.peft_config["default"].save_projection = name == "with"
-        model.save_pretrained(tmp_path / name)
-        found = (tmp_path / name / "adapter_model.safetensors").stat().st_size
+    for bases, expected in (("with", plan.chosen.file_bytes_with_bases), ("without", plan.chosen.file_bytes)):
+        model.peft_config["default"].save_projection = bases == "with"
+        model.save_pretrained(tmp_path / bases)
+        found = (tmp_path / bases / "adapter_model.safetensors").stat().st_size
         assert expected <= found <= expected + 10_000  # the header
 
 

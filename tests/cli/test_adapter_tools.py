@@ -88,6 +88,10 @@ class TestInspect:
         assert answer("inspect", zero)["layers"][0]["effective_rank"] == 0
         assert "changes nothing yet" in invoke("inspect", zero).stdout
 
+    def test_a_run_has_its_adapter_in_it(self, adapter, tmp_path):
+        shutil.copytree(adapter, tmp_path / "adapter")
+        assert answer("inspect", tmp_path)["path"] == str(tmp_path / "adapter")
+
 
 class TestDiff:
     def test_the_same_with_and_without_bases(self, adapter_with_bases, tiny_llama, tmp_path):
@@ -193,7 +197,7 @@ def test_mistakes_end_with_code_2_and_change_nothing(arguments, expected, adapte
     }
     places["EMPTY"].mkdir()
     if "RUN" in arguments:
-        shutil.copytree(adapter, places["RUN"] / "adapter")
+        shutil.copytree(adapter, places["RUN"] / "best")
     if "LORA" in arguments:
         places["LORA"].mkdir()
         (places["LORA"] / "adapter_config.json").write_text('{"peft_type": "LORA"}')

@@ -7,7 +7,7 @@ tensors without memory (``trace.py``); the cost of RandLoRA's products comes fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -306,7 +306,7 @@ class _Planner:
         return Option(method, r, 0, count, 100 * count / self.parameters, 0, nbytes, nbytes, peak, cost)
 
     def _traces(self, r: int) -> tuple[dict[str, Trace], str]:
-        builders = {
+        builders: dict[str, Callable[[], nn.Module]] = {
             "frozen": lambda: self._base().requires_grad_(False),
             "RandLoRA": lambda: unbound_model(self._base(), self._config(r)),
             "LoRA": partial(self._with_lora, self._lora_rank(self.count(r))),
@@ -362,9 +362,7 @@ def problem_for(
 def step_cost(problem: Problem) -> float:
     """What one layer's update costs in a training step, forward and backward, by the planner's table."""
     plan = planner.choose(problem)
-    return planner.forward_cost(problem, plan.output) + planner.backward_cost(
-        problem, plan.grad_input, plan.grad_basis
-    )
+    return planner.forward_cost(problem, plan.output) + planner.backward_cost(problem, plan.grad_input, plan.grad_basis)
 
 
 def _check(setup: Setup) -> None:

@@ -32,7 +32,7 @@ class LayerContents:
         parameters: number of values of λ and γ.
         lambda_norm: Frobenius norm of λ; 0 says that the layer has not been trained.
         update_norm: Frobenius norm of ΔW, of all experts together; ``None`` without shape or bases.
-        effective_rank: of ΔW (``update.effective_rank``), the mean over experts; ``None`` likewise, and if not asked for.
+        effective_rank: of ΔW (``update.effective_rank``), the mean over experts; ``None`` likewise, or if not wanted.
     """
 
     name: str
@@ -105,7 +105,7 @@ def inspect_adapter(
     bases, state, reason = _bases(folder, shapes)
     layers = [_layer(layer, shapes, bases, ranks) for layer in folder.layers.values()]
     return Contents(
-        path=os.fspath(path),
+        path=os.fspath(folder.path),
         config=content_of(folder),
         parameters=sum(layer.parameters for layer in folder.layers.values())
         + sum(math.prod(shape) for shape in folder.others.values()),
@@ -174,7 +174,7 @@ def _measure(updates: list[Tensor], ranks: bool) -> tuple[float, float | None]:
 
 
 def _spectrum(update: Tensor) -> Tensor:
-    """Singular values through the smaller Gram matrix: several times faster, and what it loses is no share of an entropy."""
+    """Singular values by the smaller Gram matrix: fast, and the tiny ones that it loses are no share of an entropy."""
     rows = update.double() if update.shape[0] <= update.shape[1] else update.double().T
     return torch.linalg.eigvalsh(rows @ rows.T).clamp(min=0).sqrt()
 

@@ -140,12 +140,12 @@ def _compare_layer(
     if updates is None:
         return LayerDifference(name, same, None, None)
     apart = first = second = inner = 0.0
-    for u, v in zip(updates[0].of(name), updates[1].of(name), strict=True):
+    for first_update, second_update in zip(updates[0].of(name), updates[1].of(name), strict=True):
+        u, v = first_update.double(), second_update.double()
         if u.shape != v.shape:
             raise ConfigError(
                 f"the layer {name!r} has {tuple(u.shape)} weights in one and {tuple(v.shape)} in the other"
             )
-        u, v = u.double(), v.double()
         apart += float((v - u).square().sum())
         first, second, inner = (
             first + float(u.square().sum()),

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -60,7 +60,8 @@ def measure_speed(
             f"hidden={hidden}, layers={layers}, tokens={tokens}, r={r}, rounds={rounds}: hidden must be a multiple of "
             "64, the others at least 1"
         )
-    where = torch.device(device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"))
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    where = torch.device(device) if device else accelerator or torch.device("cpu")
     steps = {name: _Step(build(), where, tokens) for name, build in _methods(hidden, layers, r).items()}
     for step in steps.values():
         step()
@@ -78,7 +79,7 @@ def measure_speed(
 
 class _Step:
     def __init__(self, model: nn.Module, device: torch.device, tokens: int) -> None:
-        self.model: Any = model.to(device).train()
+        self.model = cast("Any", model.to(device).train())
         self.model.enable_input_require_grads()
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self.trainable) if self.trainable else None

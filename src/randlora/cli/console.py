@@ -61,7 +61,7 @@ def answering(json: bool, hint: str = "") -> Iterator[Console]:
         hint: what to say after an interruption.
     """
     with explained_errors(hint), stdout_for_json(json), warnings.catch_warnings():
-        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        warnings.showwarning = _show_warning
         _quiet_transformers()
         yield console(to_stderr=json)
 

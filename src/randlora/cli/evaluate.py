@@ -41,7 +41,9 @@ def evaluate(
         from randlora.train.trained import load_trained
 
         scores = {
-            name: score(load_trained(adapter, model, task, name == "adapter"), data, batch_size, text_column, label_column)
+            name: score(
+                load_trained(adapter, model, task, name == "adapter"), data, batch_size, text_column, label_column
+            )
             for name in (("base", "adapter") if base else ("adapter",))
         }
     if json:
@@ -61,8 +63,8 @@ def _show(name: str, found: Score, out: Console) -> None:
         return
     low, high = wilson_interval(found.correct, found.examples)
     out.print(
-        f"{name}: accuracy {found.metrics['accuracy']:.1%} ({100 * low:.1f}–{100 * high:.1f} with 95% confidence), loss "
-        f"{found.loss:.4f}, on {found.examples:,} examples"
+        f"{name}: accuracy {found.metrics['accuracy']:.1%} ({100 * low:.1f}–{100 * high:.1f} with 95% confidence), "
+        f"loss {found.loss:.4f}, on {found.examples:,} examples"
     )
     rows = [[label, f"{n:,}", f"{hits / n:.1%}" if n else "–"] for label, (n, hits) in found.by_label.items()]
     out.print(plain_table(["label", "examples", "found"], rows))

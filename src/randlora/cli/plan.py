@@ -90,7 +90,9 @@ def _show(found: TrainingPlan, out: Console) -> None:
     columns = ["method", "r", "n", "trainable", "%", "bases", "file", "with bases", "peak memory", "× frozen step"]
     title = f"steps of {setup.batch_size} × {setup.length} tokens, {str(setup.dtype).removeprefix('torch.')}"
     out.print(plain_table(columns, rows, title))
-    out.print("r: a larger r means fewer parameters; n: bases of the widest layer; the update has full rank for every r")
+    out.print(
+        "r: a larger r means fewer parameters; n: bases of the widest layer; the update has full rank for every r"
+    )
     out.print("bases: in memory; file: what is saved; peak memory: tensors of a training step with AdamW")
     if found.remark:
         out.print(found.remark, markup=False)

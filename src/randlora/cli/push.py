@@ -29,9 +29,7 @@ def push(
     with answering(json, "what the hub has received stays there; run the command again to go on") as out:
         from randlora.train.publish import publish
 
-        done = publish(
-            adapter, repo_id, private=private, licence=licence, message=message, upload=not dry_run
-        )
+        done = publish(adapter, repo_id, private=private, licence=licence, message=message, upload=not dry_run)
         if dry_run:
             out.print(done.card, markup=False)
         out.print(f"{len(done.files)} files, {byte_text(done.nbytes)}: {', '.join(done.files)}")

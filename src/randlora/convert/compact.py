@@ -86,7 +86,7 @@ def compact_adapter(
     else:
         with folder_atomically(target) as temporary:
             compared = _write(old, content, kept, temporary)
-    there = Path(source if target is None else target)
+    there = old.path if target is None else Path(target)
     after = (there / WEIGHTS).stat().st_size
     return Compacted(str(there), before, after, kept is not None, str(content["basis_fingerprint"]), compared)
 

@@ -137,11 +137,12 @@ def convert_folder_to_lora(
         ConfigError: if there is something in ``folder``, the base model's config is not at hand, or as of ``to_lora``.
     """
     _require_choice(rank, energy)
-    config = read_adapter(adapter).config
+    source = read_adapter(adapter)
+    config = source.config
     with folder_atomically(folder) as temporary:
         # weights that nobody reads or writes take no memory; on the meta device λ and γ would lose their values
         base = empty_base(base_path_of(config, base_model_path), config.task_type).to_empty(device="cpu")
-        model = PeftModel.from_pretrained(base, os.fspath(adapter))
+        model = PeftModel.from_pretrained(base, os.fspath(source.path))
         conversion = to_lora(model, rank=rank, energy=energy)
         conversion.save(temporary)
     return conversion

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 from randlora.convert.merged import save_merged
 from randlora.errors import ConfigError
 from randlora.tuner.base_model import base_path_of
-from randlora.tuner.folder import head_size, read_config
+from randlora.tuner.folder import adapter_path, head_size, read_config
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -44,12 +45,12 @@ def merge_folder(
     base_model_path: str | os.PathLike[str] | None = None,
     dtype: str = "auto",
     max_shard_size: int | str = "5GB",
-    **base_model_arguments: object,
+    **base_model_arguments: Any,
 ) -> MergedFolder:
     """Merges an adapter folder into its base model, and writes the whole with the adapter's tokenizer, or the model's.
 
     Args:
-        adapter: folder of the adapter.
+        adapter: folder of the adapter, or of the run that made it.
         folder: where to write; there must be nothing yet.
         base_model_path: where the base model is, if not where the adapter's config says.
         dtype: "auto" for that of the base model's files, or its name. Half precision rounds small updates away.
@@ -66,8 +67,9 @@ def merge_folder(
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):  # before anything is loaded
         raise ConfigError(f"there is something in {folder} already: name a folder that does not exist")
+    adapter = adapter_path(adapter)
     source = base_path_of(read_config(adapter), base_model_path)
-    arguments = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **base_model_arguments}
+    arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **base_model_arguments}
     if "num_labels" not in arguments and (labels := head_size(adapter)) is not None:
         arguments["num_labels"] = labels
     save_merged(adapter, folder, max_shard_size=max_shard_size, base_model_path=source, **arguments)

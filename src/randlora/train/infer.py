@@ -77,7 +77,11 @@ def predict_texts(trained: Trained, texts: Sequence[str], batch_size: int = 32) 
 
 
 def score(
-    trained: Trained, data: str | None = None, batch_size: int = 32, text_column: str = "text", label_column: str = "label"
+    trained: Trained,
+    data: str | None = None,
+    batch_size: int = 32,
+    text_column: str = "text",
+    label_column: str = "label",
 ) -> Score:
     """Scores a model on data.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,11 +90,18 @@ def model_card(folder: Path, run: Path | None, repo_id: str, licence: str | None
     """The card of an adapter: what it is, how to load it, how it was trained and what it reached."""
     config = read_config(folder)
     base = base_path_of(config)
+    here = Path(base).exists()  # a folder of this machine means nothing to others
+    if here:
+        warnings.warn(
+            f"the adapter's config names its base model by a folder of this machine, {base}: whoever loads it needs to "
+            "know which model that is. Put its name on the hub into adapter_config.json (base_model_name_or_path).",
+            stacklevel=2,
+        )
+        base = Path(base).name
     task = str(getattr(config.task_type, "value", config.task_type))
-    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8")) if _has(run, "metrics.json") else {}
-    settings = yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8")) if _has(run, "resolved.yaml") else {}
+    metrics, settings = (yaml.safe_load(_text(run, name)) or {} for name in ("metrics.json", "resolved.yaml"))
     data = ModelCardData(
-        base_model=None if Path(base).exists() else base,  # a folder of this machine means nothing to others
+        base_model=None if here else base,
         library_name="peft",
         license=licence,
         pipeline_tag=_PIPELINES.get(task),
@@ -102,7 +109,7 @@ def model_card(folder: Path, run: Path | None, repo_id: str, licence: str | None
     )
     parts = [
         f"# {repo_id.split('/')[1]}",
-        f"A [RandLoRA](https://arxiv.org/abs/2502.00987) adapter of `{Path(base).name}`: a full-rank update of its "
+        f"A [RandLoRA](https://arxiv.org/abs/2502.00987) adapter of `{base}`: a full-rank update of its "
         f"weights, {_trained(metrics)}made with [randlora](https://pypi.org/project/randlora/).",
         _usage(repo_id, base, task),
         _metrics(metrics),
@@ -120,8 +127,9 @@ def _folders(path: Path) -> tuple[Path, Path | None]:
     return path, path.parent if (path.parent / "metrics.json").is_file() else None
 
 
-def _has(run: Path | None, name: str) -> bool:
-    return run is not None and (run / name).is_file()
+def _text(run: Path | None, name: str) -> str:
+    """Content of a run's file, JSON or YAML; empty where there is none."""
+    return (run / name).read_text(encoding="utf-8") if run is not None and (run / name).is_file() else ""
 
 
 def _own_card(folder: Path) -> str:
@@ -169,9 +177,7 @@ def _settings(settings: dict[str, Any]) -> str:
 def _upload(folder: Path, repo_id: str, private: bool, message: str) -> str:
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
-    done = api.upload_folder(
-        repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=_NOT_UPLOADED
-    )
+    done = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=_NOT_UPLOADED)
     return str(done.commit_url)
 
 
@@ -187,5 +193,3 @@ def _tried(repo_id: str, action: Callable[[], str]) -> str:
         raise RandLoraError(f"the hub refused the upload to {repo_id!r}: {str(error).splitlines()[0]}") from error
     except OSError as error:
         raise RandLoraError(f"the hub is out of reach: {error}. Nothing is lost; run the command again") from error
-
-

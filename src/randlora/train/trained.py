@@ -110,7 +110,7 @@ def _task_of(kind: str | None, run: TrainSettings | None, base: str) -> Task:
     for architecture in model_config(base).architectures or ():
         for ending, task in (("ForCausalLM", "causal-lm"), ("ForSequenceClassification", "sequence-classification")):
             if architecture.endswith((ending, "LMHeadModel") if task == "causal-lm" else ending):
-                return task  # type: ignore[return-value]
+                return task
     raise ConfigError(f"the task of {base!r} is not known: name it by task, one of {', '.join(get_args(Task))}")
 
 

@@ -159,6 +159,12 @@ class AdapterFolder:
         return bases
 
 
+def adapter_path(path: str | os.PathLike[str]) -> Path:
+    """The folder itself, or the one named ``adapter`` in it, where ``randlora train`` puts it."""
+    inner = Path(path) / "adapter"
+    return inner if (inner / CONFIG).is_file() and not (Path(path) / CONFIG).exists() else Path(path)
+
+
 def read_config(path: str | os.PathLike[str]) -> PeftConfig:
     """The config of an adapter folder, of any method of PEFT's; from the hub where there is no such folder.
 
@@ -177,12 +183,12 @@ def read_config(path: str | os.PathLike[str]) -> PeftConfig:
 
 
 def read_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
-    """Reads a folder that ``save_pretrained`` wrote, by this package or by PEFT.
+    """Reads a folder that ``save_pretrained`` wrote, by this package or by PEFT; a run's folder has it in ``adapter``.
 
     Raises:
         CheckpointError: naming what is missing, broken or of another method.
     """
-    folder = Path(path)
+    folder = adapter_path(path)
     if not folder.is_dir():
         raise CheckpointError(f"there is no adapter folder {os.fspath(path)!r}")
     config = read_config(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,8 @@ def bind_empty_bases(model: nn.Module) -> list[Tensor]:
     held: list[Tensor] = []
     for tuner in [m for m in model.modules() if isinstance(m, _Unbound)]:
         layers = adapter_layers(tuner.model, "default")
-        for rank, spec in define_bases(layers, tuner.peft_config["default"], "default").items():
+        config = cast("RandLoraConfig", tuner.peft_config["default"])
+        for rank, spec in define_bases(layers, config, "default").items():
             a = torch.empty(rank, spec.used_min_dim, dtype=torch.bfloat16)
             b = torch.empty(spec.used_max_dim, spec.used_num_bases * rank, dtype=torch.bfloat16)
             held += (a, b)
