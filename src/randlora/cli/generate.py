@@ -46,7 +46,7 @@ def generate(
         if talks and json:
             raise ConfigError("--json needs --prompt, or text piped into this command")
         given = prompt if prompt is not None or talks else sys.stdin.read().rstrip("\n")
-        trained = load_trained(adapter, model, "causal-lm" if prompt or given else None)
+        trained = load_trained(adapter, model)
         write = partial(
             generate_text,
             trained,

@@ -47,7 +47,7 @@ def predict(
         print_json({"predictions": [asdict(one) for one in found]})
     elif output is None:
         for one in found:
-            out.print(f"{one.label}\t{one.probabilities[one.label]:.3f}\t{one.text}", markup=False, soft_wrap=True)
+            print(f"{one.label}\t{one.probabilities[one.label]:.3f}\t{one.text}")  # tabs, which rich would expand
 
 
 def _texts(given: list[str], data: str | None, column: str) -> list[str]:

@@ -1,0 +1,258 @@
+"""eval, predict, generate and push: a run of `train`, used."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cli.helpers import answer, invoke
+from randlora.train import publish, trained
+from randlora.train.run import train
+from randlora.train.settings import load_settings
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_bert, reviews):
+    folder = tmp_path_factory.mktemp("run")
+    values = {
+        "model": tiny_bert,
+        "data": reviews,
+        "r": 8,
+        "learning_rate": 1e-2,
+        "epochs": 6,
+        "batch_size": 16,
+        "max_length": 16,
+    }
+    train(load_settings(overrides={**values, "output_dir": str(folder)}))
+    return folder
+
+
+class TestEval:
+    def test_the_run_s_own_data_gives_the_run_s_own_score(self, run):
+        found = answer("eval", run)["adapter"]
+        metrics = json.loads((run / "metrics.json").read_text())["metrics"]
+        assert found["accuracy"] == pytest.approx(metrics["eval_accuracy"])
+        assert found["loss"] == pytest.approx(metrics["eval_loss"], abs=1e-4)
+        assert found["examples"] == 12
+
+    def test_other_data_and_the_base_model(self, run, reviews):
+        found = answer("eval", run / "adapter", "--data", reviews, "--base")
+        assert found["adapter"]["examples"] == found["base"]["examples"] == 120
+        assert found["adapter"]["correct"] > found["base"]["correct"]
+        assert sum(count for count, _ in found["adapter"]["by_label"].values()) == 120
+        assert "95% confidence" in invoke("eval", run, "--data", reviews).stdout
+
+    def test_a_language_model(self, adapter, reviews):
+        found = answer("eval", adapter, "--data", reviews)["adapter"]
+        assert found["perplexity"] > 1
+        assert found["tokens"] > 100
+        assert "perplexity" in invoke("eval", adapter, "--data", reviews).stdout
+
+    def test_labels_that_the_model_does_not_know(self, run, tmp_path):
+        (tmp_path / "d.csv").write_text("text,label\nfine,neutral\n")
+        text = invoke("eval", run, "--data", tmp_path / "d.csv", code=2).output
+        assert "neutral" in text
+        assert "positive" in text
+
+
+class TestPredict:
+    def test_texts(self, run):
+        found = answer("predict", run, "good lovely 3", "awful dull 4")["predictions"]
+        assert [one["label"] for one in found] == ["positive", "negative"]
+        assert sum(found[0]["probabilities"].values()) == pytest.approx(1)
+
+    def test_from_stdin_and_files_into_a_file(self, run, reviews, tmp_path):
+        assert invoke("predict", run, stdin="good great 1\nbad poor 2\n").stdout.count("\t") == 4
+        invoke("predict", run, "--data", reviews, "--output", tmp_path / "labels.jsonl")
+        lines = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
+        assert len(lines) == 120
+        (tmp_path / "texts.txt").write_text("good fine 1\n")
+        assert len(answer("predict", run, "--data", tmp_path / "texts.txt")["predictions"]) == 1
+
+    def test_batches_make_no_difference(self, run):
+        texts = ["good", "bad poor dull awful 7", "fine lovely"]
+        one, all_ = (answer("predict", run, *texts, "--batch-size", size)["predictions"] for size in (1, 3))
+        for a, b in zip(one, all_, strict=True):
+            assert a["probabilities"] == pytest.approx(b["probabilities"], abs=1e-5)
+
+    def test_labels_survive_the_loss_of_the_data(self, run, tmp_path):
+        moved = shutil.copytree(run, tmp_path / "moved")
+        (moved / "resolved.yaml").write_text((moved / "resolved.yaml").read_text().replace("reviews.csv", "gone.csv"))
+        (moved / "base_model").mkdir(exist_ok=True)
+        (moved / "base_model/config.json").write_text('{"id2label": {"0": "thumbs down", "1": "thumbs up"}}')
+        assert answer("predict", moved, "lovely 3")["predictions"][0]["label"] == "thumbs up"
+        shutil.rmtree(moved / "base_model")
+        assert answer("predict", moved, "lovely 3")["predictions"][0]["label"] == "LABEL_1"
+
+
+class TestGenerate:
+    def test_what_transformers_generates(self, adapter, tiny_llama):
+        found = answer("generate", adapter, "--prompt", "good film", "--temperature", 0, "--max-new-tokens", 6)
+        tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter).eval()
+        inputs = {k: v for k, v in tokenizer("good film", return_tensors="pt").items() if k != "token_type_ids"}
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
+        assert found["text"].split() == tokenizer.decode(ids, skip_special_tokens=True).split()
+
+    def test_a_seed_repeats_and_stdin_prompts(self, adapter):
+        first, second = (
+            invoke("generate", adapter, "--seed", 1, "--max-new-tokens", 5, stdin="good\n").stdout for _ in range(2)
+        )
+        assert first == second
+
+    def test_a_conversation(self, adapter, monkeypatch):
+        lines = iter(["good film", "", "and then", None])
+
+        def typed(_prompt):
+            line = next(lines)
+            if line is None:
+                raise EOFError
+            return line
+
+        asked = []
+        monkeypatch.setattr("builtins.input", typed)
+        monkeypatch.setattr("randlora.cli.generate.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+        true_generate = __import__("randlora.train.infer", fromlist=["x"]).generate_text
+
+        def note(model, prompt, **options):
+            asked.append(prompt)
+            if len(asked) == 2:
+                raise KeyboardInterrupt  # ends the answer, not the conversation
+            return true_generate(model, prompt, **options)
+
+        monkeypatch.setattr("randlora.train.infer.generate_text", note)
+        assert "Ctrl-D" in invoke("generate", adapter, "--max-new-tokens", 3).stdout
+        assert asked == ["good film", "and then"]
+
+    def test_a_chat_template_gets_the_whole_conversation(self, adapter):
+        model = trained.load_trained(adapter)
+        model.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+        from randlora.train.infer import generate_text
+
+        pieces = []
+        messages = [{"role": "user", "content": "good"}]
+        text = generate_text(model, messages, pieces.append, max_new_tokens=4, temperature=0)
+        assert "".join(pieces) == text
+
+
+class _Hub:
+    """What was asked of the hub."""
+
+    def __init__(self, error=None):
+        self.calls, self.error = [], error
+
+    def create_repo(self, repo_id, **options):
+        if self.error:
+            raise self.error
+        self.calls.append(("create", repo_id, options))
+
+    def upload_folder(self, *, folder_path, **options):
+        names = sorted(file.name for file in folder_path.iterdir())
+        self.calls.append(("upload", names, options))
+        return SimpleNamespace(commit_url="https://hub/commit/1")
+
+
+class TestPush:
+    def test_the_card_is_filled_and_uploaded(self, run, tmp_path, monkeypatch):
+        copy, hub = shutil.copytree(run, tmp_path / "run"), _Hub()
+        monkeypatch.setattr(publish, "HfApi", lambda: hub)
+        done = answer("push", copy, "me/reviews", "--private", "--license", "mit")
+        assert done["url"] == "https://hub/commit/1"
+        (_, repo, options), (_, names, upload) = hub.calls
+        assert (repo, options["private"]) == ("me/reviews", True)
+        assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= set(names)
+        assert upload["repo_id"] == "me/reviews"
+        card = (copy / "adapter/README.md").read_text()
+        metrics = json.loads((run / "metrics.json").read_text())
+        assert f"{metrics['trainable_parameters']:,} trained parameters" in card
+        assert f"{metrics['metrics']['eval_accuracy']:.4f}" in card
+        assert "license: mit" in card
+        assert "pipeline_tag: text-classification" in card
+        assert str(tmp_path) not in card
+
+    def test_a_dry_run_writes_nothing(self, run, monkeypatch):
+        monkeypatch.setattr(publish, "HfApi", lambda: pytest.fail("the hub was asked"))
+        before = {file: file.read_bytes() for file in (run / "adapter").iterdir()}
+        result = invoke("push", run, "me/x", "--dry-run")
+        assert "from randlora import PeftModel" in result.stdout
+        assert "base model by a folder of this machine" in result.output
+        assert {file: file.read_bytes() for file in (run / "adapter").iterdir()} == before
+
+    def test_a_readme_of_one_s_own_stays(self, run, tmp_path, monkeypatch):
+        copy = shutil.copytree(run, tmp_path / "run")
+        (copy / "adapter/README.md").write_text("# mine\n")
+        monkeypatch.setattr(publish, "HfApi", _Hub)
+        invoke("push", copy, "me/x")
+        assert (copy / "adapter/README.md").read_text() == "# mine\n"
+
+    @pytest.mark.parametrize(
+        ("error", "code", "expected"),
+        [
+            (LocalTokenNotFoundError("no token"), 2, "hf auth login"),
+            (HfHubHTTPError("no", response=SimpleNamespace(status_code=403, headers={}, request=None)), 2, "403"),
+            (
+                HfHubHTTPError("bad", response=SimpleNamespace(status_code=500, headers={}, request=None)),
+                1,
+                "refused",
+            ),
+            (OSError("no route"), 1, "out of reach"),
+        ],
+        ids=["token", "forbidden", "server", "network"],
+    )
+    def test_what_the_hub_refuses(self, run, tmp_path, monkeypatch, error, code, expected):
+        copy = shutil.copytree(run, tmp_path / "run")
+        monkeypatch.setattr(publish, "HfApi", lambda: _Hub(error))
+        assert expected in invoke("push", copy, "me/x", code=code).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("eval nowhere", "name a run, an adapter or a model folder"),
+        ("eval ADAPTER", "belongs to no run"),
+        ("eval RUN --data nowhere.csv", "nowhere.csv"),
+        ("eval RUN --model nowhere", "nowhere"),
+        ("predict ADAPTER good", "predict is for sequence-classification"),
+        ("predict RUN good --data d.csv", "give one or the other"),
+        ("predict RUN --data nowhere.txt", "nowhere.txt"),
+        ("predict RUN good --output nowhere/x.jsonl", "no folder 'nowhere'"),
+        ("predict RUN", "there are no texts"),
+        ("generate RUN --prompt x", "generate is for causal-lm"),
+        ("generate ADAPTER --prompt x --top-p 2", "top_p=2.0"),
+        ("generate ADAPTER --prompt x --temperature -1", "temperature=-1.0"),
+        ("generate ADAPTER --prompt x --max-new-tokens 0", "max_new_tokens=0"),
+        ("push RUN noslash", "must be user/name"),
+        ("push RUN a/b/c", "a/b/c"),
+        ("push nowhere me/x", "neither an adapter nor a run"),
+        ("bench --hidden 100", "hidden=100"),
+        ("bench --rounds 0", "rounds=0"),
+        ("plan LLAMA", "give one of params, percent, match_lora and r"),
+        ("plan LLAMA --params many", "params='many'"),
+        ("plan LLAMA --params 1M --r 4", "only one"),
+        ("plan nowhere --r 4", "nowhere"),
+    ],
+)
+def test_mistakes_end_with_code_2(arguments, expected, run, adapter, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, place in {"RUN": run, "ADAPTER": adapter, "LLAMA": tiny_llama}.items():
+        arguments = arguments.replace(name, str(place))
+    assert expected in invoke(*arguments.split(), code=2, stdin="").output.replace("\n", "")
+
+
+def test_plan_says_which_r(tiny_llama):
+    found = answer("plan", tiny_llama, "--match-lora", 4, "--batch-size", 2, "--length", 16)
+    assert found["lora"]["r"] == 4
+    text = invoke("plan", tiny_llama, "--params", "5k", "--bases", "very-sparse", "--length", 16).stdout
+    assert "a larger r means fewer parameters" in text
+    assert "←" in text
+
+
+def test_bench_measures_every_method():
+    found = answer("bench", "--hidden", 64, "--layers", 1, "--tokens", 16, "--r", 8, "--rounds", 1)
+    assert [m["ratio"] for m in found["methods"] if m["method"] == "frozen"] == [1.0]
+    assert len(found["methods"]) == 5
+    assert found["rates"]["element"] > 0
