@@ -25,6 +25,8 @@ def predict(
 ) -> None:
     """Labels for texts, with their probabilities.
 
+    Printed are label, probability and text, separated by tabs. Texts are arguments, or come from --data or stdin.
+
     [bold]Examples[/]
 
       randlora predict runs/reviews "a lovely film" "two hours of my life"
