@@ -180,6 +180,9 @@ def test_merge_gives_a_model_that_needs_nothing_else(adapter, tiny_llama, tmp_pa
         ("merge ADAPTER EMPTY/x --dtype float8", "dtype='float8'"),
         ("merge ADAPTER EMPTY/x --max-shard-size big", "max_shard_size='big'"),
         ("merge ADAPTER EMPTY/x --model nowhere", "'nowhere' is neither a folder"),
+        ("merge ADAPTER EMPTY/x --model BERT", "cannot be loaded onto"),
+        ("merge BROKEN EMPTY/x", "no safetensors file, or a damaged one"),
+        ("convert ADAPTER EMPTY/x --to lora --rank 4 --model BERT", "cannot be loaded onto"),
     ],
 )
 def test_mistakes_end_with_code_2_and_change_nothing(arguments, expected, adapter, tiny_bert, tmp_path, monkeypatch):

@@ -216,6 +216,7 @@ class TestPush:
         ("eval ADAPTER", "belongs to no run"),
         ("eval RUN --data nowhere.csv", "nowhere.csv"),
         ("eval RUN --model nowhere", "nowhere"),
+        ("generate ADAPTER --model BERT --prompt x", "cannot be loaded onto"),
         ("predict ADAPTER good", "predict is for sequence-classification"),
         ("predict RUN good --data d.csv", "give one or the other"),
         ("predict RUN --data nowhere.txt", "nowhere.txt"),
@@ -236,9 +237,9 @@ class TestPush:
         ("plan nowhere --r 4", "nowhere"),
     ],
 )
-def test_mistakes_end_with_code_2(arguments, expected, run, adapter, tiny_llama, tmp_path, monkeypatch):
+def test_mistakes_end_with_code_2(arguments, expected, run, adapter, tiny_llama, tiny_bert, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, place in {"RUN": run, "ADAPTER": adapter, "LLAMA": tiny_llama}.items():
+    for name, place in {"RUN": run, "ADAPTER": adapter, "LLAMA": tiny_llama, "BERT": tiny_bert}.items():
         arguments = arguments.replace(name, str(place))
     assert expected in invoke(*arguments.split(), code=2, stdin="").output.replace("\n", "")
 

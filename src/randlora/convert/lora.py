@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from randlora.errors import CombinationError, ConfigError, UnsupportedLayerError
 from randlora.tuner.atomic import folder_atomically, write_atomically, write_json
-from randlora.tuner.base_model import base_path_of, empty_base
+from randlora.tuner.base_model import base_path_of, empty_base, with_adapter
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.folder import read_adapter
 from randlora.tuner.layers.base import RandLoraLayer
@@ -142,7 +142,7 @@ def convert_folder_to_lora(
     with folder_atomically(folder) as temporary:
         # weights that nobody reads or writes take no memory; on the meta device λ and γ would lose their values
         base = empty_base(base_path_of(config, base_model_path), config.task_type).to_empty(device="cpu")
-        model = PeftModel.from_pretrained(base, os.fspath(source.path))
+        model = with_adapter(base, source.path)
         conversion = to_lora(model, rank=rank, energy=energy)
         conversion.save(temporary)
     return conversion

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from randlora.errors import ConfigError, MergeError
 from randlora.tuner.atomic import folder_atomically, write_json
-from randlora.tuner.base_model import base_path_of, load_base
+from randlora.tuner.base_model import base_path_of, load_base, with_adapter
 from randlora.tuner.folder import read_config
 from randlora.tuner.merged import MergedTensor, base_model, merged_tensors
 
@@ -80,7 +79,7 @@ def _load(path: str | os.PathLike[str], base_path: Any, arguments: dict[str, Any
     """The base model of a saved adapter with the adapter in it, in evaluation mode."""
     config = read_config(path)
     base = load_base(base_path_of(config, base_path), config.task_type, **arguments)
-    return PeftModel.from_pretrained(base, path)
+    return with_adapter(base, path)
 
 
 def _savable(base: nn.Module, adapter_names: list[str] | None) -> list[MergedTensor]:

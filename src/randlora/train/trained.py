@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from randlora.errors import CheckpointError, ConfigError
 from randlora.train.data import load_data
 from randlora.train.settings import Task, TrainSettings, load_settings
-from randlora.tuner.base_model import base_path_of, load_base, model_config
+from randlora.tuner.base_model import base_path_of, load_base, model_config, with_adapter
 from randlora.tuner.folder import CONFIG, head_size, read_config
 
 _TASK_TYPES: dict[Task, str] = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
@@ -77,10 +75,7 @@ def load_trained(
     arguments: dict[str, Any] = {"num_labels": len(labels)} if labels else {}
     model: Any = load_base(base, _TASK_TYPES[task], **arguments)
     if is_adapter and adapter:
-        try:
-            model = PeftModel.from_pretrained(model, os.fspath(folder))
-        except (RuntimeError, SafetensorError, OSError) as error:
-            raise CheckpointError(f"the adapter in {folder} cannot be loaded onto {base!r}: {error}") from error
+        model = with_adapter(model, folder)
     tokenizer = _tokenizer(folder, base)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id

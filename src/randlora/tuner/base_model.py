@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from torch import nn
 
-from randlora.errors import ConfigError
+from randlora.errors import CheckpointError, ConfigError, RandLoraError
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -67,6 +68,24 @@ def load_base(source: str | os.PathLike[str], task_type: Any, **arguments: Any) 
         return auto_class.from_pretrained(os.fspath(source), **arguments)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the model {os.fspath(source)!r} cannot be loaded: {str(error).strip()}") from error
+
+
+def with_adapter(base: nn.Module, path: str | os.PathLike[str]) -> PeftModel:
+    """``base`` with a saved adapter of any method in it, in evaluation mode.
+
+    Raises:
+        CheckpointError: if the adapter is damaged or does not fit ``base``.
+        RandLoraError: as raised by the adapter's own checks.
+    """
+    try:
+        return PeftModel.from_pretrained(cast("Any", base), os.fspath(path))
+    except RandLoraError:
+        raise
+    except (ValueError, RuntimeError, KeyError, OSError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"the adapter in {os.fspath(path)} cannot be loaded onto {type(base).__name__}: {reason}"
+        ) from error
 
 
 def empty_base(

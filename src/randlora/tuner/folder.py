@@ -218,15 +218,22 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
 
 
 def head_size(path: str | os.PathLike[str]) -> int | None:
-    """Outputs of the classification head in an adapter's file, of any method of PEFT's, if it has one."""
+    """Outputs of the classification head in an adapter's file, of any method of PEFT's, if it has one.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
     weights = Path(path) / WEIGHTS
     if not weights.is_file():
         return None
-    with safe_open(weights, "pt") as file:
-        names = list(file.keys())
-        heads = [n for n in names if re.search(r"\.(classifier|score)(\.\w+)*\.weight$", n) and "lora_" not in n]
-        last = [n for n in heads if "out_proj" in n] or heads
-        return int(file.get_slice(last[-1]).get_shape()[0]) if last else None
+    try:
+        with safe_open(weights, "pt") as file:
+            names = list(file.keys())
+            heads = [n for n in names if re.search(r"\.(classifier|score)(\.\w+)*\.weight$", n) and "lora_" not in n]
+            last = [n for n in heads if "out_proj" in n] or heads
+            return int(file.get_slice(last[-1]).get_shape()[0]) if last else None
+    except SafetensorError as error:
+        raise CheckpointError(f"{weights} is no safetensors file, or a damaged one: {error}") from None
 
 
 def content_of(folder: AdapterFolder) -> dict[str, object]:
