@@ -17,14 +17,20 @@ MIN_PEFT_DIR := build/peft-$(MIN_PEFT)
 ASIDE := build/.ready
 
 # Two processes with one thread each: torch's own threads would fight over the cores.
-TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -m "not demo" -n 2 --dist loadfile
+TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -m "not demo and not browser" -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-min-peft lint bench clean
+# Chromium is a package of the system, so this asks for the rights to install one; other tests need no browser.
+SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
+BROWSER := chromium chromium-driver
+
+.PHONY: help setup demo test browser test-browser test-min-peft lint bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo           fine-tune a real model in four ways and compare them (about 6 minutes)"
-	@echo "make test           the tests"
+	@echo "make test           the tests, without those that need a browser"
+	@echo "make browser        install Chromium (Debian and its kin: apt-get, with sudo where needed)"
+	@echo "make test-browser   the tests of the report in Chromium"
 	@echo "make test-min-peft  the tuner's tests against peft $(MIN_PEFT), the oldest supported"
 	@echo "make lint           ruff and mypy"
 	@echo "make bench          the benchmarks (about 40 minutes); 'python -m benchmarks --quick' for a fast look"
@@ -47,6 +53,12 @@ demo: $(READY)
 
 test: $(READY) $(ASIDE)
 	$(TEST)
+
+browser:
+	@{ command -v chromium && command -v chromedriver; } >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $(BROWSER) fonts-dejavu-core; }
+
+test-browser: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m browser
 
 lint: $(READY)
 	$(PY) -m ruff check

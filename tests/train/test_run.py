@@ -24,7 +24,7 @@ def settings(model, data, output, **values):
 
 
 def losses(run: Path) -> list[float]:
-    log = json.loads((run / "history.json").read_text())["log"]
+    log = map(json.loads, (run / "history.jsonl").read_text().splitlines())
     return [entry["loss"] for entry in log if "loss" in entry]
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def demo(
-    output_dir: Path = typer.Option(Path("runs/demo"), help="Folder for data, runs, table and picture."),
+    output_dir: Path = typer.Option(Path("runs/demo"), help="Folder for data, runs, table, picture and report."),
     quick: bool = typer.Option(False, "--quick", help="A few hundred sentences: about a minute, and no good accuracy."),
     seed: int = typer.Option(0, min=0, help="Seed of the split and of all training."),
     json: bool = typer.Option(False, "--json", help="Print the result as JSON on stdout."),
@@ -68,12 +68,14 @@ def _rows(result: DemoResult) -> list[Row]:
 def _save(result: DemoResult, rows: list[Row], folder: Path) -> None:
     from randlora.report.figures import demo_figure
     from randlora.report.table import markdown_table
+    from randlora.report.page import write_report
     from randlora.train.demo import MODULE
     from randlora.tuner.atomic import write_json, write_text
 
     write_json(asdict(result), folder, "results.json")
     write_text(folder / "table.md", markdown_table(rows))
     demo_figure(folder / "demo.png", result.losses, result.spectra, ".".join(MODULE.split(".")[2:]))
+    write_report([folder / run["method"] for run in result.runs.values()], folder / "report.html")
 
 
 def _show(result: DemoResult, rows: list[Row], folder: Path, seconds: float, to_stderr: bool) -> None:
@@ -91,3 +93,4 @@ def _show(result: DemoResult, rows: list[Row], folder: Path, seconds: float, to_
     out.print(f"adapter: {folder / 'randlora' / 'adapter'}")
     out.print(f"picture: {folder / 'demo.png'}")
     out.print(f"{seconds / 60:.1f} minutes")
+    out.print(f"report: {folder / 'report.html'} (open it in a browser)")

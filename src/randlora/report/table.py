@@ -42,8 +42,8 @@ class Row:
             f"{self.trainable:,}",
             f"{self.correct / self.tested:.1%} ({100 * low:.1f}–{100 * high:.1f})",
             f"{self.seconds_per_step:.2f}",
-            _bytes(self.peak_memory_bytes),
-            _bytes(self.saved_bytes),
+            byte_text(self.peak_memory_bytes),
+            byte_text(self.saved_bytes),
         ]
 
 
@@ -63,5 +63,6 @@ def markdown_table(rows: list[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _bytes(count: int) -> str:
+def byte_text(count: float) -> str:
+    """Megabytes, as many digits as mean something."""
     return f"{count / 1e6:,.1f} MB" if count < 1e8 else f"{count / 1e6:,.0f} MB"

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from randlora.analysis import delta_weight, singular_values
 from randlora.errors import ConfigError, RandLoraError
 from randlora.train.methods import matched_lora_rank
+from randlora.train.record import HISTORY
 from randlora.train.settings import TrainSettings
 from randlora.train.verify import Verification
 from randlora.tuner.atomic import write_text
@@ -170,7 +171,7 @@ def _run_python(module: str, *arguments: str) -> dict[str, Any]:
 
 
 def _losses(run: Path) -> list[float]:
-    log = json.loads((run / "history.json").read_text(encoding="utf-8"))["log"]
+    log = map(json.loads, (run / HISTORY).read_text(encoding="utf-8").splitlines())
     return [float(entry["loss"]) for entry in log if "loss" in entry]
 
 

@@ -8,6 +8,8 @@ import time
 from statistics import median
 from typing import Any
 
+import psutil
+import torch
 from transformers import TrainerCallback
 
 
@@ -36,3 +38,13 @@ def peak_memory_bytes() -> int:
     """The most memory that this process has held so far (resident set)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_bytes() -> int:
+    """The memory that this process holds now (resident set)."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def device_memory_bytes() -> int:
+    """The most memory that torch has held on the current GPU so far."""
+    return int(torch.cuda.max_memory_allocated())

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerState, Trainin
 from transformers.trainer_callback import ProgressCallback
 
 from randlora.errors import ConfigError
-from randlora.train import tasks
+from randlora.train import record, tasks
 from randlora.train.callbacks import LossOnBar, StopIfDiverged
 from randlora.train.data import Data, load_data
 from randlora.train.measure import StepTimer, peak_memory_bytes
@@ -86,7 +86,8 @@ def train(settings: TrainSettings) -> TrainResult:
     """Trains, evaluates and saves.
 
     Writes into ``settings.output_dir``: ``adapter/`` (or ``model/``, ``head/``), ``resolved.yaml``, ``metrics.json``,
-    ``history.json``, ``predictions.npz`` for classification, and the checkpoints.
+    ``environment.json``, ``base_model/config.json``, ``history.jsonl``, ``predictions.jsonl``,
+    ``predictions.npz`` for classification, and the checkpoints.
 
     Raises:
         ConfigError: naming what cannot be used.
@@ -96,7 +97,11 @@ def train(settings: TrainSettings) -> TrainResult:
     output = _make_folder(settings.output_dir)
     write_text(output / "resolved.yaml", yaml.safe_dump(settings.model_dump(), sort_keys=False))
 
+    record.write_environment(output)
+    record.write_base_config(run.model, output)
+
     timer = StepTimer()
+    history = record.HistoryFile(output, timer)
     evaluation = tasks.tokenize(run.data.evaluation, run.tokenizer, settings)
     trainer = Trainer(
         model=run.model,
@@ -105,7 +110,8 @@ def train(settings: TrainSettings) -> TrainResult:
         eval_dataset=evaluation,
         data_collator=tasks.collator(run.tokenizer, settings),
         compute_metrics=tasks.metrics(settings),
-        callbacks=[timer, StopIfDiverged(settings.peak_learning_rate)],
+        preprocess_logits_for_metrics=tasks.reduce_logits(settings),
+        callbacks=[timer, history, StopIfDiverged(settings.peak_learning_rate)],
     )
     if settings.task == "sequence-classification":
         trainer.model_accepts_loss_kwargs = False  # its loss is a mean: accumulated ones are to be averaged, not summed
@@ -114,7 +120,8 @@ def train(settings: TrainSettings) -> TrainResult:
     _take_steps(trainer, checkpoint)
     folder = _save_result(run.model, settings, output)  # before the evaluation, which may fail for want of memory
     run.tokenizer.save_pretrained(folder)
-    metrics = _evaluate(trainer, evaluation, settings, output)
+    history.write(trainer.state.log_history)
+    metrics = _evaluate(trainer, evaluation, run, output)
     result = TrainResult(
         method=settings.method,
         trainable_parameters=run.trainable_parameters,
@@ -125,7 +132,6 @@ def train(settings: TrainSettings) -> TrainResult:
         result_path=str(folder),
         result_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
     )
-    write_json({"log": trainer.state.log_history}, output, "history.json")
     write_json(asdict(result), output, "metrics.json")
     return result
 
@@ -176,13 +182,17 @@ def _take_steps(trainer: Trainer, checkpoint: Path | None) -> None:
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
-def _evaluate(trainer: Trainer, data: Dataset, settings: TrainSettings, output: Path) -> dict[str, float]:
-    """Metrics on the evaluation data; the logits of a classifier are kept, those of a whole vocabulary are not."""
-    if settings.task == "causal-lm":
-        return tasks.with_perplexity(trainer.evaluate(data), settings)
+def _evaluate(trainer: Trainer, data: Dataset, run: Resolved, output: Path) -> dict[str, float]:
+    """Metrics on the evaluation data; what was predicted there is kept, but no logits of a whole vocabulary."""
     prediction = trainer.predict(data, metric_key_prefix="eval")
-    _save_predictions(output / "predictions.npz", np.asarray(prediction.predictions), prediction.label_ids)
-    return dict(prediction.metrics or {})
+    found, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    if run.settings.task == "causal-lm":
+        texts = run.tokenizer.batch_decode(data["input_ids"][:])
+        record.write_read(output, texts, found)
+    else:
+        _save_predictions(output / "predictions.npz", found, labels)
+        record.write_classified(output, run.data.evaluation["text"][:], found, labels, run.data.labels)
+    return tasks.with_perplexity(dict(prediction.metrics or {}), run.settings)
 
 
 def _mean_loss(state: TrainerState) -> float:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -98,11 +100,22 @@ def metrics(settings: TrainSettings) -> Callable[[Any], dict[str, float]] | None
     return lambda prediction: {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
+def reduce_logits(settings: TrainSettings) -> Callable[[Any, Any], Any] | None:
+    """For causal language modelling, makes of a batch's logits the mean loss (batch,) of each chunk's tokens."""
+    return None if settings.task == "sequence-classification" else _chunk_losses
+
+
 def with_perplexity(evaluation: dict[str, float], settings: TrainSettings) -> dict[str, float]:
     """Adds the perplexity, e to the loss per token, of causal language modelling."""
     if settings.task == "causal-lm":
         evaluation = {**evaluation, "eval_perplexity": math.exp(min(evaluation["eval_loss"], 700.0))}
     return evaluation
+
+
+def _chunk_losses(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    scores = logits[0] if isinstance(logits, tuple) else logits
+    tokens = functional.cross_entropy(scores[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
+    return tokens.mean(-1)
 
 
 def _from_pretrained(auto_class: Any, settings: TrainSettings, **kwargs: Any) -> Any:

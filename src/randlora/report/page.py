@@ -1,0 +1,163 @@
+"""One HTML file about several runs: no network, no server, nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+import randlora
+from randlora.errors import ConfigError
+from randlora.report import charts
+from randlora.report.runs import Entry, Run, number, read_runs
+from randlora.report.summary import COLUMNS, summary
+from randlora.report.updates import Updates, measure_updates
+from randlora.tuner.atomic import write_text
+
+WORST = 20  # examples shown of each run
+_MOST_TEXT = 500  # characters shown of an example
+
+
+def write_report(folders: Sequence[Path], output: Path, say: Callable[[str], None] = lambda _: None) -> Path:
+    """Reads runs and writes the report, whole or not at all.
+
+    Args:
+        folders: of runs of ``randlora train``, or with an adapter or the checkpoints that PEFT and the Trainer wrote.
+        output: the HTML file.
+        say: is told what is being looked at.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        ConfigError: naming a folder that is no run, or an output that cannot be written.
+    """
+    runs = read_runs(folders)
+    updates = []
+    for run in runs:
+        say(run.name)
+        tick = lambda layer, name=run.name: say(f"{name}: {layer}")  # noqa: E731
+        updates.append(Updates() if run.adapter is None else measure_updates(run.adapter, run.base, tick))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, render(runs, updates))
+    except OSError as error:
+        raise ConfigError(f"the report cannot be written to {str(output)!r}: {error.strerror}") from error
+    return output
+
+
+def render(runs: Sequence[Run], updates: Sequence[Updates]) -> str:
+    """The page. What comes from runs is escaped: as text by the template, as data by ``_data``."""
+    asset = files("randlora.report") / "assets"
+    plotly, script = get_plotlyjs(), (asset / "report.js").read_text(encoding="utf-8")
+    plots = charts.curves(runs), charts.metrics(runs)
+    layers = charts.layers(updates)
+    data = {"runs": [run.name for run in runs], "charts": [*plots[0], *plots[1]], "layers": layers}
+    template = Environment(
+        loader=PackageLoader("randlora.report", "assets"), autoescape=True, undefined=StrictUndefined
+    ).get_template("report.html")
+    return template.render(
+        title=", ".join(run.name for run in runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else ""),
+        version=randlora.__version__,
+        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        policy=" ".join(f"'sha256-{_digest(text)}'" for text in (plotly, script)),
+        style=(asset / "report.css").read_text(encoding="utf-8"),
+        plotly=plotly,
+        script=script,
+        data=_data(data),
+        columns=COLUMNS,
+        runs=[_section(run, one) for run, one in zip(runs, updates, strict=True)],
+        curves=plots[0],
+        metrics=plots[1],
+        layers=layers,
+        differing=_differing([run.settings or run.adapter_config for run in runs]),
+    )
+
+
+@dataclass(frozen=True)
+class _Example:
+    text: str
+    label: str
+    predicted: str
+    confidence: str
+    loss: str
+
+
+def _section(run: Run, updates: Updates) -> Entry:
+    """What the template shows of one run."""
+    return {
+        "name": run.name,
+        "folder": str(run.folder),
+        "cells": summary(run),
+        "remarks": [*run.remarks, *([updates.remark] if updates.remark else [])],
+        "worst": _worst(run.examples),
+        "examples": len(run.examples),
+        "classified": any("label" in example for example in run.examples),
+        "settings": _yaml(run.settings),
+        "adapter": _yaml(run.adapter_config),
+        "environment": _yaml(run.environment),
+    }
+
+
+def _worst(examples: Sequence[Entry]) -> list[_Example]:
+    """Those with the largest loss, after those whose loss is no number."""
+
+    def badness(example: Entry) -> float:
+        loss = number(example.get("loss"))
+        return math.inf if math.isnan(loss) else loss
+
+    return [
+        _Example(
+            text=_cut(str(example.get("text", ""))),
+            label=str(example.get("label", "")),
+            predicted=str(example.get("predicted", "")),
+            confidence=_form(example.get("confidence"), ".1%"),
+            loss=_form(example.get("loss"), ".3f"),
+        )
+        for example in sorted(examples, key=badness, reverse=True)[:WORST]
+    ]
+
+
+def _form(value: object, form: str) -> str:
+    exact = number(value)
+    return "no number" if math.isnan(exact) else format(exact, form)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MOST_TEXT else text[:_MOST_TEXT] + " …"
+
+
+def _differing(settings: Sequence[Entry]) -> list[tuple[str, list[str]]]:
+    """The settings in which the runs differ, with each run's value."""
+    keys = dict.fromkeys(key for one in settings for key in one)
+    rows = [(key, [_plain(one.get(key)) for one in settings]) for key in keys if key != "output_dir"]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _plain(value: object) -> str:
+    return "–" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _yaml(content: Entry) -> str:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True) if content else ""
+
+
+def _data(content: Any) -> str:
+    """JSON that cannot end the script element it stands in, whatever strings it holds."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,192 @@
+"""A folder that a training run has left, or was leaving when it was killed, read as far as it goes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from randlora.errors import ConfigError
+
+Entry = dict[str, Any]
+
+_STATE, _ADAPTER = "trainer_state.json", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a run; everything but name and folder may be missing.
+
+    Attributes:
+        name: tells it from the others of a report.
+        folder: where it is.
+        settings: of ``randlora train``.
+        adapter_config: of the adapter, of any PEFT method.
+        environment: versions and machine.
+        result: the content of ``metrics.json``; empty if the run has not ended.
+        log: what the Trainer logged, oldest first.
+        examples: predictions on the evaluation data.
+        adapter: folder of the adapter, of the newest checkpoint if the run has not ended.
+        base: folder with the config of the base model, if the run left one.
+        remarks: what could not be read, and why.
+    """
+
+    name: str
+    folder: Path
+    settings: Entry = field(default_factory=dict)
+    adapter_config: Entry = field(default_factory=dict)
+    environment: Entry = field(default_factory=dict)
+    result: Entry = field(default_factory=dict)
+    log: list[Entry] = field(default_factory=list)
+    examples: list[Entry] = field(default_factory=list)
+    adapter: Path | None = None
+    base: Path | None = None
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> str:
+        """randlora, lora, full, head, or another of PEFT's methods; empty where nothing says."""
+        return str(self.settings.get("method") or self.adapter_config.get("peft_type") or "").lower()
+
+    @property
+    def steps(self) -> list[Entry]:
+        """The logged training steps."""
+        return [entry for entry in self.log if "loss" in entry]
+
+    @property
+    def evaluations(self) -> list[Entry]:
+        """The logged evaluations, and the one at the end."""
+        found = [entry for entry in self.log if any(key.startswith("eval_") for key in entry)]
+        last = self.result.get("metrics")
+        if isinstance(last, dict):
+            step = self.result.get("steps")
+            found = [entry for entry in found if entry.get("step") != step]
+            found.append({**{k: v for k, v in last.items() if k.startswith("eval_")}, "step": step})
+        return found
+
+    @property
+    def diverged_at(self) -> int | None:
+        """The first step whose loss is no number."""
+        return next((entry.get("step") for entry in self.steps if math.isnan(number(entry["loss"]))), None)
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Reads runs and gives them names that differ; a folder that is named twice counts once.
+
+    Raises:
+        ConfigError: naming a folder that is no run.
+    """
+    unique = list({folder.resolve(): folder for folder in folders}.values())
+    return [_read(folder, name) for folder, name in zip(unique, _names(unique), strict=True)]
+
+
+def number(value: object) -> float:
+    """A number as float, infinities and whatever is none as NaN."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return math.nan
+    try:
+        exact = float(value)
+    except OverflowError:
+        return math.nan
+    return exact if math.isfinite(exact) else math.nan
+
+
+def _read(folder: Path, name: str) -> Run:
+    checkpoints = _checkpoints(folder)
+    adapter = next((p for p in (folder / "adapter", folder, *checkpoints) if (p / _ADAPTER).is_file()), None)
+    states = [p / _STATE for p in (folder, *checkpoints) if (p / _STATE).is_file()]
+    traces = ("history.jsonl", "metrics.json", "resolved.yaml")
+    if adapter is None and not states and not any((folder / trace).is_file() for trace in traces):
+        raise ConfigError(_no_run(folder, traces))
+    reader = _Reader()
+    log = reader.lines(folder / "history.jsonl")
+    if not log and states:
+        log = reader.mapping(states[0]).get("log_history", [])
+    if adapter is not None and adapter in checkpoints:
+        reader.remarks.append(f"no final adapter: its layers are those of {adapter.name}")
+    base = folder / "base_model"
+    return Run(
+        name=name,
+        folder=folder,
+        settings=reader.mapping(folder / "resolved.yaml"),
+        adapter_config={} if adapter is None else reader.mapping(adapter / _ADAPTER),
+        environment=reader.mapping(folder / "environment.json"),
+        result=reader.mapping(folder / "metrics.json"),
+        log=[entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else [],
+        examples=reader.lines(folder / "predictions.jsonl"),
+        adapter=adapter,
+        base=base if (base / "config.json").is_file() else None,
+        remarks=tuple(reader.remarks),
+    )
+
+
+class _Reader:
+    """Reads files of which any may be missing, cut off or broken, and remembers which were."""
+
+    def __init__(self) -> None:
+        self.remarks: list[str] = []
+
+    def mapping(self, path: Path) -> Entry:
+        """The object in a JSON or YAML file."""
+        text = self._text(path)
+        try:
+            content = (yaml.safe_load if path.suffix == ".yaml" else json.loads)(text) if text.strip() else {}
+        except (ValueError, yaml.YAMLError, RecursionError):
+            self.remarks.append(f"{path.name} cannot be read")
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def lines(self, path: Path) -> list[Entry]:
+        """The objects in the lines of a file; a last line that was cut off is passed over."""
+        found, broken = [], 0
+        *lines, rest = self._text(path).split("\n")  # not splitlines: JSON may hold other ends of lines
+        for line in filter(str.strip, lines):
+            try:
+                found.append(json.loads(line))
+            except (ValueError, RecursionError):
+                broken += 1
+        with suppress(ValueError, RecursionError):
+            found += [json.loads(rest)] if rest else []
+        if broken:
+            self.remarks.append(f"{broken} lines of {path.name} cannot be read")
+        return [entry for entry in found if isinstance(entry, dict)]
+
+    def _text(self, path: Path) -> str:
+        if not path.is_file():
+            return ""
+        try:
+            return path.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            self.remarks.append(f"{path.name} cannot be read: {error.strerror}")
+            return ""
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Newest first; those that the Trainer has not finished writing are left out."""
+    found = [path.parent for where in ("checkpoints/", "") for path in folder.glob(f"{where}checkpoint-*/{_STATE}")]
+    numbered = [path for path in found if path.name.rpartition("-")[2].isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+
+
+def _no_run(folder: Path, traces: Iterable[str]) -> str:
+    if not folder.is_dir():
+        return f"there is no folder {str(folder)!r}"
+    inside = sorted({str(path.parent) for trace in (*traces, _STATE, _ADAPTER) for path in folder.glob(f"*/{trace}")})
+    hint = f"; it holds {', '.join(inside)}: name these" if inside else ""
+    return f"{str(folder)!r} is no run: it has none of {', '.join(traces)}, {_STATE} and {_ADAPTER}{hint}"
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-count:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return names

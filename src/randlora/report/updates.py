@@ -1,0 +1,109 @@
+"""What an adapter does to each layer: its update beside LoRA's, and the sizes of λ and γ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from randlora.analysis.spectrum import Spectrum, spectrum, spectrum_of_product
+from randlora.errors import ConfigError, RandLoraError
+from randlora.tuner.folder import read_adapter, read_config
+from randlora.tuner.lora_folder import read_lora
+from randlora.tuner.shapes import known_shapes
+
+_MOST_COLUMNS = 32
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """One adapted layer.
+
+    Attributes:
+        name: its name in the base model.
+        spectrum: of ΔW; ``None`` where it cannot be computed.
+        lam: mean |λ_b| of each basis b; of groups of neighbours where there are more than 32. ``None`` for LoRA.
+        gamma: mean |γ_b|, likewise.
+    """
+
+    name: str
+    spectrum: Spectrum | None
+    lam: tuple[float, ...] | None = None
+    gamma: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Updates:
+    """All layers of an adapter.
+
+    Attributes:
+        layers: in the order of their names, numbers counted as numbers.
+        remark: why something is missing, if it is.
+    """
+
+    layers: tuple[LayerUpdate, ...] = ()
+    remark: str = ""
+
+
+def measure_updates(adapter: Path, base: Path | None, tick: Callable[[str], None]) -> Updates:
+    """Reads an adapter folder; no weights of the base model are needed, and one layer at a time is in memory.
+
+    Args:
+        adapter: the folder.
+        base: folder with the config of the base model; ``None`` for what the adapter's config names.
+        tick: is told of each layer.
+    """
+    try:
+        kind = str(getattr(read_config(adapter).peft_type, "value", "")).upper()
+        if kind == "RANDLORA":
+            return _of_randlora(adapter, base, tick)
+        if kind == "LORA":
+            return Updates(tuple(sorted(_of_lora(adapter, tick), key=lambda layer: natural(layer.name))))
+    except RandLoraError as error:
+        return Updates(remark=str(error))
+    return Updates(remark=f"updates of {kind} adapters are not computed, only those of RandLoRA and LoRA")
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 10 after layer 2."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def _of_randlora(adapter: Path, base: Path | None, tick: Callable[[str], None]) -> Updates:
+    folder = read_adapter(adapter)
+    remark = ""
+    try:
+        shapes = known_shapes(folder, base)
+        specs = folder.specs(shapes)
+        bases = {} if specs is None else folder.bases(specs)
+    except RandLoraError as error:
+        remark, shapes, bases = f"λ and γ only, no updates: {error}", {}, {}
+    layers = []
+    for name in sorted(folder.layers, key=natural):
+        layer, found = folder.layers[name], None
+        tick(name)
+        if not (layer.lam.isfinite().all() and layer.gamma.isfinite().all()):
+            remark = f"λ or γ of {name} is not finite"
+        elif name in shapes and layer.rank in bases:
+            there = shapes[name]
+            found = spectrum(layer.updates(bases[layer.rank], there.out_features, there.in_features))
+        layers.append(LayerUpdate(name, found, _column_means(layer.lam.mT), _column_means(layer.gamma)))
+    return Updates(tuple(layers), remark)
+
+
+def _of_lora(adapter: Path, tick: Callable[[str], None]) -> Iterator[LayerUpdate]:
+    for layer in read_lora(adapter):
+        tick(layer.name)
+        if not (layer.left.isfinite().all() and layer.right.isfinite().all()):
+            raise ConfigError(f"the LoRA of {layer.name} is not finite")
+        yield LayerUpdate(layer.name, spectrum_of_product(layer.left, layer.right))
+
+
+def _column_means(values: Tensor) -> tuple[float, ...]:
+    """Means of |values| (..., n, k) for each of the n bases, at most 32 groups of them."""
+    by_basis = values.float().abs().movedim(-2, 0).flatten(1).mean(1)
+    width = math.ceil(len(by_basis) / _MOST_COLUMNS)
+    return tuple(float(group.mean()) for group in by_basis.split(width))
