@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +35,12 @@ def log(steps: int, seed: int = 0) -> list[dict]:
     return [*entries, *({"step": at, "eval_loss": 1 / at, "eval_accuracy": 0.5} for at in (steps // 2, steps))]
 
 
-def run(name: str, seed: int = 0, steps: int = 50, examples: int = 30, **values) -> Run:
+def run(name: str, seed: int = 0, steps: int = 50, examples: int = 30) -> Run:
     texts = [
         {"text": f"{name} {n}", "label": "a", "predicted": "b", "confidence": 0.9, "loss": n} for n in range(examples)
     ]
     settings = {"method": "randlora", "r": 8 + seed}
-    return Run(
-        name, Path("runs") / name, **{"settings": settings, "log": log(steps, seed), "examples": texts, **values}
-    )
+    return Run(name, Path("runs") / name, settings=settings, log=log(steps, seed), examples=texts)
 
 
 def updates(layers: int, bases: int = 8, low_rank: int | None = None) -> Updates:
@@ -68,7 +67,7 @@ def hostile() -> tuple[list[Run], list[Updates]]:
     ]
     settings = {name: name for name in HOSTILE}
     runs = [
-        run(name, settings={**settings, "r": n}, log=bad if n % 2 else log(20), examples=text, remarks=(name,))
+        replace(run(name), settings={**settings, "r": n}, log=bad if n % 2 else log(20), examples=text, remarks=(name,))
         for n, name in enumerate(HOSTILE)
     ]
     found = updates(4)

@@ -7,7 +7,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
 from randlora.report.page import render
-from report.browser import Page, chromium  # noqa: F401 - a fixture
+from report.browser import Page
 from report.samples import hostile, run, updates
 
 pytestmark = pytest.mark.browser
@@ -164,6 +164,7 @@ def test_twenty_runs_of_two_hundred_layers_stay_usable(chromium, tmp_path):
     page.draw("loss")
     assert page.js(points) <= 1000
     element(page, "[data-all='']").click()
+    page.draw("loss")
     page.wait("return document.querySelector('[data-chart=loss]').data.length === 0")
     Page(chromium, file, 390).draw("gamma")
     assert page.js("return document.documentElement.scrollWidth <= innerWidth")

@@ -56,7 +56,7 @@ def test_broken_files_are_remarked_and_the_rest_is_read(tmp_path):
 
 @pytest.mark.parametrize("loss", ["NaN", "null", "Infinity", '"x"'])
 def test_a_diverged_run_says_where(tmp_path, loss):
-    history = '{"step": 1, "loss": 1}\n{"step": 2, "loss": %s}\n' % loss
+    history = f'{{"step": 1, "loss": 1}}\n{{"step": 2, "loss": {loss}}}\n'
     (run,) = read_runs([write_run(tmp_path / "a", history__jsonl=history)])
     assert run.diverged_at == 2
     assert cells(run)["state"] == "diverged at step 2"
@@ -90,7 +90,7 @@ def test_what_is_no_run_is_named(tmp_path):
         read_runs([tmp_path / "demo"])
     with pytest.raises(ConfigError, match="empty' is no run: it has none of"):
         read_runs([tmp_path / "empty"])
-    with pytest.raises(ConfigError, match="there is no folder .*gone"):
+    with pytest.raises(ConfigError, match=r"there is no folder .*gone"):
         read_runs([tmp_path / "gone"])
 
 

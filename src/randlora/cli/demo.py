@@ -67,8 +67,8 @@ def _rows(result: DemoResult) -> list[Row]:
 
 def _save(result: DemoResult, rows: list[Row], folder: Path) -> None:
     from randlora.report.figures import demo_figure
-    from randlora.report.table import markdown_table
     from randlora.report.page import write_report
+    from randlora.report.table import markdown_table
     from randlora.train.demo import MODULE
     from randlora.tuner.atomic import write_json, write_text
 
