@@ -23,7 +23,7 @@ TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -m "not demo and not browser" -n 2 --d
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 BROWSER := chromium chromium-driver
 
-.PHONY: help setup demo test browser test-browser test-min-peft lint bench clean
+.PHONY: help setup demo test browser test-browser test-min-peft docs lint bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make browser        install Chromium (Debian and its kin: apt-get, with sudo where needed)"
 	@echo "make test-browser   the tests of the report in Chromium"
 	@echo "make test-min-peft  the tuner's tests against peft $(MIN_PEFT), the oldest supported"
+	@echo "make docs           the documentation as a site, build/site/index.html"
 	@echo "make lint           ruff and mypy"
 	@echo "make bench          the benchmarks (about 40 minutes); 'python -m benchmarks --quick' for a fast look"
 	@echo "make setup          only set up $(VENV)"
@@ -59,6 +60,11 @@ browser:
 
 test-browser: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m browser
+
+# Every warning is an error: a link that leads nowhere, a docstring that cannot be read.
+docs: $(READY)
+	$(PY) -m sphinx -W --keep-going -q -b html docs build/site
+	@echo "build/site/index.html"
 
 lint: $(READY)
 	$(PY) -m ruff check

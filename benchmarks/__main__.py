@@ -29,15 +29,21 @@ NAMES = (
 )
 """Each is a file here, with `COLUMNS` of its table, and `run(quick)` that yields its rows."""
 
+ON_REQUEST = ("sweep",)
+"""Likewise, but run only where they are named: they measure what training ends with, not what it costs."""
+
+KNOWN = (*NAMES, *ON_REQUEST)
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure randlora beside its peers.")
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(NAMES)}; all by default")
+    note = f"of {', '.join(KNOWN)}; by default all but {', '.join(ON_REQUEST)}"
+    parser.add_argument("names", nargs="*", metavar="name", help=note)
     parser.add_argument("--quick", action="store_true", help="small models and few rounds: under a minute for all")
     options = parser.parse_args(arguments)
-    unknown = set(options.names) - set(NAMES)
+    unknown = set(options.names) - set(KNOWN)
     if unknown:
-        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(KNOWN)}")
 
     for name in options.names or NAMES:
         # in a file or a pipe no column may be cut
