@@ -1,6 +1,5 @@
 """How Sphinx builds the pages of this folder: `make docs`."""
 
-
 project = "randlora"
 author = "the randlora authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]

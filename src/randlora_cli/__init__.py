@@ -23,7 +23,7 @@ COMMANDS = {
     "plan": ("plan:plan", "Before training: parameters, bytes, memory and cost, for every r."),
     "train": ("train:train", "Fine-tune a model on your data and save the adapter."),
     "eval": ("evaluate:evaluate", "Score an adapter on data."),
-    "predict": ("predict:predict", "Labels for texts, with their probabilities."),
+    "predict": ("predict:predict", "Labels for texts or images, with their probabilities."),
     "generate": ("generate:generate", "Write text with an adapter, from a prompt or in a conversation."),
     "inspect": ("inspect:inspect", "What is in an adapter, and whether it is whole."),
     "diff": ("diff:diff", "How two adapters differ, in their configs and in what they do."),

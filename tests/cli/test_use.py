@@ -130,7 +130,7 @@ class TestGenerate:
 
     def test_a_chat_template_gets_the_whole_conversation(self, adapter):
         model = trained.load_trained(adapter)
-        model.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+        model.processor.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
         from randlora.train.infer import generate_text
 
         pieces = []
@@ -217,12 +217,12 @@ class TestPush:
         ("eval RUN --data nowhere.csv", "nowhere.csv"),
         ("eval RUN --model nowhere", "nowhere"),
         ("generate ADAPTER --model BERT --prompt x", "cannot be loaded onto"),
-        ("predict ADAPTER good", "predict is for sequence-classification"),
+        ("predict ADAPTER good", "predict is for classifiers"),
         ("predict RUN good --data d.csv", "give one or the other"),
         ("predict RUN --data nowhere.txt", "nowhere.txt"),
         ("predict RUN good --output nowhere/x.jsonl", "no folder 'nowhere'"),
         ("predict RUN", "there are no texts"),
-        ("generate RUN --prompt x", "generate is for causal-lm"),
+        ("generate RUN --prompt x", "generate is for language models"),
         ("generate ADAPTER --prompt x --top-p 2", "top_p=2.0"),
         ("generate ADAPTER --prompt x --temperature -1", "temperature=-1.0"),
         ("generate ADAPTER --prompt x --max-new-tokens 0", "max_new_tokens=0"),

@@ -60,7 +60,7 @@ def test_the_split_is_seeded_and_leaks_no_text(tmp_path):
 
 def test_columns_of_other_names(tmp_path):
     path = write(tmp_path / "d.csv", [{"sentence": row["text"], "stars": row["label"]} for row in ROWS])
-    data = load_data(settings(path, text_column="sentence", label_column="stars"))
+    data = load_data(settings(path, input_column="sentence", label_column="stars"))
     assert data.train.column_names == ["text", "label"]
 
 
@@ -73,7 +73,7 @@ def test_causal_language_modelling_needs_no_label(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "values", "expected"),
     [
-        (ROWS, {"text_column": "body"}, "has no column 'body'.*text_column"),
+        (ROWS, {"input_column": "body"}, "has no column 'body'.*input_column"),
         (ROWS, {"label_column": "class"}, "has no column 'class'.*label_column"),
         ([*ROWS, {"text": None, "label": "bad", "other": 0}], {}, "no 'text' in 1 of its rows, first in row 40"),
         ([{"text": f"{n}", "label": "same"} for n in range(9)], {}, "single label 'same'"),

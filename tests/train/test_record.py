@@ -8,12 +8,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from randlora.train import record
 from randlora.train.measure import StepTimer
 from randlora.train.run import train
 from randlora.train.settings import load_settings
+from randlora.train.tasks import TASKS
 from randlora.tuner.folder import read_adapter
 from randlora.tuner.shapes import known_shapes
 
@@ -133,7 +135,9 @@ def test_no_number_is_null_and_the_file_stays_json(tmp_path):
 
 
 def test_a_model_that_predicts_nan_leaves_a_readable_file(tmp_path):
-    record.write_classified(tmp_path, ["x\u2028" * 2500], np.full((1, 2), np.nan), np.array([1]), ["a", "b"])
+    rows = Dataset.from_dict({"text": ["x\u2028" * 2500], "label": [1]})
+    task = TASKS["sequence-classification"]
+    record.write_predictions(tmp_path, task.records(rows, rows, np.full((1, 2), np.nan), ["a", "b"], None))
     (row,) = lines(tmp_path / "predictions.jsonl")
     assert row["loss"] is None
     assert row["confidence"] is None

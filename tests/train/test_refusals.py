@@ -30,11 +30,11 @@ def test_inputs_longer_than_the_model_takes(settings):
         resolve(settings(max_length=1024))
 
 
-def test_a_text_column_without_text(settings, tmp_path):
+def test_a_input_column_without_text(settings, tmp_path):
     path = tmp_path / "d.csv"
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *((n, "good" if n % 2 else "bad") for n in range(40))])
-    with pytest.raises(ConfigError, match=r"column 'text'.*int64.*text_column"):
+    with pytest.raises(ConfigError, match=r"column 'text'.*int64.*input_column"):
         resolve(settings(data=str(path)))
 
 
@@ -69,7 +69,7 @@ def test_the_logits_of_a_language_model_are_not_kept(settings, tiny_llama, monke
 
     monkeypatch.setattr(Trainer, "evaluation_loop", spy)
     train(settings(model=tiny_llama, task="causal-lm", max_length=16))
-    assert [losses.ndim for losses in kept] == [1]  # one number for each chunk
+    assert [losses.shape[1] for losses in kept] == [2]  # of each chunk its loss and its number of tokens
 
 
 def test_a_result_is_saved_before_it_is_evaluated(settings, tmp_path, monkeypatch):

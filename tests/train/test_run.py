@@ -13,6 +13,7 @@ from randlora import RandLoraModel
 from randlora.errors import ConfigError
 from randlora.train.run import resolve, train
 from randlora.train.settings import load_settings
+from randlora.train.tasks import TASKS
 from randlora.train.verify import verify
 
 
@@ -96,21 +97,19 @@ def test_causal_language_modelling(tmp_path, tiny_llama, reviews, method):
         settings(tiny_llama, reviews, tmp_path, task="causal-lm", method=method, epochs=4, learning_rate=5e-3)
     )
     assert np.mean(losses(tmp_path)[-3:]) < np.mean(losses(tmp_path)[:3])
-    assert result.metrics["eval_perplexity"] == pytest.approx(np.exp(result.metrics["eval_loss"]))
+    assert result.metrics["eval_perplexity"] == pytest.approx(np.exp(result.metrics["eval_loss"]), rel=1e-4)
     if method == "randlora":
         base = AutoModelForCausalLM.from_pretrained(tiny_llama)
         assert PeftModel.from_pretrained(base, result.result_path).peft_config["default"].r == 8
 
 
 def test_causal_chunks_lose_no_token_but_the_rest(tmp_path, tiny_llama, reviews):
-    from randlora.train import tasks
-
     run = resolve(settings(tiny_llama, reviews, tmp_path, task="causal-lm"))
-    chunks = tasks.tokenize(run.data.train, run.tokenizer, run.settings)["input_ids"]
+    chunks = TASKS["causal-lm"].prepare(run.data.train, run.processor, run.settings)["input_ids"]
     joined = [token for chunk in chunks for token in chunk]
     assert {len(chunk) for chunk in chunks} == {16}
     expected = [
-        token for text in run.data.train["text"] for token in run.tokenizer(text, add_special_tokens=False)["input_ids"]
+        token for text in run.data.train["text"] for token in run.processor(text, add_special_tokens=False)["input_ids"]
     ]
     assert joined == expected[: len(joined)]
     assert len(expected) - len(joined) < 16

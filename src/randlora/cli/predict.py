@@ -6,26 +6,33 @@ import json as json_format
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from randlora.cli.console import answering, print_json
 from randlora.errors import ConfigError
 
+if TYPE_CHECKING:
+    from randlora.train.infer import Prediction, Tagged
+
 
 def predict(
     adapter: str = typer.Argument(help="Folder of a run, an adapter or a model."),
-    text: list[str] | None = typer.Argument(None, help="Texts; without them and --data, one a line from stdin."),
+    text: list[str] | None = typer.Argument(
+        None, help="Texts, or image files; without them and --data, one a line from stdin."
+    ),
     data: str | None = typer.Option(None, help="Texts in a file of data, as for training, or one a line in a .txt."),
     output: Path | None = typer.Option(None, help="Write JSON lines here instead of printing."),
     model: str | None = typer.Option(None, help="Base model, if it is not where the adapter's config says."),
-    text_column: str = typer.Option("text", help="Column of the texts."),
+    input_column: str = typer.Option("text", help="Column of the texts."),
     batch_size: int = typer.Option(32, min=1, help="Texts at a time."),
     json: bool = typer.Option(False, "--json", help="Print the result as JSON on stdout."),
 ) -> None:
-    """Labels for texts, with their probabilities.
+    """Labels for texts or images, with their probabilities.
 
-    Printed are label, probability and text, separated by tabs. Texts are arguments, or come from --data or stdin.
+    Printed are label, probability and text or file, separated by tabs; of tags one line for each word, and an empty
+    one after each text. Texts are arguments, or come from --data or stdin.
 
     [bold]Examples[/]
 
@@ -34,12 +41,12 @@ def predict(
       randlora predict runs/reviews --data new.csv --output labels.jsonl
     """
     with answering(json, "nothing has been written") as out:
-        from randlora.train.infer import predict_texts
+        from randlora.train.infer import predict_labels
         from randlora.train.trained import load_trained
         from randlora.tuner.atomic import write_text
 
-        texts = _texts(text or [], data, text_column)
-        found = list(predict_texts(load_trained(adapter, model), texts, batch_size))
+        texts = _texts(text or [], data, input_column)
+        found = list(predict_labels(load_trained(adapter, model), texts, batch_size))
         if output is not None:
             if not output.parent.is_dir():
                 raise ConfigError(f"output={str(output)!r}: there is no folder {str(output.parent)!r}")
@@ -49,7 +56,19 @@ def predict(
         print_json({"predictions": [asdict(one) for one in found]})
     elif output is None:
         for one in found:
-            print(f"{one.label}\t{one.probabilities[one.label]:.3f}\t{one.text}")  # tabs, which rich would expand
+            _show(one)
+
+
+def _show(one: Prediction | Tagged) -> None:
+    """With tabs, which rich would expand."""
+    from randlora.train.infer import Prediction
+
+    if isinstance(one, Prediction):
+        print(f"{one.label}\t{one.probabilities[one.label]:.3f}\t{one.text}")
+        return
+    for word, label, share in zip(one.words, one.labels, one.probabilities, strict=True):
+        print(f"{label}\t{share:.3f}\t{word}")
+    print()
 
 
 def _texts(given: list[str], data: str | None, column: str) -> list[str]:
@@ -64,7 +83,7 @@ def _texts(given: list[str], data: str | None, column: str) -> list[str]:
         from randlora.train.data import load_rows
         from randlora.train.settings import TrainSettings
 
-        settings = TrainSettings(model="", data=data, task="causal-lm", text_column=column)
+        settings = TrainSettings(model="", data=data, task="causal-lm", input_column=column)
         given = list(load_rows(data, settings)["text"])
     elif not given:
         if sys.stdin.isatty():

@@ -10,8 +10,10 @@ from typing import Any
 
 import typer
 
-from randlora.cli.console import console, explained_errors, print_json, stdout_for_json
+from randlora.cli.console import byte_text, console, explained_errors, print_json, stdout_for_json
 from randlora.train.settings import TrainSettings, load_settings
+
+_SHOWN = ("loss", "accuracy", "f1", "perplexity")
 
 
 def train(**flags: Any) -> None:
@@ -33,8 +35,15 @@ def train(**flags: Any) -> None:
     with explained_errors(hint), stdout_for_json(as_json):
         settings = load_settings(config, overrides)
         result = _dry_run(settings) if dry_run else _train(settings)
-    if as_json:
+    if as_json and _prints():
         print_json(result)
+
+
+def _prints() -> bool:
+    """Of several processes, one prints."""
+    from randlora.train.run import is_main_process
+
+    return is_main_process()
 
 
 def _train(settings: TrainSettings) -> dict[str, Any]:
@@ -42,36 +51,72 @@ def _train(settings: TrainSettings) -> dict[str, Any]:
 
     result = run(settings)
     score = ", ".join(
-        f"{name.removeprefix('eval_')} {result.metrics[name]:.4f}"
-        for name in ("eval_loss", "eval_accuracy", "eval_perplexity")
-        if name in result.metrics
+        f"{name.removeprefix('eval_')} {value:.4f}"
+        for name, value in result.metrics.items()
+        if name.startswith("eval_") and name.removeprefix("eval_") in _SHOWN
     )
-    console().print(f"{result.trainable_parameters:,} trained parameters, evaluation: {score}")
-    console().print(f"saved in {result.result_path} ({result.result_bytes:,} bytes)")
+    if _prints():
+        console().print(f"{result.trainable_parameters:,} trained parameters, evaluation: {score}")
+        console().print(f"saved in {result.result_path} ({result.result_bytes:,} bytes)")
     return asdict(result)
 
 
 def _dry_run(settings: TrainSettings) -> dict[str, Any]:
     import yaml
 
+    from randlora.train.resume import checkpoint_to_resume
     from randlora.train.run import resolve
 
+    checkpoint = checkpoint_to_resume(settings)
     run = resolve(settings)
     total = sum(p.numel() for p in run.model.parameters())
-    found = {
+    found: dict[str, Any] = {
         "settings": settings.model_dump(),
         "trainable_parameters": run.trainable_parameters,
         "total_parameters": total,
         "training_examples": len(run.data.train),
         "evaluation_examples": len(run.data.evaluation),
         "labels": run.data.labels,
+        "resumes": None if checkpoint is None else str(checkpoint),
+        **_predicted(settings, len(run.data.labels)),
     }
-    console().print(yaml.safe_dump(found["settings"], sort_keys=False), markup=False)
-    console().print(
+    out = console()
+    out.print(yaml.safe_dump(found["settings"], sort_keys=False), markup=False)
+    if checkpoint is not None:
+        out.print(f"It would go on from {checkpoint}.")
+    out.print(
         f"{run.trainable_parameters:,} of {total:,} parameters would train, on {len(run.data.train):,} examples, "
-        f"evaluated on {len(run.data.evaluation):,}. Nothing was trained."
+        f"evaluated on {len(run.data.evaluation):,}."
     )
+    if "peak_bytes" in found:
+        out.print(
+            f"A step on {settings.batch_size} inputs of {settings.max_length} tokens: tensors of "
+            f"{byte_text(found['peak_bytes'])} at most, {found['step_cost']:.2f} times the frozen model's arithmetic."
+        )
+    out.print("Nothing was trained.")
     return found
+
+
+def _predicted(settings: TrainSettings, labels: int) -> dict[str, Any]:
+    """Memory and cost of a step as ``randlora plan`` predicts them; nothing where it does not."""
+    traced = settings.quantization == "none" and not settings.gradient_checkpointing and not settings.bf16
+    if settings.method != "randlora" or settings.task not in ("causal-lm", "sequence-classification") or not traced:
+        return {}
+    from randlora.analysis.budget import Budget, Setup, plan_training
+
+    setup = Setup(
+        settings.model,
+        task=settings.task,
+        targets=settings.targets,
+        kind="very_sparse" if settings.very_sparse else "sparse" if settings.sparse else "dense",
+        batch_size=settings.batch_size,
+        length=settings.max_length,
+        num_labels=max(labels, 2),
+    )
+    chosen = plan_training(setup, Budget(r=settings.r)).chosen
+    if chosen.peak_bytes is None or chosen.cost is None:
+        return {}
+    return {"peak_bytes": chosen.peak_bytes, "step_cost": chosen.cost}
 
 
 def _flag(name: str, annotation: Any, description: str) -> inspect.Parameter:

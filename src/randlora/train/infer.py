@@ -1,30 +1,32 @@
-"""Labels for texts, scores on data, and text that goes on."""
+"""Labels for texts and images, scores on data, and text that goes on."""
 
 from __future__ import annotations
 
-import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
-from transformers import TextStreamer
+from PIL import Image
+from transformers import TextStreamer, Trainer, TrainingArguments
+from transformers.trainer_utils import PredictionOutput
 
 from randlora.errors import ConfigError
-from randlora.train import tasks
 from randlora.train.data import load_data, load_rows
 from randlora.train.settings import TrainSettings
+from randlora.train.tasks import TASKS, Outcome, Task
+from randlora.train.tasks.token import first_pieces
 from randlora.train.trained import Trained
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a classifier says of a text.
+    """What a classifier says of a text or an image.
 
     Attributes:
-        text: the text.
+        text: the text; the path of the image.
         label: the most probable label.
         probabilities: by label.
     """
@@ -35,53 +37,78 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Tagged:
+    """What a token classifier says of a text.
+
+    Attributes:
+        text: the text.
+        words: parted by spaces, as many as fit.
+        labels: the most probable tag of each word.
+        probabilities: of these tags.
+    """
+
+    text: str
+    words: list[str]
+    labels: list[str]
+    probabilities: list[float]
+
+
+@dataclass(frozen=True)
 class Score:
     """How well a model does on data.
 
     Attributes:
         task: what was asked of it.
-        examples: texts; chunks of tokens for causal language modelling.
-        tokens: number of predicted tokens; 0 for classification.
-        loss: mean of the examples' cross-entropies, of the tokens' for causal language modelling.
-        correct: examples with the right label; ``None`` for causal language modelling.
-        by_label: for each label how many examples have it, and how many of these were found.
+        examples: texts or images; chunks of tokens for language.
+        outcome: metrics and counts.
     """
 
     task: str
     examples: int
-    tokens: int
-    loss: float
-    correct: int | None
-    by_label: dict[str, tuple[int, int]]
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Loss, and accuracy or perplexity."""
-        if self.correct is not None:
-            return {"loss": self.loss, "accuracy": self.correct / self.examples}
-        return {"loss": self.loss, "perplexity": math.exp(min(self.loss, 700.0))}
+    outcome: Outcome
 
 
-def predict_texts(trained: Trained, texts: Sequence[str], batch_size: int = 32) -> Iterator[Prediction]:
-    """Labels of texts, in their order.
+def predict_labels(trained: Trained, given: Sequence[str], batch_size: int = 32) -> Iterator[Prediction | Tagged]:
+    """Labels of texts, or of image files, in their order.
 
     Raises:
-        ConfigError: if the model is no classifier.
+        ConfigError: if the model is no classifier, or a file no image.
     """
-    _require(trained, "sequence-classification", "predict")
-    for start in range(0, len(texts), batch_size):
-        batch = list(texts[start : start + batch_size])
-        for text, logits in zip(batch, _logits(trained, batch), strict=True):
-            shares = dict(zip(trained.labels, logits.softmax(-1).tolist(), strict=True))
-            yield Prediction(text, max(shares, key=lambda label: shares[label]), shares)
+    if trained.task == "sequence-classification":
+        return _labelled(trained, given, batch_size, lambda batch: _tokens(trained, batch))
+    if trained.task == "image-classification":
+        return _labelled(trained, given, batch_size, lambda batch: _pixels(trained, batch))
+    if trained.task == "token-classification":
+        return _tagged(trained, given, batch_size)
+    raise ConfigError(f"predict is for classifiers, and the model in {trained.path} is for {trained.task}")
+
+
+def predict(model: Any, examples: Any, task: Task, processor: Any, batch_size: int) -> PredictionOutput:
+    """What a model says of prepared examples, as the Trainer gathers it."""
+    with tempfile.TemporaryDirectory() as nothing:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=nothing,
+                per_device_eval_batch_size=batch_size,
+                use_cpu=not torch.accelerator.is_available(),
+                remove_unused_columns=task.counts_tokens,
+                dataloader_pin_memory=False,
+                disable_tqdm=True,
+                report_to=[],
+            ),
+            data_collator=task.collator(processor),
+            preprocess_logits_for_metrics=task.reduce,
+        )
+        return trainer.predict(examples)
 
 
 def score(
     trained: Trained,
     data: str | None = None,
     batch_size: int = 32,
-    text_column: str = "text",
-    label_column: str = "label",
+    input_column: str | None = None,
+    label_column: str | None = None,
 ) -> Score:
     """Scores a model on data.
 
@@ -89,30 +116,32 @@ def score(
         trained: the model.
         data: a file, folder or name on the hub, as for training; ``None`` takes the evaluation data of its run.
         batch_size: examples at a time.
-        text_column: column of the texts.
-        label_column: column of the labels.
+        input_column: column of the input, as for training.
+        label_column: column of the labels, as for training.
 
     Raises:
         ConfigError: if the data cannot be read, or has labels that the model does not know.
     """
-    settings = trained.run
+    task, labels, settings = TASKS[trained.task], list(trained.labels), trained.run
     if data is not None:
         settings = TrainSettings(
             model=trained.base,
             data=data,
             task=trained.task,
-            text_column=text_column,
+            input_column=input_column,
             label_column=label_column,
             max_length=max(trained.max_length, 2),
+            packing=None if settings is None else settings.packing,
         )
-        rows = load_rows(data, settings)
+        rows = task.encode(load_rows(data, settings), labels)
     elif settings is None:
         raise ConfigError(f"{trained.path} belongs to no run that would say on what to score it: name data")
     else:
         rows = load_data(settings).evaluation
-    if trained.task == "causal-lm":
-        return _score_language(trained, tasks.tokenize(rows, trained.tokenizer, settings), batch_size)
-    return _score_labels(trained, list(rows["text"]), _numbers(rows["label"], trained.labels), batch_size)
+    examples = task.prepare(rows, trained.processor, settings)
+    found = predict(trained.model, examples, task, trained.processor, batch_size)
+    outcome = task.outcome(np.asarray(found.predictions), np.asarray(found.label_ids), labels)
+    return Score(trained.task, len(examples), outcome)
 
 
 def generate_text(
@@ -124,7 +153,7 @@ def generate_text(
     top_p: float = 0.95,
     seed: int | None = None,
 ) -> str:
-    """Goes on from a prompt, or answers a conversation by the tokenizer's chat template.
+    """Goes on from a prompt, or answers a conversation by the tokenizer's chat template, as a chat model does prompts.
 
     Args:
         trained: a causal language model.
@@ -141,13 +170,16 @@ def generate_text(
     Raises:
         ConfigError: if the model is none of language, or a value cannot mean anything.
     """
-    _require(trained, "causal-lm", "generate")
+    if TASKS[trained.task].model_type != "CAUSAL_LM":
+        raise ConfigError(f"generate is for language models, and the model in {trained.path} is for {trained.task}")
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise ConfigError(
             f"temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}: they must be at least 0, "
             "above 0 and up to 1, and at least 1"
         )
-    tokenizer: Any = trained.tokenizer
+    tokenizer: Any = trained.processor
+    if trained.task == "chat" and tokenizer.chat_template and isinstance(prompt, str) and prompt:
+        prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
         inputs = tokenizer(prompt, return_tensors="pt")
     else:
@@ -188,51 +220,42 @@ class _Streamer(TextStreamer):
         self._take(text)
 
 
-def _require(trained: Trained, task: str, command: str) -> None:
-    if trained.task != task:
-        raise ConfigError(f"{command} is for {task}, and the model in {trained.path} is for {trained.task}")
+@torch.inference_mode()
+def _labelled(
+    trained: Trained, given: Sequence[str], batch_size: int, inputs: Callable[[list[str]], Any]
+) -> Iterator[Prediction]:
+    for start in range(0, len(given), batch_size):
+        batch = list(given[start : start + batch_size])
+        logits = trained.model(**inputs(batch).to(trained.model.device)).logits.float().cpu()
+        for text, shares in zip(batch, logits.softmax(-1).tolist(), strict=True):
+            by_label = dict(zip(trained.labels, shares, strict=True))
+            yield Prediction(text, max(by_label, key=lambda label: by_label[label]), by_label)
 
 
 @torch.inference_mode()
-def _logits(trained: Trained, texts: list[str]) -> Tensor:
-    """(texts, labels), in float32 on the CPU."""
-    inputs = trained.tokenizer(
-        texts, padding=True, truncation=True, max_length=trained.max_length, return_tensors="pt"
-    ).to(trained.model.device)
-    return trained.model(**inputs).logits.float().cpu()
-
-
-def _numbers(labels: Sequence[Any], known: tuple[str, ...]) -> list[int]:
-    """Labels as the model counts them; they are names, or, as in `datasets`, numbers already."""
-    numbers = {name: number for number, name in enumerate(known)}
-    if all(isinstance(label, int) and str(label) not in numbers and label < len(known) for label in labels):
-        return list(labels)
-    unknown = sorted({str(label) for label in labels} - set(numbers))
-    if unknown:
-        raise ConfigError(f"the data has labels that the model does not know: {unknown}; it knows {list(known)}")
-    return [numbers[str(label)] for label in labels]
-
-
-def _score_labels(trained: Trained, texts: list[str], labels: list[int], batch_size: int) -> Score:
-    loss, hits = 0.0, []
+def _tagged(trained: Trained, texts: Sequence[str], batch_size: int) -> Iterator[Tagged]:
     for start in range(0, len(texts), batch_size):
-        logits = _logits(trained, texts[start : start + batch_size])
-        wanted = torch.tensor(labels[start : start + batch_size])
-        loss += float(functional.cross_entropy(logits, wanted, reduction="sum"))
-        hits += (logits.argmax(-1) == wanted).tolist()
-    by_label = {
-        name: (labels.count(number), sum(hit for hit, label in zip(hits, labels, strict=True) if label == number))
-        for number, name in enumerate(trained.labels)
-    }
-    return Score(trained.task, len(texts), 0, loss / len(texts), sum(hits), by_label)
+        batch = list(texts[start : start + batch_size])
+        split = [text.split() for text in batch]
+        inputs = _tokens(trained, split, is_split_into_words=True)
+        logits = trained.model(**inputs.to(trained.model.device)).logits.float().cpu()
+        for number, (text, words) in enumerate(zip(batch, split, strict=True)):
+            pieces = first_pieces(inputs.word_ids(number))
+            kept = [place for place, word in enumerate(pieces) if word is not None]
+            best = logits[number, kept].softmax(-1).max(-1)
+            labels = [trained.labels[label] for label in best.indices.tolist()]
+            yield Tagged(text, words[: len(kept)], labels, best.values.tolist())
 
 
-@torch.inference_mode()
-def _score_language(trained: Trained, chunks: Any, batch_size: int) -> Score:
-    loss, tokens = 0.0, 0
-    for start in range(0, len(chunks), batch_size):
-        ids = torch.tensor(chunks[start : start + batch_size]["input_ids"]).to(trained.model.device)
-        logits = trained.model(input_ids=ids).logits[:, :-1].float()
-        loss += float(functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
-        tokens += ids[:, 1:].numel()
-    return Score(trained.task, len(chunks), tokens, loss / tokens, None, {})
+def _tokens(trained: Trained, texts: Any, **arguments: Any) -> Any:
+    return trained.processor(
+        texts, padding=True, truncation=True, max_length=trained.max_length, return_tensors="pt", **arguments
+    )
+
+
+def _pixels(trained: Trained, paths: list[str]) -> Any:
+    try:
+        images = [Image.open(path).convert("RGB") for path in paths]
+    except OSError as error:
+        raise ConfigError(f"no image that can be read: {error}") from None
+    return trained.processor(images, return_tensors="pt")

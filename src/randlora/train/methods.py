@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, TaskType, VeraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
+from randlora.train.tasks import TASKS
 from randlora.tuner.config import RandLoraConfig
 
 _HEADS = ("classifier", "score")  # what Transformers calls a new classification head, and PEFT trains in full
-_TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
 
 
 def prepare(model: PreTrainedModel, settings: TrainSettings) -> nn.Module:
@@ -27,31 +28,54 @@ def prepare(model: PreTrainedModel, settings: TrainSettings) -> nn.Module:
         return model
     if settings.method == "head":
         return _only_head(model, settings)
-    common: dict[str, Any] = {
-        "r": settings.r,
-        "target_modules": settings.targets,
-        "modules_to_save": list(settings.modules_to_save) or None,
-        "task_type": _TASK_TYPES[settings.task],
-    }
-    if settings.method == "lora":
-        common["lora_alpha"] = settings.alpha or 2 * settings.r
-        config: Any = LoraConfig(lora_dropout=settings.dropout, **common)
-    else:
-        config = RandLoraConfig(
-            randlora_alpha=settings.alpha or 20 * settings.r,
-            randlora_scaling=settings.scaling,
-            randlora_dropout=settings.dropout,
-            sparse=settings.sparse,
-            very_sparse=settings.very_sparse,
-            save_projection=settings.save_projection,
-            **common,
-        )
+    if settings.quantization != "none":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings.gradient_checkpointing)
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, _config(model, settings))
     except ValueError as error:
         raise ConfigError(
             f"method={settings.method!r} with target_modules={settings.target_modules!r}: {error}"
         ) from error
+
+
+def _config(model: PreTrainedModel, settings: TrainSettings) -> PeftConfig:
+    task = TASKS[settings.task]
+    targets, heads = settings.targets, []
+    if task.classifies and task.peft_type is not TaskType.SEQ_CLS:  # the one kind of head that PEFT leaves to itself
+        heads = [name for name in _HEADS if hasattr(model, name)]
+        targets = _linear_names(model, heads) if targets == "all-linear" else targets
+    common: dict[str, Any] = {
+        "r": settings.r,
+        "target_modules": targets,
+        "modules_to_save": [*settings.modules_to_save, *heads] or None,
+        "task_type": task.peft_type,
+    }
+    if settings.method == "lora":
+        return LoraConfig(
+            lora_alpha=settings.alpha or 2 * settings.r,  # type: ignore[arg-type]
+            lora_dropout=settings.dropout,
+            **common,
+        )
+    if settings.method == "vera":
+        return VeraConfig(vera_dropout=settings.dropout, save_projection=settings.save_projection, **common)
+    return RandLoraConfig(
+        randlora_alpha=settings.alpha or 20 * settings.r,
+        randlora_scaling=settings.scaling,
+        randlora_dropout=settings.dropout,
+        sparse=settings.sparse,
+        very_sparse=settings.very_sparse,
+        save_projection=settings.save_projection,
+        **common,
+    )
+
+
+def _linear_names(model: PreTrainedModel, heads: list[str]) -> list[str]:
+    """All linear layers but the heads."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and name.partition(".")[0] not in heads
+    ]
 
 
 def matched_lora_rank(shapes: list[tuple[int, int]], rank: int) -> int:
@@ -67,7 +91,7 @@ def matched_lora_rank(shapes: list[tuple[int, int]], rank: int) -> int:
 
 def _only_head(model: PreTrainedModel, settings: TrainSettings) -> nn.Module:
     head = next((getattr(model, name) for name in _HEADS if hasattr(model, name)), None)
-    if settings.task != "sequence-classification" or head is None:
+    if not TASKS[settings.task].classifies or head is None:
         raise ConfigError(
             f"method='head' trains a new classification head, which {type(model).__name__} does not have; choose "
             "randlora, lora or full"

@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -91,47 +90,14 @@ def write_base_config(model: Any, folder: Path) -> None:
     write_text(folder / BASE_MODEL / "config.json", model.config.to_json_string())
 
 
-def write_classified(
-    folder: Path, texts: Iterable[str], logits: np.ndarray, labels: np.ndarray, names: list[str]
-) -> None:
-    """How each evaluation example was classified, in ``predictions.jsonl``.
+def write_predictions(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """What was predicted of each evaluation example, in ``predictions.jsonl``.
 
     Args:
         folder: the run's.
-        texts: one for each example.
-        logits: (examples, labels).
-        labels: (examples,), the right ones.
-        names: of the labels.
+        rows: of ``Task.records``; their ``text`` is cut.
     """
-    exact = logits.astype(np.float64)
-    log_shares = exact - np.logaddexp.reduce(exact, axis=-1, keepdims=True)
-    predicted = log_shares.argmax(-1)
-    rows = [
-        {
-            "text": text[:_MOST_TEXT],
-            "label": names[int(label)],
-            "predicted": names[int(guess)],
-            "confidence": float(np.exp(shares[guess])),
-            "loss": float(-shares[label]),
-        }
-        for text, label, guess, shares in zip(texts, labels, predicted, log_shares, strict=True)
-    ]
-    write_text(folder / PREDICTIONS, _lines(rows))
-
-
-def write_read(folder: Path, texts: Iterable[str], losses: np.ndarray) -> None:
-    """How well each evaluation chunk was foreseen, in ``predictions.jsonl``.
-
-    Args:
-        folder: the run's.
-        texts: one for each chunk.
-        losses: (chunks,), mean cross-entropy of its tokens. The confidence is the tokens' geometric mean probability.
-    """
-    rows = [
-        {"text": text[:_MOST_TEXT], "confidence": float(np.exp(-loss)), "loss": float(loss)}
-        for text, loss in zip(texts, losses, strict=True)
-    ]
-    write_text(folder / PREDICTIONS, _lines(rows))
+    write_text(folder / PREDICTIONS, _lines({**row, "text": row["text"][:_MOST_TEXT]} for row in rows))
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:

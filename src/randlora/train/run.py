@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerState, TrainingArguments, set_seed
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from randlora.errors import ConfigError
-from randlora.train import record, tasks
-from randlora.train.callbacks import LossOnBar, StopIfDiverged
+from randlora.train import record
+from randlora.train.arguments import early_stopping, trackers, training_arguments
+from randlora.train.callbacks import CheckpointOnInterrupt, CostOnBar, StopIfDiverged
 from randlora.train.data import Data, load_data
 from randlora.train.measure import StepTimer, peak_memory_bytes
 from randlora.train.methods import prepare
 from randlora.train.resume import checkpoint_to_resume, is_finished
 from randlora.train.settings import TrainSettings
+from randlora.train.tasks import TASKS, require_length
 from randlora.tuner.atomic import write_atomically, write_json, write_text
 
 
@@ -59,7 +61,7 @@ class Resolved:
 
     settings: TrainSettings
     data: Data
-    tokenizer: PreTrainedTokenizerBase
+    processor: Any
     model: nn.Module
 
     @property
@@ -74,16 +76,21 @@ def resolve(settings: TrainSettings) -> Resolved:
     Raises:
         ConfigError: naming what cannot be used.
     """
+    task = TASKS[settings.task]
+    trackers(settings)
+    if settings.best_metric not in (None, *task.metric_names):
+        raise ConfigError(f"best={settings.best!r}: {settings.task} measures {', '.join(task.metric_names)}")
     data = load_data(settings)
-    tokenizer = tasks.load_tokenizer(settings)
+    processor = task.load_processor(settings)
     set_seed(settings.seed)  # the head's initial weights
-    model = tasks.load_model(settings, data.labels, tokenizer)
-    tasks.require_length(model, settings)
-    return Resolved(settings, data, tokenizer, prepare(model, settings))
+    model = task.load_model(settings, data.labels, processor)
+    if task.counts_tokens:
+        require_length(model, settings)
+    return Resolved(settings, data, processor, prepare(model, settings))
 
 
 def train(settings: TrainSettings) -> TrainResult:
-    """Trains, evaluates and saves.
+    """Trains, evaluates and saves; in several processes if it was started by ``accelerate launch`` or ``torchrun``.
 
     Writes into ``settings.output_dir``: ``adapter/`` (or ``model/``, ``head/``), ``resolved.yaml``, ``metrics.json``,
     ``environment.json``, ``base_model/config.json``, ``history.jsonl``, ``predictions.jsonl``,
@@ -91,37 +98,23 @@ def train(settings: TrainSettings) -> TrainResult:
 
     Raises:
         ConfigError: naming what cannot be used.
+        KeyboardInterrupt: on Ctrl-C, when a checkpoint of the last step has been written.
     """
     checkpoint = checkpoint_to_resume(settings)
     run = resolve(settings)
     output = _make_folder(settings.output_dir)
-    write_text(output / "resolved.yaml", yaml.safe_dump(settings.model_dump(), sort_keys=False))
-
-    record.write_environment(output)
-    record.write_base_config(run.model, output)
+    if is_main_process():
+        write_text(output / "resolved.yaml", yaml.safe_dump(settings.model_dump(), sort_keys=False))
+        record.write_environment(output)
+        record.write_base_config(run.model, output)
 
     timer = StepTimer()
     history = record.HistoryFile(output, timer)
-    evaluation = tasks.tokenize(run.data.evaluation, run.tokenizer, settings)
-    trainer = Trainer(
-        model=run.model,
-        args=_arguments(settings, output),
-        train_dataset=tasks.tokenize(run.data.train, run.tokenizer, settings),
-        eval_dataset=evaluation,
-        data_collator=tasks.collator(run.tokenizer, settings),
-        compute_metrics=tasks.metrics(settings),
-        preprocess_logits_for_metrics=tasks.reduce_logits(settings),
-        callbacks=[timer, history, StopIfDiverged(settings.peak_learning_rate)],
-    )
-    if settings.task == "sequence-classification":
-        trainer.model_accepts_loss_kwargs = False  # its loss is a mean: accumulated ones are to be averaged, not summed
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(LossOnBar)
+    prepared = TASKS[settings.task].prepare(run.data.evaluation, run.processor, settings)
+    trainer = _trainer(run, output, prepared, [timer, history])
     _take_steps(trainer, checkpoint)
-    folder = _save_result(run.model, settings, output)  # before the evaluation, which may fail for want of memory
-    run.tokenizer.save_pretrained(folder)
-    history.write(trainer.state.log_history)
-    metrics = _evaluate(trainer, evaluation, run, output)
+    folder = _save_result(trainer, run, output)  # before the evaluation, which may fail for want of memory
+    metrics = _evaluate(trainer, prepared, run, output)
     result = TrainResult(
         method=settings.method,
         trainable_parameters=run.trainable_parameters,
@@ -132,36 +125,45 @@ def train(settings: TrainSettings) -> TrainResult:
         result_path=str(folder),
         result_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
     )
-    write_json(asdict(result), output, "metrics.json")
+    if is_main_process():
+        history.write(trainer.state.log_history)
+        write_json(asdict(result), output, "metrics.json")
     return result
 
 
-def _arguments(settings: TrainSettings, output: Path) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(output / "checkpoints"),
-        learning_rate=settings.peak_learning_rate,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup_fraction,
-        weight_decay=settings.weight_decay,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=2 * settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        bf16=settings.bf16,
-        use_cpu=not torch.accelerator.is_available(),
-        seed=settings.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        eval_strategy="no" if settings.eval_steps is None else "steps",
-        eval_steps=settings.eval_steps,
-        save_strategy="epoch" if settings.save_steps is None else "steps",
-        save_steps=settings.save_steps or 500,
-        save_total_limit=2,
-        report_to=[],
-        dataloader_pin_memory=False,
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _trainer(run: Resolved, output: Path, evaluation: Dataset, callbacks: list[TrainerCallback]) -> Trainer:
+    settings, task = run.settings, TASKS[run.settings.task]
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        found = task.outcome(np.asarray(prediction.predictions), np.asarray(prediction.label_ids), run.data.labels)
+        return {name: value for name, value in found.metrics.items() if name != "loss"}  # that one is the Trainer's
+
+    trainer = Trainer(
+        model=run.model,
+        args=training_arguments(settings, output),
+        train_dataset=task.prepare(run.data.train, run.processor, settings),
+        eval_dataset=evaluation,
+        data_collator=task.collator(run.processor),
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=task.reduce,
+        callbacks=[
+            *callbacks,
+            StopIfDiverged(settings.peak_learning_rate),
+            CheckpointOnInterrupt(),
+            *early_stopping(settings),
+            *trackers(settings),
+        ],
     )
+    if task.loss_is_mean:
+        trainer.model_accepts_loss_kwargs = False  # accumulated losses are to be averaged, not summed
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(CostOnBar)
+    return trainer
 
 
 def _make_folder(path: str) -> Path:
@@ -176,23 +178,26 @@ def _take_steps(trainer: Trainer, checkpoint: Path | None) -> None:
     """Trains to the end; a run that was cut off between its last step and its result only needs its weights back."""
     if checkpoint is None or not is_finished(checkpoint):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if CheckpointOnInterrupt.happened(trainer):
+            raise KeyboardInterrupt
         return
     # Trainer.train would take one step more than max_steps here.
-    trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(best or str(checkpoint))
 
 
-def _evaluate(trainer: Trainer, data: Dataset, run: Resolved, output: Path) -> dict[str, float]:
+def _evaluate(trainer: Trainer, prepared: Dataset, run: Resolved, output: Path) -> dict[str, float]:
     """Metrics on the evaluation data; what was predicted there is kept, but no logits of a whole vocabulary."""
-    prediction = trainer.predict(data, metric_key_prefix="eval")
-    found, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
-    if run.settings.task == "causal-lm":
-        texts = run.tokenizer.batch_decode(data["input_ids"][:])
-        record.write_read(output, texts, found)
-    else:
-        _save_predictions(output / "predictions.npz", found, labels)
-        record.write_classified(output, run.data.evaluation["text"][:], found, labels, run.data.labels)
-    return tasks.with_perplexity(dict(prediction.metrics or {}), run.settings)
+    task, labels = TASKS[run.settings.task], run.data.labels
+    prediction = trainer.predict(prepared, metric_key_prefix="eval")
+    kept, targets = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    if is_main_process():
+        if task.classifies and kept.ndim == 2:
+            _save_predictions(output / "predictions.npz", kept, targets)
+        rows = task.records(run.data.evaluation, prepared, kept, labels, run.processor)
+        record.write_predictions(output, rows)
+    return dict(prediction.metrics or {})
 
 
 def _mean_loss(state: TrainerState) -> float:
@@ -200,18 +205,22 @@ def _mean_loss(state: TrainerState) -> float:
     return fmean(entry["loss"] for entry in state.log_history if "loss" in entry)
 
 
-def _save_result(model: Any, settings: TrainSettings, output: Path) -> Path:
-    if isinstance(model, PeftModel):
-        folder = output / "adapter"
-        model.save_pretrained(str(folder))
-    elif settings.method == "full":
-        folder = output / "model"
-        model.save_pretrained(str(folder))
-    else:
-        folder = output / "head"
-        folder.mkdir(parents=True, exist_ok=True)
-        trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-        write_atomically(folder / "head.safetensors", lambda temporary: save_file(trained, temporary))
+def _save_result(trainer: Trainer, run: Resolved, output: Path) -> Path:
+    """The trained weights, gathered if processes share them, and written by one of these."""
+    model: Any = run.model
+    kind = "adapter" if isinstance(model, PeftModel) else "model" if run.settings.method == "full" else "head"
+    folder = output / kind
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if is_main_process():
+        if kind == "head":
+            folder.mkdir(parents=True, exist_ok=True)
+            names = {name for name, p in model.named_parameters() if p.requires_grad}
+            trained = {name: weights[name].detach().contiguous() for name in sorted(names)}
+            write_atomically(folder / "head.safetensors", lambda temporary: save_file(trained, temporary))
+        else:
+            model.save_pretrained(str(folder), state_dict=weights)
+        run.processor.save_pretrained(folder)
+    trainer.accelerator.wait_for_everyone()
     return folder
 
 

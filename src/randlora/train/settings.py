@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from randlora.errors import ConfigError
 
-Method = Literal["randlora", "lora", "full", "head"]
-Task = Literal["sequence-classification", "causal-lm"]
+Method = Literal["randlora", "lora", "vera", "full", "head"]
+TaskName = Literal["sequence-classification", "token-classification", "causal-lm", "chat", "image-classification"]
+Quantization = Literal["none", "4bit", "8bit"]
 
-LEARNING_RATES: dict[str, float] = {"randlora": 3e-4, "lora": 1e-3, "full": 1e-4, "head": 3e-3}
-"""Where none is given. Chosen on a part of the demo's training data, see ``docs/training.md``."""
+LEARNING_RATES: dict[str, float] = {"randlora": 3e-4, "lora": 1e-3, "vera": 1e-2, "full": 1e-4, "head": 3e-3}
+"""Where none is given. Measured on the demo's data, see ``docs/choosing.md``; VeRA's is that of its paper."""
 
 
 class TrainSettings(BaseModel):
@@ -31,19 +32,36 @@ class TrainSettings(BaseModel):
 
     model: str = Field(description="Model to fine-tune: a local folder or a name on the hub.")
     data: str = Field(
-        description="Training data: a .csv, .jsonl, .json or .parquet file, a folder written by "
+        description="Training data: a .csv, .jsonl, .json or .parquet file, a folder of images or one written by "
         "datasets' save_to_disk, or a dataset on the hub."
     )
     eval_data: str | None = Field(
         None, description="Evaluation data, likewise. By default a part of the training data."
     )
     eval_fraction: float = Field(0.1, gt=0, lt=1, description="Part of the training data held out for evaluation.")
-    task: Task = Field("sequence-classification", description="sequence-classification or causal-lm.")
-    text_column: str = Field("text", description="Column that holds the text.")
-    label_column: str = Field("label", description="Column that holds the label; labels may be text or numbers.")
-    max_length: int = Field(256, ge=2, description="Longest input in tokens. Causal-lm: length of a packed chunk.")
+    task: TaskName = Field(
+        "sequence-classification",
+        description="sequence-classification, token-classification, causal-lm, chat or image-classification.",
+    )
+    input_column: str | None = Field(
+        None, description="Column of the input; by default text, tokens, messages or image, as the task has it."
+    )
+    label_column: str | None = Field(
+        None, description="Column of the labels, words or numbers; by default label, or tags for token-classification."
+    )
+    max_length: int = Field(256, ge=2, description="Longest input in tokens; length of a packed chunk.")
+    packing: bool | None = Field(
+        None,
+        description="Join texts and cut them into chunks of max_length, so that nothing is padded; "
+        "by default for causal-lm, not for chat.",
+    )
+    chat_template: str | None = Field(
+        None, description="chat: a file with a Jinja template, in place of the tokenizer's own."
+    )
 
-    method: Method = Field("randlora", description="randlora, lora, full (all weights) or head (the new head alone).")
+    method: Method = Field(
+        "randlora", description="randlora, lora, vera, full (all weights) or head (the new head alone)."
+    )
     r: int = Field(32, ge=1, description="Rank. RandLoRA: a smaller r means more trainable parameters.")
     alpha: float | None = Field(
         None, gt=0, description="Scaling numerator; by default 20·r for randlora, 2·r for lora."
@@ -72,11 +90,30 @@ class TrainSettings(BaseModel):
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
     bf16: bool = Field(False, description="Compute in bfloat16 by autocast.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward to save memory.")
+    quantization: Quantization = Field(
+        "none", description="Hold the pretrained weights in 4bit or 8bit codes of bitsandbytes, beneath an adapter."
+    )
     seed: int = Field(0, ge=0, description="Seed of the split, the order of the data, the head and dropout.")
 
     output_dir: str = Field("runs/train", description="Folder for everything that the run writes.")
-    save_steps: int | None = Field(None, ge=1, description="Checkpoint every so many steps; by default each epoch.")
-    eval_steps: int | None = Field(None, ge=1, description="Evaluate every so many steps; by default at the end.")
+    save_steps: int | None = Field(
+        None, ge=1, description="Checkpoint every so many steps; by default as often as evaluated, or each epoch."
+    )
+    eval_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Evaluate every so many steps; by default at the end, or each epoch if best is asked for.",
+    )
+    early_stopping: int | None = Field(
+        None, ge=1, description="End after so many evaluations without a better one; keeps the best."
+    )
+    best: str | None = Field(
+        None, description="Keep the checkpoint that is best by this metric of the evaluation: loss, accuracy, f1, ..."
+    )
+    report_to: list[str] | None = Field(
+        None,
+        description="Trackers of Transformers, such as tensorboard, wandb, none; by default tensorboard if installed.",
+    )
     resume: str | None = Field(
         None,
         description="auto: go on from the run's last complete checkpoint, if it has one; or the path of a checkpoint.",
@@ -88,7 +125,12 @@ class TrainSettings(BaseModel):
         """The learning rate given, or the method's."""
         return LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
 
-    @field_validator("modules_to_save", mode="before")
+    @property
+    def best_metric(self) -> str | None:
+        """The metric that decides which checkpoint is kept; ``None`` keeps the last."""
+        return self.best or (None if self.early_stopping is None else "loss")
+
+    @field_validator("modules_to_save", "report_to", mode="before")
     @classmethod
     def _split_names(cls, value: object) -> object:
         return _names(value) if isinstance(value, str) else value
@@ -102,6 +144,27 @@ class TrainSettings(BaseModel):
             except re.error as error:
                 raise ValueError(f"is no regular expression: {error}") from None
         return value
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> TrainSettings:
+        if self.quantization != "none" and self.method in ("full", "head"):
+            raise ValueError(
+                f"quantization={self.quantization!r}: method={self.method!r} has no adapter to train on it"
+            )
+        if self.method == "vera" and self.alpha is not None:
+            raise ValueError(f"alpha={self.alpha}: VeRA has none; leave it out")
+        if self.chat_template is not None and self.task != "chat":
+            raise ValueError(f"chat_template={self.chat_template!r} is for task='chat', not {self.task!r}")
+        if self.packing is not None and self.task not in ("causal-lm", "chat"):
+            raise ValueError(f"packing={self.packing} is for causal-lm and chat, not {self.task!r}")
+        if self.best_metric and self.save_steps and self.eval_steps and self.save_steps % self.eval_steps:
+            raise ValueError(
+                f"save_steps={self.save_steps}: the best checkpoint is only known where it was evaluated; take a "
+                f"multiple of eval_steps={self.eval_steps}"
+            )
+        if self.best_metric and self.save_steps and not self.eval_steps:
+            raise ValueError(f"save_steps={self.save_steps} with best={self.best_metric!r} needs eval_steps")
+        return self
 
     @property
     def targets(self) -> str | list[str]:
@@ -145,6 +208,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _explain(fault: Any) -> str:
     name = ".".join(str(part) for part in fault["loc"])
+    if not name:  # settings that do not go together, said by ours
+        return str(fault["ctx"]["error"])
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, TrainSettings.model_fields, n=1)
         return f"{name}: there is no such setting" + (f"; did you mean {near[0]!r}?" if near else "")

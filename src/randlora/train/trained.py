@@ -6,18 +6,19 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from randlora.errors import CheckpointError, ConfigError
 from randlora.train.data import load_data
-from randlora.train.settings import Task, TrainSettings, load_settings
+from randlora.train.settings import TaskName, TrainSettings, load_settings
+from randlora.train.tasks import TASKS, Task
+from randlora.train.tasks.classification import head_for
+from randlora.train.tasks.quantized import weights_as
 from randlora.tuner.base_model import base_path_of, load_base, model_config, with_adapter
 from randlora.tuner.folder import CONFIG, head_size, read_config
 
-_TASK_TYPES: dict[Task, str] = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 _LENGTH = 256  # of an input, where no run says
 
 
@@ -29,7 +30,7 @@ class Trained:
         path: folder of the adapter, or of the whole model.
         base: name of the base model; of the model itself where there is no adapter.
         model: on the accelerator, if there is one.
-        tokenizer: its tokenizer, with a padding token.
+        processor: its tokenizer, with a padding token; of images, what scales and normalises them.
         task: what it does.
         labels: names of a classifier's labels.
         max_length: longest input in tokens.
@@ -39,8 +40,8 @@ class Trained:
     path: Path
     base: str
     model: Any
-    tokenizer: PreTrainedTokenizerBase
-    task: Task
+    processor: Any
+    task: TaskName
     labels: tuple[str, ...]
     max_length: int
     run: TrainSettings | None
@@ -49,7 +50,7 @@ class Trained:
 def load_trained(
     path: str | os.PathLike[str],
     base_model_path: str | os.PathLike[str] | None = None,
-    task: Task | None = None,
+    task: TaskName | None = None,
     adapter: bool = True,
 ) -> Trained:
     """Loads a run's folder, an adapter of any method of PEFT's, or a whole model.
@@ -71,18 +72,21 @@ def load_trained(
     base = os.fspath(folder) if config is None else base_path_of(config, base_model_path)
     kind = getattr(config, "task_type", None)
     task = task or _task_of(getattr(kind, "value", kind), run, base)
-    labels = _labels(folder, run_folder, run, base) if task == "sequence-classification" else ()
-    arguments: dict[str, Any] = {"num_labels": len(labels)} if labels else {}
-    model: Any = load_base(base, _TASK_TYPES[task], **arguments)
+    labels = _labels(folder, run_folder, run, base) if TASKS[task].classifies else ()
+    arguments: dict[str, Any] = head_for(list(labels)) if labels else {}
+    if run is not None and run.quantization != "none":
+        arguments |= weights_as(run)  # the adapter was trained on these codes
+    model: Any = load_base(base, TASKS[task].model_type, **arguments)
     if is_adapter and adapter:
         model = with_adapter(model, folder)
-    tokenizer = _tokenizer(folder, base)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    processor = _processor(folder, base, TASKS[task])
+    if TASKS[task].counts_tokens and model.config.pad_token_id is None:
+        model.config.pad_token_id = processor.pad_token_id
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     length = _LENGTH if run is None else run.max_length
     positions = getattr(model.config, "max_position_embeddings", None) or length
-    return Trained(folder, base, model.to(device).eval(), tokenizer, task, labels, min(length, positions), run)
+    model = model if getattr(model, "is_quantized", False) else model.to(device)
+    return Trained(folder, base, model.eval(), processor, task, labels, min(length, positions), run)
 
 
 def _locate(path: Path) -> tuple[Path, Path | None]:
@@ -96,17 +100,27 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
     return path, path.parent if (path.parent / "resolved.yaml").is_file() else None
 
 
-def _task_of(kind: str | None, run: TrainSettings | None, base: str) -> Task:
-    for task, name in _TASK_TYPES.items():
-        if kind == name:
-            return task
+_CLASSES: dict[str, TaskName] = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+    "ForImageClassification": "image-classification",
+}
+"""How the names of model classes end."""
+
+
+def _task_of(kind: str | None, run: TrainSettings | None, base: str) -> TaskName:
     if run is not None:
         return run.task
+    for task in TASKS.values():
+        if kind == task.model_type:
+            return cast("TaskName", task.name)
     for architecture in model_config(base).architectures or ():
-        for ending, task in (("ForCausalLM", "causal-lm"), ("ForSequenceClassification", "sequence-classification")):
-            if architecture.endswith((ending, "LMHeadModel") if task == "causal-lm" else ending):
-                return task
-    raise ConfigError(f"the task of {base!r} is not known: name it by task, one of {', '.join(get_args(Task))}")
+        for ending, name in _CLASSES.items():
+            if architecture.endswith(ending):
+                return name
+    raise ConfigError(f"the task of {base!r} is not known: name it by task, one of {', '.join(TASKS)}")
 
 
 def _labels(folder: Path, run_folder: Path | None, run: TrainSettings | None, base: str) -> tuple[str, ...]:
@@ -127,13 +141,13 @@ def _labels(folder: Path, run_folder: Path | None, run: TrainSettings | None, ba
     return tuple(f"LABEL_{number}" for number in range(count or 0))
 
 
-def _tokenizer(folder: Path, base: str) -> PreTrainedTokenizerBase:
+def _processor(folder: Path, base: str, task: Task) -> Any:
     for place in (os.fspath(folder), base):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place)
-        except (OSError, ValueError, KeyError):
+            return task.load_processor(TrainSettings(model=place, data="", task=cast("TaskName", task.name)))
+        except (ConfigError, KeyError):
             continue
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
-    raise ConfigError(f"there is no tokenizer in {folder}, nor in its base model {base!r}")
+    raise ConfigError(
+        f"there is no {'tokenizer' if task.counts_tokens else 'image processor'} in {folder}, nor in its "
+        f"base model {base!r}"
+    )

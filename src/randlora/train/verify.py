@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import randlora  # noqa: F401 - registers the method
-from randlora.train import tasks
 from randlora.train.data import load_data
-from randlora.train.settings import TrainSettings, load_settings
+from randlora.train.infer import predict
+from randlora.train.settings import load_settings
+from randlora.train.tasks import TASKS
 
 TOLERANCE = 1e-3
 """Largest accepted difference of a logit; merging rounds W + ΔW once in float32."""
@@ -52,38 +51,22 @@ def verify(run: Path) -> Verification:
     settings = load_settings(run / "resolved.yaml")
     data = load_data(settings)
     trained = np.load(run / "predictions.npz")["logits"]
-    tokenizer = tasks.load_tokenizer(settings)
-    base = tasks.load_model(settings, data.labels, tokenizer)
+    task = TASKS[settings.task]
+    processor = task.load_processor(settings)
+    base = task.load_model(settings, data.labels, processor)
     model = PeftModel.from_pretrained(base, str(run / "adapter")).eval()
-    texts = list(data.evaluation["text"])
-    reloaded = _predict(model, tokenizer, texts, settings)
-    merged = _predict(model.merge_and_unload(), tokenizer, texts, settings)
+    examples = task.prepare(data.evaluation, processor, settings)
+    reloaded, merged = (
+        np.asarray(predict(one(), examples, task, processor, 2 * settings.batch_size).predictions)
+        for one in (lambda: model, model.merge_and_unload)
+    )
     labels = [logits.argmax(-1) for logits in (trained, reloaded, merged)]
     return Verification(
-        examples=len(texts),
+        examples=len(examples),
         reloaded_difference=float(np.abs(trained - reloaded).max()),
         merged_difference=float(np.abs(trained - merged).max()),
         same_labels=all(np.array_equal(labels[0], other) for other in labels[1:]),
     )
-
-
-@torch.inference_mode()
-def _predict(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], settings: TrainSettings
-) -> np.ndarray:
-    """Logits (examples, labels), in the batches in which the trained model predicted."""
-    size = 2 * settings.batch_size
-    logits = []
-    for start in range(0, len(texts), size):
-        batch = tokenizer(
-            texts[start : start + size],
-            padding=True,
-            truncation=True,
-            max_length=settings.max_length,
-            return_tensors="pt",
-        )
-        logits.append(model(**batch).logits)
-    return torch.cat(logits).numpy()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,15 @@
+"""The tasks that a run can learn, one file each."""
+
+from randlora.train.tasks.base import Outcome, Task, require_length
+from randlora.train.tasks.chat import Chat
+from randlora.train.tasks.classification import SequenceClassification
+from randlora.train.tasks.image import ImageClassification
+from randlora.train.tasks.language import CausalLanguage
+from randlora.train.tasks.token import TokenClassification
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (SequenceClassification(), TokenClassification(), CausalLanguage(), Chat(), ImageClassification())
+}
+
+__all__ = ["TASKS", "Outcome", "Task", "require_length"]

@@ -1,0 +1,201 @@
+"""What a task is: which data it reads, which model it trains, and how well that does."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import Dataset
+from peft import TaskType
+from transformers import AutoTokenizer, PreTrainedModel
+
+from randlora.errors import ConfigError
+from randlora.train.settings import TrainSettings
+
+IGNORED = -100  # the label of a token that counts for nothing
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How well a model did.
+
+    Attributes:
+        metrics: by name; ``loss`` among them.
+        tokens: number of tokens that counted; 0 where examples count.
+        correct: examples, or tokens, with the right label; ``None`` for language.
+        by_label: for each label how many have it, and how many of these were found.
+    """
+
+    metrics: dict[str, float]
+    tokens: int = 0
+    correct: int | None = None
+    by_label: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+class Task(ABC):
+    """One kind of thing to learn. Tasks hold no state; there is one object of each in ``tasks.TASKS``.
+
+    Attributes:
+        name: as ``TrainSettings.task`` has it.
+        model_type: key of the model's class in ``tuner.base_model``; PEFT's task type where PEFT has one.
+        input_column: name of the input, in the data by default and always in what ``read`` returns.
+        label_column: likewise of the label; empty where the input is its own label.
+        metric_names: what ``outcome`` measures.
+        loss_is_mean: whether the model's loss is a mean over examples, so that accumulated losses are averaged.
+        counts_tokens: whether inputs are tokens.
+    """
+
+    name: ClassVar[str]
+    model_type: ClassVar[str]
+    input_column: ClassVar[str]
+    label_column: ClassVar[str] = ""
+    metric_names: ClassVar[tuple[str, ...]]
+    loss_is_mean: ClassVar[bool] = False
+    counts_tokens: ClassVar[bool] = True
+
+    @property
+    def peft_type(self) -> TaskType | None:
+        """PEFT's name of the task, if it has one."""
+        return TaskType.__members__.get(self.model_type)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model gets a new head for the labels of the data."""
+        return bool(self.label_column)
+
+    # data
+
+    @abstractmethod
+    def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
+        """The columns of the task under its own names; every row checked.
+
+        Raises:
+            ConfigError: if a column is missing, empty or of another kind.
+        """
+
+    @abstractmethod
+    def identities(self, rows: Dataset) -> list[str]:
+        """What makes two rows copies of each other, which a split keeps on one side."""
+
+    def labels(self, rows: Dataset) -> list[str]:
+        """Names of the labels, in the order of their numbers."""
+        return []
+
+    def encode(self, rows: Dataset, labels: list[str]) -> Dataset:
+        """Labels as numbers.
+
+        Raises:
+            ConfigError: if there are others than ``labels``.
+        """
+        return rows
+
+    # model
+
+    def load_processor(self, settings: TrainSettings) -> Any:
+        """The model's tokenizer, with a padding token."""
+        tokenizer = from_pretrained(AutoTokenizer, settings)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    @abstractmethod
+    def load_model(self, settings: TrainSettings, labels: list[str], processor: Any) -> PreTrainedModel:
+        """The pretrained model with the task's head."""
+
+    # batches
+
+    @abstractmethod
+    def prepare(self, rows: Dataset, processor: Any, settings: TrainSettings) -> Dataset:
+        """Examples as the model takes them.
+
+        Raises:
+            ConfigError: if nothing is left to learn from.
+        """
+
+    @abstractmethod
+    def collator(self, processor: Any) -> Callable[[Any], Any]:
+        """Makes a batch of prepared examples."""
+
+    # results
+
+    def reduce(self, logits: Any, labels: Any) -> Any:
+        """What is kept of a batch's logits for ``outcome``."""
+        return logits[0] if isinstance(logits, tuple) else logits
+
+    @abstractmethod
+    def outcome(self, kept: np.ndarray, targets: np.ndarray, labels: list[str]) -> Outcome:
+        """How well the model did, from what ``reduce`` kept and the right labels."""
+
+    @abstractmethod
+    def records(
+        self, rows: Dataset, prepared: Dataset, kept: np.ndarray, labels: list[str], processor: Any
+    ) -> Iterable[dict[str, Any]]:
+        """What is written of each evaluation example: ``text``, ``confidence``, ``loss`` and what else there is."""
+
+
+def require_column(rows: Dataset, column: str, setting: str, source: str, fits: Callable[[Any], bool]) -> None:
+    """Checks that a column is there, of the right kind and without gaps.
+
+    Args:
+        rows: the data.
+        column: its name.
+        setting: the setting that names another one.
+        source: where the data is from, for the message.
+        fits: says of a feature whether it is of the right kind.
+
+    Raises:
+        ConfigError: if it is not.
+    """
+    if column not in rows.column_names:
+        raise ConfigError(
+            f"{source!r} has no column {column!r}; it has {rows.column_names}. Name the right one by {setting}."
+        )
+    if not fits(rows.features[column]):
+        raise ConfigError(
+            f"column {column!r} of {source!r} holds no {setting.removesuffix('_column')}s but "
+            f"{rows.features[column]}; name another by {setting}"
+        )
+    empty = [row for row, value in enumerate(rows.with_format("arrow")[column].to_pylist()) if value is None]
+    if empty:
+        raise ConfigError(f"{source!r} has no {column!r} in {len(empty)} of its rows, first in row {empty[0]}")
+
+
+def from_pretrained(auto_class: Any, settings: TrainSettings, **kwargs: Any) -> Any:
+    """A part of the pretrained model.
+
+    Raises:
+        ConfigError: if it cannot be loaded.
+    """
+    try:
+        return auto_class.from_pretrained(settings.model, trust_remote_code=settings.trust_remote_code, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model={settings.model!r} is neither a folder that {auto_class.__name__} can load nor a model of the hub "
+            f"within reach: {str(error).strip()}"
+        ) from error
+
+
+def require_length(model: PreTrainedModel, settings: TrainSettings) -> None:
+    """Refuses inputs longer than the model has positions for.
+
+    Raises:
+        ConfigError: naming both lengths.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and settings.max_length > positions:
+        raise ConfigError(f"max_length={settings.max_length}: {settings.model!r} takes at most {positions} tokens")
+
+
+def log_shares(logits: np.ndarray) -> np.ndarray:
+    """Logarithms of the probabilities (..., labels)."""
+    exact = logits.astype(np.float64)
+    return exact - np.logaddexp.reduce(exact, axis=-1, keepdims=True)
+
+
+def exp_of(loss: float) -> float:
+    """e to the loss; huge, not infinite, where it would overflow."""
+    return math.exp(min(loss, 700.0))

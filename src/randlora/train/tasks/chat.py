@@ -1,0 +1,136 @@
+"""Conversations and instructions: only what the model is to answer counts."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from randlora.errors import ConfigError
+from randlora.train.settings import TrainSettings
+from randlora.train.tasks.base import IGNORED, require_column
+from randlora.train.tasks.classification import is_text, renamed
+from randlora.train.tasks.language import Language, as_dataset, packed
+
+_PAIR = ("prompt", "completion")
+
+
+class Chat(Language):
+    """Answers in conversations.
+
+    The data has a column of messages, each with ``role`` and ``content``, of which the tokenizer's chat template makes
+    text; or the columns ``prompt`` and ``completion``, which are text, or messages, themselves.
+    """
+
+    name = "chat"
+    input_column = "messages"
+
+    def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
+        """Column ``messages``, or the columns ``prompt`` and ``completion``."""
+        column = settings.input_column or "messages"
+        if column not in rows.column_names and set(_PAIR) <= set(rows.column_names):
+            for name in _PAIR:
+                require_column(rows, name, "input_column", source, lambda one: is_text(one) or _is_messages(one))
+            return rows.select_columns(list(_PAIR))
+        require_column(rows, column, "input_column", source, _is_messages)
+        return renamed(rows, {"messages": column})
+
+    def identities(self, rows: Dataset) -> list[str]:
+        """Everything that is said."""
+        return [json.dumps(row, sort_keys=True) for row in rows]
+
+    def load_processor(self, settings: TrainSettings) -> Any:
+        """The tokenizer, with the chat template of the settings if they have one."""
+        tokenizer = super().load_processor(settings)
+        if settings.chat_template is not None:
+            try:
+                tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(
+                    f"chat_template={settings.chat_template!r} cannot be read: {error.strerror}"
+                ) from None
+        return tokenizer
+
+    def prepare(self, rows: Dataset, processor: Any, settings: TrainSettings) -> Dataset:
+        """Tokens, with labels only where an answer stands."""
+        ids, labels = [], []
+        for row in rows:
+            found, wanted = _tokens(row, processor)
+            ids.append(found[: settings.max_length])
+            labels.append(wanted[: settings.max_length])
+        kept = [number for number, wanted in enumerate(labels) if any(label != IGNORED for label in wanted[1:])]
+        if not kept:
+            raise ConfigError(
+                f"none of the {len(labels)} examples has an answer within max_length={settings.max_length} tokens"
+            )
+        if len(kept) < len(labels):
+            warnings.warn(
+                f"{len(labels) - len(kept)} of {len(labels)} examples have no answer within "
+                f"max_length={settings.max_length} tokens and are left out",
+                stacklevel=2,
+            )
+        ids, labels = [ids[number] for number in kept], [labels[number] for number in kept]
+        return packed(ids, labels, settings.max_length) if settings.packing else as_dataset(ids, labels)
+
+
+def _tokens(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens of an example, and its labels."""
+    if "messages" in row:
+        return _conversation(row["messages"], tokenizer)
+    prompt, completion = (row[name] for name in _PAIR)
+    if isinstance(prompt, str) and isinstance(completion, str):
+        asked = tokenizer(prompt)["input_ids"]
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        answer = [*tokenizer(completion, add_special_tokens=False)["input_ids"], *end]
+        if asked and end and asked[-1:] == end and tokenizer.bos_token_id != tokenizer.eos_token_id:
+            asked = asked[:-1]  # a tokenizer that closes every text
+        return [*asked, *answer], [IGNORED] * len(asked) + answer
+    both = [
+        *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt),
+        *([{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion),
+    ]
+    return _conversation(both, tokenizer)
+
+
+def _conversation(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Labels are the tokens that an assistant's turn adds to the conversation before it."""
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: name a file with one by chat_template, "
+            "or give the data as text in the columns prompt and completion"
+        )
+    ids = _templated(messages, tokenizer)
+    labels = [IGNORED] * len(ids)
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _templated(messages[:turn], tokenizer, add_generation_prompt=True)
+        after = _templated(messages[: turn + 1], tokenizer)
+        if ids[: len(before)] != before or ids[: len(after)] != after:
+            raise ConfigError(
+                "the chat template writes earlier turns anew when a conversation goes on, so that it cannot be said "
+                "which tokens are the answer's: give each answer as an example of its own (prompt, completion), or "
+                "another chat_template"
+            )
+        labels[len(before) : len(after)] = ids[len(before) : len(after)]
+    return ids, labels
+
+
+def _templated(messages: list[dict[str, Any]], tokenizer: Any, **arguments: Any) -> list[int]:
+    if not messages:
+        return []
+    try:
+        found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **arguments)
+    except Exception as error:  # jinja's errors, and those that templates raise themselves
+        raise ConfigError(f"the chat template cannot write {messages!r:.200}: {error}") from error
+    return list(found["input_ids"])
+
+
+def _is_messages(feature: Any) -> bool:
+    inner = getattr(feature, "feature", None)
+    if inner is None and isinstance(feature, list) and feature:
+        inner = feature[0]
+    return isinstance(inner, dict) and {"role", "content"} <= set(inner)

@@ -1,0 +1,155 @@
+"""One label for each example: of a text, and what is the same for an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Value
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+)
+
+from randlora.errors import ConfigError
+from randlora.train.settings import TrainSettings
+from randlora.train.tasks.base import Outcome, Task, from_pretrained, log_shares, require_column
+from randlora.train.tasks.quantized import weights_as
+
+_TEXT_TYPES = ("string", "large_string")
+
+
+class Classification(Task):
+    """One label for each example."""
+
+    label_column = "label"
+    metric_names = ("loss", "accuracy")
+    loss_is_mean = True
+
+    def labels(self, rows: Dataset) -> list[str]:
+        """Names of the labels: of the data, or its values in order."""
+        feature = rows.features["label"]
+        if hasattr(feature, "names"):
+            return list(feature.names)
+        found = sorted(set(rows["label"]))
+        if len(found) < 2:
+            raise ConfigError(f"the training data has the single label {found[0]!r}; a classifier needs two or more")
+        return [str(label) for label in found]
+
+    def encode(self, rows: Dataset, labels: list[str]) -> Dataset:
+        """Labels as numbers, by their names."""
+        feature = rows.features["label"]
+        given = [str(feature.int2str(one)) for one in rows["label"]] if hasattr(feature, "names") else rows["label"][:]
+        numbers = numbers_of(given, labels)
+        return rows.remove_columns("label").add_column("label", numbers)
+
+    def outcome(self, kept: np.ndarray, targets: np.ndarray, labels: list[str]) -> Outcome:
+        """Accuracy, and for each label the share found."""
+        shares = log_shares(kept)
+        hits = shares.argmax(-1) == targets
+        by_label = {
+            name: (int((targets == number).sum()), int(hits[targets == number].sum()))
+            for number, name in enumerate(labels)
+        }
+        loss = float(-np.take_along_axis(shares, targets[:, None], -1).mean())
+        return Outcome({"loss": loss, "accuracy": float(hits.mean())}, 0, int(hits.sum()), by_label)
+
+    def records(
+        self, rows: Dataset, prepared: Dataset, kept: np.ndarray, labels: list[str], processor: Any
+    ) -> Iterable[dict[str, Any]]:
+        """Label, what was predicted, and how confidently."""
+        for text, label, shares in zip(self.names(rows), rows["label"], log_shares(kept), strict=True):
+            guess = int(shares.argmax())
+            yield {
+                "text": text,
+                "label": labels[int(label)],
+                "predicted": labels[guess],
+                "confidence": float(np.exp(shares[guess])),
+                "loss": float(-shares[int(label)]),
+            }
+
+    def names(self, rows: Dataset) -> list[str]:
+        """What stands for each example in a list."""
+        return self.identities(rows)
+
+
+class SequenceClassification(Classification):
+    """A label for a text."""
+
+    name = "sequence-classification"
+    model_type = "SEQ_CLS"
+    input_column = "text"
+
+    def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
+        """Columns ``text`` and ``label``."""
+        columns = {"text": settings.input_column or "text", "label": settings.label_column or "label"}
+        require_column(rows, columns["text"], "input_column", source, is_text)
+        require_column(rows, columns["label"], "label_column", source, is_label)
+        return renamed(rows, columns)
+
+    def identities(self, rows: Dataset) -> list[str]:
+        """The texts."""
+        return list(rows["text"])
+
+    def load_model(self, settings: TrainSettings, labels: list[str], processor: Any) -> PreTrainedModel:
+        """With a head for ``labels``."""
+        model = from_pretrained(
+            AutoModelForSequenceClassification, settings, **head_for(labels), **weights_as(settings)
+        )
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = processor.pad_token_id
+        return model
+
+    def prepare(self, rows: Dataset, processor: Any, settings: TrainSettings) -> Dataset:
+        """Texts as tokens, cut at ``max_length``."""
+        return rows.map(
+            lambda batch: processor(batch["text"], truncation=True, max_length=settings.max_length),
+            batched=True,
+            remove_columns=["text"],
+        )
+
+    def collator(self, processor: Any) -> Callable[[Any], Any]:
+        """Pads to the longest."""
+        return DataCollatorWithPadding(processor)
+
+
+def is_text(feature: Any) -> bool:
+    """Whether a column holds text."""
+    return isinstance(feature, Value) and feature.dtype in _TEXT_TYPES
+
+
+def is_label(feature: Any) -> bool:
+    """Whether a column holds words or numbers."""
+    return isinstance(feature, Value | ClassLabel)
+
+
+def renamed(rows: Dataset, columns: dict[str, str]) -> Dataset:
+    """Only ``columns``, given as names by the task against names in the data."""
+    rows = rows.select_columns(list(columns.values()))
+    return rows.rename_columns({column: name for name, column in columns.items() if column != name})
+
+
+def head_for(labels: list[str]) -> dict[str, Any]:
+    """Arguments of ``from_pretrained``; a head for other labels than ours is replaced by a new one."""
+    return {
+        "ignore_mismatched_sizes": True,
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
+    }
+
+
+def numbers_of(given: Iterable[Any], labels: list[str]) -> list[int]:
+    """Labels as numbers.
+
+    Raises:
+        ConfigError: naming those that ``labels`` does not have.
+    """
+    numbers = {label: number for number, label in enumerate(labels)}
+    found = [str(label) for label in given]
+    unknown = sorted(set(found) - set(numbers))
+    if unknown:
+        raise ConfigError(f"the evaluation data has labels that the training data has not: {unknown}; known: {labels}")
+    return [numbers[label] for label in found]

@@ -1,0 +1,63 @@
+"""A label for an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, default_data_collator
+
+from randlora.train.settings import TrainSettings
+from randlora.train.tasks.base import from_pretrained, require_column
+from randlora.train.tasks.classification import Classification, head_for, is_label, is_text, renamed
+from randlora.train.tasks.quantized import weights_as
+
+
+class ImageClassification(Classification):
+    """A label for an image. Images are files, and are only opened for the batch that they are in."""
+
+    name = "image-classification"
+    model_type = "IMAGE_CLS"
+    input_column = "image"
+    counts_tokens = False
+
+    def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
+        """Columns ``image`` and ``label``; paths of images are taken from the folder of the data."""
+        columns = {"image": settings.input_column or "image", "label": settings.label_column or "label"}
+        require_column(
+            rows, columns["image"], "input_column", source, lambda one: isinstance(one, Image) or is_text(one)
+        )
+        require_column(rows, columns["label"], "label_column", source, is_label)
+        rows = renamed(rows, columns)
+        if is_text(rows.features["image"]):
+            folder = Path(source).parent
+            rows = rows.map(lambda row: {"image": str(folder / row["image"])}).cast_column("image", Image())
+        return rows
+
+    def identities(self, rows: Dataset) -> list[str]:
+        """Paths of the files, or numbers where there are none."""
+        files = rows.cast_column("image", Image(decode=False))["image"]
+        return [file["path"] or f"image {number}" for number, file in enumerate(files)]
+
+    def load_processor(self, settings: TrainSettings) -> Any:
+        """What scales and normalises images for the model."""
+        return from_pretrained(AutoImageProcessor, settings)
+
+    def load_model(self, settings: TrainSettings, labels: list[str], processor: Any) -> PreTrainedModel:
+        """With a head for ``labels``."""
+        return from_pretrained(AutoModelForImageClassification, settings, **head_for(labels), **weights_as(settings))
+
+    def prepare(self, rows: Dataset, processor: Any, settings: TrainSettings) -> Dataset:
+        """Pixels, made when a batch asks for them."""
+
+        def pixels(batch: dict[str, Any]) -> dict[str, Any]:
+            images = [image.convert("RGB") for image in batch["image"]]
+            return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": batch["label"]}
+
+        return rows.with_transform(pixels)
+
+    def collator(self, processor: Any) -> Callable[[Any], Any]:
+        """Stacks images, which are of one size now."""
+        return default_data_collator

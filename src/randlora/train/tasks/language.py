@@ -1,0 +1,108 @@
+"""Language models: the tokens of a text, or only those of the answers in it, each predicted from what stands before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, PreTrainedModel
+
+from randlora.errors import ConfigError
+from randlora.train.settings import TrainSettings
+from randlora.train.tasks.base import IGNORED, Outcome, Task, exp_of, from_pretrained, require_column
+from randlora.train.tasks.classification import is_text, renamed
+from randlora.train.tasks.quantized import weights_as
+
+
+class Language(Task):
+    """What language models share."""
+
+    model_type = "CAUSAL_LM"
+    metric_names = ("loss", "perplexity")
+
+    def load_model(self, settings: TrainSettings, labels: list[str], processor: Any) -> PreTrainedModel:
+        """With the head that it has."""
+        return from_pretrained(AutoModelForCausalLM, settings, **weights_as(settings))
+
+    def collator(self, processor: Any) -> Callable[[Any], Any]:
+        """Pads to the longest; what is padded counts for nothing."""
+        return DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
+
+    def reduce(self, logits: Any, labels: Any) -> Tensor:
+        """(batch, 2): each example's summed loss, and the number of its tokens that count."""
+        scores = logits[0] if isinstance(logits, tuple) else logits
+        wanted = labels[:, 1:]
+        losses = functional.cross_entropy(
+            scores[:, :-1].float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
+        )
+        return torch.stack([losses.sum(-1), (wanted != IGNORED).sum(-1).to(losses.dtype)], dim=-1)
+
+    def outcome(self, kept: np.ndarray, targets: np.ndarray, labels: list[str]) -> Outcome:
+        """Loss per token, and its perplexity."""
+        total, tokens = kept.astype(np.float64).sum(0)
+        loss = float(total / tokens)
+        return Outcome({"loss": loss, "perplexity": exp_of(loss)}, int(tokens))
+
+    def records(
+        self, rows: Dataset, prepared: Dataset, kept: np.ndarray, labels: list[str], processor: Any
+    ) -> Iterable[dict[str, Any]]:
+        """Each example's text and loss; its confidence is the geometric mean of its tokens' probabilities."""
+        texts = processor.batch_decode(prepared["input_ids"][:])
+        for text, (total, tokens) in zip(texts, kept.tolist(), strict=True):
+            loss = total / max(tokens, 1.0)
+            yield {"text": text, "confidence": 1 / exp_of(loss), "loss": loss}
+
+
+class CausalLanguage(Language):
+    """All tokens of a text."""
+
+    name = "causal-lm"
+    input_column = "text"
+
+    def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
+        """Column ``text``."""
+        column = settings.input_column or "text"
+        require_column(rows, column, "input_column", source, is_text)
+        return renamed(rows, {"text": column})
+
+    def identities(self, rows: Dataset) -> list[str]:
+        """The texts."""
+        return list(rows["text"])
+
+    def prepare(self, rows: Dataset, processor: Any, settings: TrainSettings) -> Dataset:
+        """Each text, closed by the end-of-text token; packed, unless the settings say no."""
+        end = [] if processor.eos_token_id is None else [processor.eos_token_id]
+        texts = [[*ids, *end] for ids in processor(rows["text"][:], add_special_tokens=False)["input_ids"]]
+        if settings.packing is not False:
+            return packed(texts, texts, settings.max_length)
+        cut = [ids[: settings.max_length] for ids in texts if len(ids) > 1]
+        if not cut:
+            raise ConfigError(f"none of the {len(texts)} texts has two tokens or more: nothing to predict")
+        return as_dataset(cut, cut)
+
+
+def packed(ids: list[list[int]], labels: list[list[int]], length: int) -> Dataset:
+    """Texts joined and cut into chunks of ``length``; a shorter rest is kept only if it is all there is.
+
+    Raises:
+        ConfigError: if there are less than two tokens.
+    """
+    all_ids, all_labels = ([token for text in texts for token in text] for texts in (ids, labels))
+    whole = len(all_ids) // length * length or len(all_ids)
+    if whole < 2:
+        raise ConfigError(f"the data holds {whole} tokens of text: nothing to predict")
+    starts = range(0, whole, length)
+    return as_dataset(
+        [all_ids[start : min(start + length, whole)] for start in starts],
+        [all_labels[start : min(start + length, whole)] for start in starts],
+    )
+
+
+def as_dataset(ids: list[list[int]], labels: list[list[int]]) -> Dataset:
+    """Rows of tokens, all of them attended to."""
+    return Dataset.from_dict({"input_ids": ids, "labels": labels, "attention_mask": [[1] * len(one) for one in ids]})

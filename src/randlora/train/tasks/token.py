@@ -1,0 +1,153 @@
+"""A tag for each word of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, PreTrainedModel
+
+from randlora.errors import ConfigError
+from randlora.train.settings import TrainSettings
+from randlora.train.tasks.base import IGNORED, Outcome, Task, from_pretrained, log_shares, require_column
+from randlora.train.tasks.classification import head_for, is_label, is_text, numbers_of, renamed
+from randlora.train.tasks.quantized import weights_as
+
+
+class TokenClassification(Task):
+    """A tag for each word. The first piece of a word has its tag; the others count for nothing."""
+
+    name = "token-classification"
+    model_type = "TOKEN_CLS"
+    input_column = "tokens"
+    label_column = "tags"
+    metric_names = ("loss", "accuracy", "precision", "recall", "f1")
+    loss_is_mean = True
+
+    def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
+        """Columns ``tokens`` and ``tags``, lists of one length."""
+        columns = {"tokens": settings.input_column or "tokens", "tags": settings.label_column or "tags"}
+        require_column(rows, columns["tokens"], "input_column", source, lambda one: is_text(_inner(one)))
+        require_column(rows, columns["tags"], "label_column", source, lambda one: is_label(_inner(one)))
+        rows = renamed(rows, columns)
+        for number, row in enumerate(rows):
+            if len(row["tokens"]) != len(row["tags"]):
+                raise ConfigError(
+                    f"row {number} of {source!r} has {len(row['tokens'])} tokens and {len(row['tags'])} tags"
+                )
+        return rows
+
+    def identities(self, rows: Dataset) -> list[str]:
+        """The words."""
+        return [" ".join(tokens) for tokens in rows["tokens"]]
+
+    def labels(self, rows: Dataset) -> list[str]:
+        """Names of the tags: of the data, or its values in order."""
+        inner = _inner(rows.features["tags"])
+        if isinstance(inner, ClassLabel):
+            return list(inner.names)
+        found = sorted({tag for tags in rows["tags"] for tag in tags})
+        if len(found) < 2:
+            raise ConfigError(f"the training data has the tags {found}; a classifier needs two or more")
+        return [str(tag) for tag in found]
+
+    def encode(self, rows: Dataset, labels: list[str]) -> Dataset:
+        """Tags as numbers, by their names."""
+        inner = _inner(rows.features["tags"])
+        named = isinstance(inner, ClassLabel)
+        numbers = [numbers_of([inner.int2str(tag) for tag in tags] if named else tags, labels) for tags in rows["tags"]]
+        return rows.remove_columns("tags").add_column("tags", numbers)
+
+    def load_processor(self, settings: TrainSettings) -> Any:
+        """A tokenizer that says of each token from which word it is."""
+        tokenizer = super().load_processor(settings)
+        if not tokenizer.is_fast:
+            raise ConfigError(
+                f"model={settings.model!r} has a tokenizer that does not say which word a token is of; "
+                "token-classification needs a fast one (tokenizer.json)"
+            )
+        if getattr(tokenizer, "add_prefix_space", True) is False:
+            tokenizer.add_prefix_space = True  # words come one by one
+        return tokenizer
+
+    def load_model(self, settings: TrainSettings, labels: list[str], processor: Any) -> PreTrainedModel:
+        """With a head for ``labels``."""
+        return from_pretrained(AutoModelForTokenClassification, settings, **head_for(labels), **weights_as(settings))
+
+    def prepare(self, rows: Dataset, processor: Any, settings: TrainSettings) -> Dataset:
+        """Words as tokens, cut at ``max_length``."""
+
+        def pieces(batch: dict[str, Any]) -> dict[str, Any]:
+            found = processor(
+                batch["tokens"], is_split_into_words=True, truncation=True, max_length=settings.max_length
+            )
+            labels = [
+                [IGNORED if word is None else tags[word] for word in first_pieces(found.word_ids(number))]
+                for number, tags in enumerate(batch["tags"])
+            ]
+            return {**found, "labels": labels}
+
+        return rows.map(pieces, batched=True, remove_columns=rows.column_names)
+
+    def collator(self, processor: Any) -> Callable[[Any], Any]:
+        """Pads to the longest."""
+        return DataCollatorForTokenClassification(processor, label_pad_token_id=IGNORED)
+
+    def outcome(self, kept: np.ndarray, targets: np.ndarray, labels: list[str]) -> Outcome:
+        """Accuracy of tags; and of whole entities, where tags are named as IOB does, precision, recall and F1."""
+        counted = targets != IGNORED
+        shares = log_shares(kept[counted])
+        wanted = targets[counted]
+        hits = shares.argmax(-1) == wanted
+        metrics = {
+            "loss": float(-np.take_along_axis(shares, wanted[:, None], -1).mean()),
+            "accuracy": float(hits.mean()),
+        }
+        if any(label.startswith("B-") for label in labels):
+            metrics |= _entities(kept.argmax(-1), targets, labels)
+        by_label = {
+            name: (int((wanted == number).sum()), int(hits[wanted == number].sum()))
+            for number, name in enumerate(labels)
+        }
+        return Outcome(metrics, int(counted.sum()), int(hits.sum()), by_label)
+
+    def records(
+        self, rows: Dataset, prepared: Dataset, kept: np.ndarray, labels: list[str], processor: Any
+    ) -> Iterable[dict[str, Any]]:
+        """The words, their tags and those predicted; the confidence is that of the least certain."""
+        for text, targets, logits in zip(self.identities(rows), prepared["labels"], kept, strict=True):
+            counted = [place for place, label in enumerate(targets) if label != IGNORED]
+            shares = log_shares(logits[counted])
+            wanted = [targets[place] for place in counted]
+            guessed = shares.argmax(-1).tolist()
+            yield {
+                "text": text,
+                "label": " ".join(labels[one] for one in wanted),
+                "predicted": " ".join(labels[one] for one in guessed),
+                "confidence": float(np.exp(shares.max(-1).min(initial=0.0))),
+                "loss": float(-shares[range(len(wanted)), wanted].mean()) if wanted else 0.0,
+            }
+
+
+def first_pieces(words: list[int | None]) -> list[int | None]:
+    """For each token the number of its word if it is that word's first token."""
+    return [word if place == 0 or words[place - 1] != word else None for place, word in enumerate(words)]
+
+
+def _inner(feature: Any) -> Any:
+    """What a list holds."""
+    return getattr(feature, "feature", None)
+
+
+def _entities(guessed: np.ndarray, targets: np.ndarray, labels: list[str]) -> dict[str, float]:
+    from seqeval.metrics import f1_score, precision_score, recall_score  # noqa: PLC0415 - only this task needs it
+
+    right = [[labels[one] for one in row if one != IGNORED] for row in targets]
+    found = [
+        [labels[guess] for guess, one in zip(guesses, row, strict=True) if one != IGNORED]
+        for guesses, row in zip(guessed, targets, strict=True)
+    ]
+    scores = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
+    return {name: float(score(right, found, zero_division=0)) for name, score in scores.items()}
