@@ -150,7 +150,7 @@ def neighbours(folder: Path, texts: list[str]) -> torch.Tensor:
     trained = load_trained(folder, task="sequence-classification")
     vectors = []
     for start in range(0, len(texts), 100):
-        batch = trained.tokenizer(texts[start : start + 100], padding=True, truncation=True, return_tensors="pt")
+        batch = trained.processor(texts[start : start + 100], padding=True, truncation=True, return_tensors="pt")
         states = trained.model(**batch, output_hidden_states=True).hidden_states[-1]
         mask = batch["attention_mask"][..., None]
         vectors.append(functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
