@@ -17,13 +17,13 @@ MIN_PEFT_DIR := build/peft-$(MIN_PEFT)
 ASIDE := build/.ready
 
 # Two processes with one thread each: torch's own threads would fight over the cores.
-TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -m "not demo and not browser" -n 2 --dist loadfile
+TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -m "not demo and not browser and not slow" -n 2 --dist loadfile
 
 # Chromium is a package of the system, so this asks for the rights to install one; other tests need no browser.
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 BROWSER := chromium chromium-driver
 
-.PHONY: help setup demo test browser test-browser test-min-peft docs lint bench clean
+.PHONY: help setup demo test browser test-browser test-min-peft test-slow docs lint bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make browser        install Chromium (Debian and its kin: apt-get, with sudo where needed)"
 	@echo "make test-browser   the tests of the report in Chromium"
 	@echo "make test-min-peft  the tuner's tests against peft $(MIN_PEFT), the oldest supported"
+	@echo "make test-slow      what an adapter is promised to survive, tried for hours"
 	@echo "make docs           the documentation as a site, build/site/index.html"
 	@echo "make lint           ruff and mypy"
 	@echo "make bench          the benchmarks (about 40 minutes); 'python -m benchmarks --quick' for a fast look"
@@ -57,6 +58,10 @@ test: $(READY) $(ASIDE)
 
 browser:
 	@{ command -v chromium && command -v chromedriver; } >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $(BROWSER) fonts-dejavu-core; }
+
+# Thousands of cases for each property, 50 kills, an hour of soaking: docs/reliability.md has the figures of the last run.
+test-slow: $(READY)
+	HYPOTHESIS_PROFILE=slow OMP_NUM_THREADS=1 $(PY) -m pytest tests/reliability
 
 test-browser: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m browser
