@@ -22,8 +22,8 @@ def run(tmp_path_factory, tiny_bert, reviews):
         "model": tiny_bert,
         "data": reviews,
         "r": 8,
-        "learning_rate": 1e-2,
-        "epochs": 6,
+        "learning_rate": 3e-3,
+        "epochs": 12,
         "batch_size": 16,
         "max_length": 16,
     }

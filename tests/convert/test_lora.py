@@ -263,4 +263,5 @@ class TestPeftsOwnConversion:
     def test_save_as_lora(self, tmp_path):
         model = adapted(llama, LLAMA_TARGETS)
         save_as_lora(tmp_path, model, rank=1.0)
-        assert_close(output(loaded(tmp_path, llama)).detach(), output(model).detach(), 1e-4)
+        # PEFT sums the energy in float32, and stops where what is left, the square of the error, is lost in rounding
+        assert_close(output(loaded(tmp_path, llama)).detach(), output(model).detach(), 2e-3)

@@ -33,7 +33,7 @@ def runs(tmp_path_factory):
                 env=os.environ | {"OMP_NUM_THREADS": "1"} | (DEEPSPEED if mode == "zero3" else {}),
                 capture_output=True,
                 text=True,
-                timeout=120,
+                timeout=300,
                 check=False,
             )
             assert result.returncode == 0, result.stderr[-3000:]
