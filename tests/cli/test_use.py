@@ -60,9 +60,10 @@ class TestEval:
 
 
 class TestPredict:
-    def test_texts(self, run):
-        found = answer("predict", run, "good lovely 3", "awful dull 4")["predictions"]
-        assert [one["label"] for one in found] == ["positive", "negative"]
+    def test_texts(self, run, sentences):
+        texts, labels = zip(*sentences[:4], strict=True)  # that it was trained on
+        found = answer("predict", run, *texts)["predictions"]
+        assert [one["label"] for one in found] == list(labels)
         assert sum(found[0]["probabilities"].values()) == pytest.approx(1)
 
     def test_from_stdin_and_files_into_a_file(self, run, reviews, tmp_path):
@@ -79,14 +80,15 @@ class TestPredict:
         for a, b in zip(one, all_, strict=True):
             assert a["probabilities"] == pytest.approx(b["probabilities"], abs=1e-5)
 
-    def test_labels_survive_the_loss_of_the_data(self, run, tmp_path):
+    def test_labels_survive_the_loss_of_the_data(self, run, sentences, tmp_path):
+        text = next(text for text, label in sentences if label == "positive")
         moved = shutil.copytree(run, tmp_path / "moved")
         (moved / "resolved.yaml").write_text((moved / "resolved.yaml").read_text().replace("reviews.csv", "gone.csv"))
         (moved / "base_model").mkdir(exist_ok=True)
         (moved / "base_model/config.json").write_text('{"id2label": {"0": "thumbs down", "1": "thumbs up"}}')
-        assert answer("predict", moved, "lovely 3")["predictions"][0]["label"] == "thumbs up"
+        assert answer("predict", moved, text)["predictions"][0]["label"] == "thumbs up"
         shutil.rmtree(moved / "base_model")
-        assert answer("predict", moved, "lovely 3")["predictions"][0]["label"] == "LABEL_1"
+        assert answer("predict", moved, text)["predictions"][0]["label"] == "LABEL_1"
 
 
 class TestGenerate:
