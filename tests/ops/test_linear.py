@@ -16,7 +16,7 @@ from randlora.ops import bf16, naive
 from randlora.ops.linear import adapted_linear, can_fuse, delta_weight
 from randlora.ops.operands import DenseBases
 from randlora.ops.plan import Plan, force
-from randlora.ops.sparse import SparseBases, compress, padded_rows
+from randlora.ops.sparse import sparse_bases
 
 WAYS = ("token", "weight", "fused")
 PLANS = [Plan(*ways) for ways in itertools.product(WAYS, WAYS, WAYS[:2])]
@@ -66,7 +66,7 @@ class Case:
         """A and B as layers pass them."""
         if self.kind == "sparse":
             wide = torch.promote_types(self.dtype, torch.float32)
-            return SparseBases(*padded_rows(self.A.to(wide)), compress(self.B.to(wide)), self.A.shape[1])
+            return sparse_bases(self.A.to(wide), self.B.to(wide))
         if self.kind == "codes":
             return DenseBases(self.A.to(torch.int8), self.B.to(torch.int8))
         return DenseBases(self.A, self.B.bfloat16() if self.kind == "split" else self.B)

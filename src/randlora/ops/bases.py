@@ -20,7 +20,7 @@ import torch
 from randlora.errors import BasisMismatchError
 from randlora.ops import bf16
 from randlora.ops.operands import DenseBases
-from randlora.ops.sparse import SparseBases, compress, padded_rows
+from randlora.ops.sparse import SparseBases, sparse_bases
 
 _WORDS_PER_CHUNK = 1 << 22  # bounds the scratch memory of a draw to about 100 MB
 _SHORT_DTYPES = (torch.bfloat16, torch.float16)
@@ -159,7 +159,7 @@ class Basis:
         """Bytes of all forms in which the bases are held."""
         tensors = list(self._compact)
         for held in self._held.values():
-            tensors += [*held[:2], *held.B] if isinstance(held, SparseBases) else held
+            tensors += [*held[:2], *held.places, *held.B] if isinstance(held, SparseBases) else held
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     @property
@@ -208,7 +208,7 @@ class Basis:
         if key not in self._held:
             with torch.inference_mode(False), torch.no_grad():
                 a, b = self._compact[0][:, :min_dim], self._compact[1][:max_dim, :columns]
-                self._held[key] = SparseBases(*padded_rows(a.to(dtype)), compress(b.to(dtype)), min_dim)
+                self._held[key] = sparse_bases(a.to(dtype), b.to(dtype))
         return self._held[key]  # type: ignore[return-value]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Basis:

@@ -44,7 +44,7 @@ def adapted_linear(
     fusible = weight is not None and can_fuse(x.dtype, weight.dtype)
     tokens = x.numel() // max(x.shape[-1], 1)
     problem = problem_of(bases, x.dtype, tokens, out_features, x.shape[-1], lam.shape, fusible, x.requires_grad)
-    tensors = (bases.columns, bases.values, *bases.B) if isinstance(bases, SparseBases) else bases
+    tensors = (*bases[:2], *bases.places, *bases.B) if isinstance(bases, SparseBases) else bases
     call = _Call(scaling, out_features, choose(problem))
     compute = _AdaptedLinear.apply if _is_watched(x, lam, gamma, bias) else _AdaptedLinear.forward
     return compute(x, lam, gamma, weight, bias, call, summed, *tensors)
@@ -172,7 +172,8 @@ Update = Tensor | tuple[Tensor, Tensor]
 def _bases(tensors: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype, gamma: Tensor) -> DenseBases | SparseBases:
     if len(tensors) == len(DenseBases._fields):
         return DenseBases(*tensors).ready(dtype)
-    return SparseBases(tensors[0], tensors[1], Csr(*tensors[2:]), gamma.shape[1])
+    places, B = (Csr(*tensors[start : start + len(Csr._fields)]) for start in (2, 2 + len(Csr._fields)))
+    return SparseBases(tensors[0], tensors[1], places, B, gamma.shape[1])
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -60,12 +60,14 @@ class SparseBases(NamedTuple):
     Attributes:
         columns: (r, P), int64.
         values: (r, P), of the dtype in which everything here is computed.
+        places: (m, r·P), ones that sum up what belongs to one column.
         B: (M, q).
         min_dim: m.
     """
 
     columns: Tensor
     values: Tensor
+    places: Csr
     B: Csr
     min_dim: int
 
@@ -94,7 +96,7 @@ class SparseBases(NamedTuple):
     def spread(self, v: Tensor, At: Tensor) -> Tensor:
         """v Ãᵀ Bᵀ, (T, m) to (T, M)."""
         inner = ((At @ self._selected(block).permute(1, 2, 0)).flatten(0, 1) for block in v.split(_BLOCK))  # (q, t)
-        return _joined([self.B.matmul(block).T for block in inner])
+        return _joined([self.B.matmul(block) for block in inner])
 
     def gather(self, u: Tensor, At: Tensor) -> Tensor:
         """u B Ã, (T, M) to (T, m)."""
@@ -129,27 +131,42 @@ class SparseBases(NamedTuple):
         projected = self.B.T.matmul(u.T.to(self.values.dtype))
         return projected.unflatten(0, (self.columns.shape[0], -1))
 
-    def _collected(self, projected: Tensor, At: Tensor) -> Tensor:  # (r, n, t) -> (t, m)
-        spread = (projected.transpose(1, 2) @ At).transpose(0, 1).flatten(1)  # (t, r·P)
-        return spread.new_zeros(spread.shape[0], self.min_dim).index_add(1, self.columns.flatten(), spread)
+    def _collected(self, projected: Tensor, At: Tensor) -> Tensor:  # (r, n, t) -> (m, t)
+        return self.places.matmul((At.transpose(1, 2) @ projected).flatten(0, 1))
 
 
-def _joined(blocks: list[Tensor]) -> Tensor:
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+def _joined(blocks: list[Tensor]) -> Tensor:  # (k, t) each -> (T, k)
+    # each turned by itself: torch turns a whole contiguous matrix several times faster than a part of one
+    return torch.cat([block.T.contiguous() for block in blocks])
 
 
-def compress(matrix: Tensor) -> Csr:
+def _compress(matrix: Tensor) -> Csr:
     """CSR form of a dense matrix and of its transpose."""
     return Csr(*_compressed(matrix), *_compressed(matrix.T))
 
 
-def padded_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def sparse_bases(A: Tensor, B: Tensor) -> SparseBases:
+    """The form in which A (r, m) and B (M, q), given with their zeros, are multiplied without them."""
+    columns, values = _padded_rows(A)
+    return SparseBases(columns, values, _places(columns, values.dtype, A.shape[1]), _compress(B), A.shape[1])
+
+
+def _padded_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Columns (r, P) and values (r, P) of the non-zeros of each row, P ≥ 1 the most that a row has."""
     present = matrix != 0
     width = max(int(present.sum(1).max()), 1) if matrix.numel() else 1
     # the columns of non-zeros first, in their order
     columns = torch.argsort((~present).to(torch.uint8), dim=1, stable=True)[:, :width].contiguous()
     return columns, matrix.gather(1, columns)
+
+
+def _places(columns: Tensor, dtype: torch.dtype, min_dim: int) -> Csr:
+    """The matrix (m, r·P) with a one at (columns[j], j) for each j."""
+    flat = columns.flatten()
+    offsets = torch.cat([flat.new_zeros(1), torch.bincount(flat, minlength=min_dim).cumsum(0)])
+    order, every = torch.argsort(flat, stable=True), torch.arange(flat.numel() + 1)
+    ones = torch.ones(flat.numel(), dtype=dtype)  # twice: Dynamo takes no tensor in two places
+    return Csr(offsets.int(), order.int(), ones, every.int(), flat.int(), ones.clone())
 
 
 def _compressed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,14 +201,14 @@ def _csr_mm(
     shape = (rows.shape[0] - 1, matrix.shape[0])
     sparse = torch.sparse_csr_tensor(rows, columns, values, shape, check_invariants=False)
     if matrix.stride(1) != 1:  # MKL is several times slower on a transposed view
-        matrix = _padded(matrix, *matrix.shape).copy_(matrix)
+        matrix = matrix.contiguous()
     adds = base is not None and base.stride(1) == 1
     for start in range(0, matrix.shape[1], _BLOCK):
         source, target = matrix[:, start : start + _BLOCK], out[:, start : start + _BLOCK]
         if base is None or adds:
             torch.addmm(target, sparse, source, beta=int(adds), out=target)
         else:  # MKL does not write transposed, but a block that is still in the cache is soon turned
-            block = _padded(matrix, *target.shape)
+            block = target.new_empty(target.shape)
             torch.addmm(block, sparse, source, beta=0, out=block)
             target.T.add_(block.T)
     return out
@@ -210,8 +227,8 @@ def _start(rows: Tensor, matrix: Tensor, base: Tensor | None) -> Tensor:
 
 
 def _padded(like: Tensor, rows: int, columns: int) -> Tensor:
-    """An empty matrix whose columns do not fall into the same few cache lines, as they do at multiples of 64."""
-    step = columns + 8 if columns % 64 == 0 else columns
+    """An empty matrix, no block of whose columns falls into a few cache lines, as it would at multiples of 64."""
+    step = columns + 8 if columns > _BLOCK and columns % 64 == 0 else columns
     return like.new_empty_strided((rows, columns), (max(step, 1), 1))
 
 
