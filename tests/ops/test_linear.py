@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from randlora.ops import bf16, naive
+from randlora.ops.codes import pack
 from randlora.ops.linear import adapted_linear, can_fuse, delta_weight
 from randlora.ops.operands import DenseBases
 from randlora.ops.plan import Plan, force
@@ -68,7 +69,7 @@ class Case:
             wide = torch.promote_types(self.dtype, torch.float32)
             return sparse_bases(self.A.to(wide), self.B.to(wide))
         if self.kind == "codes":
-            return DenseBases(self.A.to(torch.int8), self.B.to(torch.int8))
+            return DenseBases(self.A.to(torch.int8), pack(self.B.to(torch.int8)))
         return DenseBases(self.A, self.B.bfloat16() if self.kind == "split" else self.B)
 
     def run(self, leaves, summed=None):

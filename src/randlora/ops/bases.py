@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from randlora.errors import BasisMismatchError
-from randlora.ops import bf16
+from randlora.ops import bf16, codes
 from randlora.ops.operands import DenseBases
 from randlora.ops.sparse import SparseBases, sparse_bases
 
@@ -76,12 +76,13 @@ def num_bases(rank: int, min_dim: int) -> int:
 class Basis:
     """One pair of frozen bases, shared by all layers and adapters that use the same numbers.
 
-    Kept in the smallest lossless form: bfloat16 for dense bases, int8 codes and one float32 factor for ternary ones.
+    Kept in the smallest lossless form: bfloat16 for dense bases; for ternary ones codes, of B four to a byte, and one
+    float32 factor each.
     A basis is no part of any module: nothing broadcasts, shards, casts or copies it.
 
     Args:
-        a: compact A of shape (r, m).
-        b: compact B of shape (M, n·r), row-major over (n, r).
+        a: A of shape (r, m), floating point or int8 codes.
+        b: B of shape (M, n·r), row-major over (n, r), likewise.
         factors: what the codes of a and b are multiplied with, 1 for dense bases.
         spec: the definition from which the numbers were drawn; ``None`` for numbers that came from a file.
     """
@@ -93,14 +94,14 @@ class Basis:
         factors: tuple[float, float] = (1.0, 1.0),
         spec: BasisSpec | None = None,
     ) -> None:
-        self._compact = (a, b)
+        self._compact = (a, b if b.is_floating_point() else codes.pack(b))
         self._factors = factors
         self.spec = spec
         self.rank, self.min_dim = a.shape
         self.max_dim, self.num_bases = b.shape[0], b.shape[1] // self.rank
         self._skips_zeros = torch.backends.mkl.is_available() and all(
-            not codes.is_floating_point() and int(codes.count_nonzero()) <= _MOST_NONZEROS * codes.numel()
-            for codes in self._compact
+            not numbers.is_floating_point() and int(numbers.count_nonzero()) <= _MOST_NONZEROS * numbers.numel()
+            for numbers in (a, b)
         )
         self._held: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor] | SparseBases] = {}
         self._fingerprint: str | None = None
@@ -122,26 +123,25 @@ class Basis:
         columns = num_bases * self.rank
         if device.type == "cpu" and self._skips_zeros:
             return self._compressed(torch.promote_types(dtype, torch.float32), min_dim, max_dim, columns)
-        held = dtype
-        if not self._is_dense():
-            held = torch.int8
-        elif self._compact[1].dtype == torch.bfloat16 and device.type == "cpu" and bf16.splits(self._compact[1], dtype):
-            held = torch.bfloat16
-        A, B = self._in_dtype(device, held)
+        B = self._compact[1]
+        if not self._is_dense() or (B.dtype == torch.bfloat16 and bf16.splits(B.numel(), device, dtype)):
+            return self.stored(device, min_dim, max_dim, num_bases)
+        A, B = self._on(device, dtype)
         return DenseBases(A[:, :min_dim], B[:max_dim, :columns])
 
     def stored(self, device: torch.device, min_dim: int, max_dim: int, num_bases: int) -> DenseBases:
         """The slices in the form in which the bases are stored, without ``factor``."""
-        A, B = self._in_dtype(device, self._compact[0].dtype)
-        return DenseBases(A[:, :min_dim], B[:max_dim, : num_bases * self.rank])
+        A, B = self._on(device)
+        columns = num_bases * self.rank
+        return DenseBases(A[:, :min_dim], B[:max_dim, : columns if self._is_dense() else None])
 
     def tensors(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A of shape (r, m) and B of shape (M, n·r) on ``device`` in ``dtype``, as plain numbers."""
-        A, B = (tensor.to(device) for tensor in self._compact)
+        A, B = (tensor.to(device) for tensor in self._numbers())
         if self._is_dense():
             return A.to(dtype), B.to(dtype)
         return tuple(  # type: ignore[return-value]
-            (codes.float() * factor).to(dtype) for codes, factor in zip((A, B), self._factors, strict=True)
+            (numbers.float() * factor).to(dtype) for numbers, factor in zip((A, B), self._factors, strict=True)
         )
 
     def projections(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,7 +170,7 @@ class Basis:
             kind = str(self._compact[0].dtype).removeprefix("torch.")
             digest.update(f"randlora {kind} {self.rank} {self.min_dim} {self.max_dim}".encode())
             digest.update(np.asarray(self._factors, "<f4").tobytes())
-            for tensor in self._compact:
+            for tensor in self._numbers():
                 digest.update(_little_endian(tensor))
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
@@ -191,8 +191,13 @@ class Basis:
     def _is_dense(self) -> bool:
         return self._compact[0].is_floating_point()
 
-    def _in_dtype(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B, or their codes, whole."""
+    def _numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B, or their codes in int8."""
+        a, b = self._compact
+        return a, b if self._is_dense() else codes.unpack(b, self.num_bases * self.rank, torch.int8)
+
+    def _on(self, device: torch.device, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B whole, cast or as they are stored."""
         if device.type == "meta":
             a, b = (torch.empty_like(t, device=device, dtype=dtype) for t in self._compact)
             return a, b
@@ -207,7 +212,8 @@ class Basis:
         key = (dtype, min_dim, max_dim, columns)
         if key not in self._held:
             with torch.inference_mode(False), torch.no_grad():
-                a, b = self._compact[0][:, :min_dim], self._compact[1][:max_dim, :columns]
+                a, b = self._numbers()
+                a, b = a[:, :min_dim], b[:max_dim, :columns]
                 self._held[key] = sparse_bases(a.to(dtype), b.to(dtype))
         return self._held[key]  # type: ignore[return-value]
 

@@ -235,6 +235,6 @@ available: bool = _available()
 _SMALLEST = 1 << 20  # entries of a basis below which splitting costs more than it saves
 
 
-def splits(basis: Tensor, dtype: torch.dtype) -> bool:
-    """Whether products of ``dtype`` should read ``basis`` as bfloat16."""
-    return available and dtype == torch.float32 and basis.device.type == "cpu" and basis.numel() >= _SMALLEST
+def splits(entries: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of ``dtype`` should read a basis of that many entries as bfloat16."""
+    return available and dtype == torch.float32 and device.type == "cpu" and entries >= _SMALLEST

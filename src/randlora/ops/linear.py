@@ -65,7 +65,7 @@ def problem_of(
     problem = Problem(tokens, out_features, in_features, rank, num_bases, fusible, input_needs_grad)
     if isinstance(bases, SparseBases):
         return problem.with_kind("sparse", bases.density)
-    return problem.with_kind("split" if bases.ready(dtype).B.dtype != dtype else "dense")
+    return problem.with_kind("split" if bases.product_dtype(dtype) != dtype else "dense")
 
 
 def skips_zeros(dtype: torch.dtype, tokens: int) -> bool:

@@ -11,19 +11,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from randlora.ops import bf16
+from randlora.ops import bf16, codes
 
 
 class DenseBases(NamedTuple):
     """Bases as matrices, in one of three dtypes.
 
-    That of the products; or bfloat16 for products in float32, which are exact (``bf16.py``); or int8 codes, of which
+    That of the products; or bfloat16 for products in float32, which are exact (``bf16.py``); or ternary codes, of which
     a product takes a temporary copy in its own dtype.
 
     Attributes:
-        A: (r, m).
-        B: (M, q), over (n, r).
+        A: (r, m); codes are int8.
+        B: (M, q), over (n, r); codes are four to a byte (``codes.py``).
     """
 
     A: Tensor
@@ -33,7 +34,24 @@ class DenseBases(NamedTuple):
         """The same numbers such that products in ``dtype`` can take them."""
         if self.B.is_floating_point():
             return self
-        return DenseBases(self.A, self.B.to(torch.bfloat16 if bf16.splits(self.B, dtype) else dtype))
+        return DenseBases(self.A, codes.unpack(self.B, self.columns, self.product_dtype(dtype)))
+
+    def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """That of B in products of ``dtype``."""
+        if self.B.is_floating_point():
+            return self.B.dtype
+        return torch.bfloat16 if bf16.splits(self.B.shape[0] * self.columns, self.B.device, dtype) else dtype
+
+    def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of B, (*indices, q)."""
+        found = F.embedding(indices, self.B)
+        return found.to(dtype) if found.is_floating_point() else codes.unpack(found, self.columns, dtype)
+
+    @property
+    def columns(self) -> int:
+        """Q = n·r with n = ceil(m / r)."""
+        rank, min_dim = self.A.shape
+        return -(-min_dim // rank) * rank
 
     def scaled(self, lam: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
         """Ã = λ·A·γ of shape (q, m), rows over (r, n), formed in the wider of the dtypes, returned in ``dtype``."""

@@ -56,11 +56,14 @@ class Embedding(nn.Module, RandLoraLayer):
             lam, gamma = self.randlora_lambda[name].to(ids.device), self.randlora_gamma[name].to(ids.device)
             At = bases.scaled(lam * self._scaling(name), gamma, dtype)
             wide = self.out_features < self.in_features
-            table, other = (bases.B, At) if wide else (At.T, bases.B.T.to(dtype))
             if base.scale_grad_by_freq or ids.numel() >= base.num_embeddings:
-                rows = F.embedding(ids, table.to(dtype) @ other, scale_grad_by_freq=base.scale_grad_by_freq)
+                B = bases.ready(dtype).B.to(dtype)
+                table = B @ At if wide else At.T @ B.T
+                rows = F.embedding(ids, table, scale_grad_by_freq=base.scale_grad_by_freq)
+            elif wide:
+                rows = bases.rows(ids, dtype) @ At
             else:
-                rows = F.embedding(ids, table).to(dtype) @ other
+                rows = F.embedding(ids, At.T) @ bases.ready(dtype).B.T.to(dtype)
         if base.padding_idx is not None:
             rows = rows.masked_fill((ids == base.padding_idx).unsqueeze(-1), 0)
         return rows
