@@ -12,7 +12,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from randlora.ops import bf16, naive
+from randlora.ops import bf16, naive, operands
 from randlora.ops.codes import pack
 from randlora.ops.linear import adapted_linear, can_fuse, delta_weight
 from randlora.ops.operands import DenseBases
@@ -470,3 +470,10 @@ def test_codes_are_split_where_they_are_many(monkeypatch, plan):
     monkeypatch.setattr(bf16, "_SMALLEST", 1)
     with force(plan):
         Case(9, 6, 4, (5,), torch.float32, kind="codes").check(TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("plan", UNIFORM, ids=plan_name)
+def test_gradients_of_scalings_are_summed_over_blocks(monkeypatch, plan):
+    monkeypatch.setattr(operands, "_IN_CACHE", 1)
+    with force(plan):
+        Case(9, 6, 4, (5,), torch.float64).check(TOLERANCE[torch.float64])

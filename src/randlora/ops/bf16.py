@@ -152,8 +152,12 @@ class _RoundedSum(BySample):
 
 def call(function: type[BySample], op: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
     """The op alone where nobody differentiates or maps it, which spares the bookkeeping."""
-    watched = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-    return op(*inputs) if torch.compiler.is_compiling() or not watched else function.apply(*inputs)
+    return op(*inputs) if torch.compiler.is_compiling() or not is_watched() else function.apply(*inputs)
+
+
+def is_watched() -> bool:
+    """Whether operations of this moment may be differentiated or mapped."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
 def _pieces(values: Tensor) -> list[Tensor]:

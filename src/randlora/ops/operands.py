@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from randlora.ops import bf16, codes
 
+_IN_CACHE = 1 << 17  # numbers of a temporary that stays in a core's cache
+
 
 class DenseBases(NamedTuple):
     """Bases as matrices, in one of three dtypes.
@@ -56,7 +58,10 @@ class DenseBases(NamedTuple):
     def scaled(self, lam: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
         """Ã = λ·A·γ of shape (q, m), rows over (r, n), formed in the wider of the dtypes, returned in ``dtype``."""
         A = self.A.to(torch.promote_types(lam.dtype, dtype))
-        return (torch.mul(lam.unsqueeze(-1), A.unsqueeze(1)) * gamma).flatten(0, 1).to(dtype)
+        scaled = torch.mul(lam.unsqueeze(-1), A.unsqueeze(1))
+        # fresh memory of this size can cost more than what is written to it
+        scaled = scaled * gamma if bf16.is_watched() else scaled.mul_(gamma)
+        return scaled.flatten(0, 1).to(dtype)
 
     def weight(self, At: Tensor, base: Tensor | None = None) -> Tensor:
         """B Ã (+ base), (M, m), in the memory order of the base."""
@@ -69,12 +74,17 @@ class DenseBases(NamedTuple):
         return product(self.B.T, u.T @ v)
 
     def scaling_gradients(self, dAt: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """dλ (r, n) and dγ (n, m) from dÃ, summed in the wider of the dtypes."""
+        """dλ (r, n) and dγ (n, m) from dÃ, which is read once; summed in the wider of the dtypes."""
         dtype = torch.promote_types(lam.dtype, dAt.dtype)
-        weighted = dAt.view(*lam.shape, -1).to(dtype) * self.A.to(dtype).unsqueeze(1)  # (r, n, m)
-        d_lam = torch.einsum("rnm,nm->rn", weighted, gamma.to(dtype))
-        d_gamma = torch.einsum("rnm,rn->nm", weighted, lam.to(dtype))
-        return d_lam, d_gamma
+        lam, gamma = lam.to(dtype), gamma.to(dtype)
+        step = max(_IN_CACHE // max(gamma.numel(), 1), 1)
+        d_lam, d_gamma = [], torch.zeros_like(gamma)
+        blocks = (t.split(step) for t in (dAt.view(*lam.shape, -1), self.A.to(dtype), lam))
+        for gradient, A, scale in zip(*blocks, strict=True):
+            weighted = gradient.to(dtype) * A.unsqueeze(1)  # (rows, n, m)
+            d_lam.append((weighted * gamma).sum(-1))
+            d_gamma = d_gamma + (weighted * scale.unsqueeze(-1)).sum(0)
+        return torch.cat(d_lam), d_gamma
 
 
 def product(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
