@@ -54,7 +54,7 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
             for label, flags in variants.items():
                 for rank in RANKS[1:2] if quick or name == "_sum_of_products" else RANKS:
                     for codes in (False, True) if label in ("update", "dλ, dγ") and rank == 32 else (False,):
-                        for sizes in _sizes(name, rank)[: 1 if quick else None]:
+                        for sizes in _sizes(name, rank, flags)[: 1 if quick else None]:
                             yield resources(arch, name, label, flags, rank, codes, sizes)
 
 
@@ -98,10 +98,10 @@ def _kernel(name: str) -> Any:
     return getattr(kernel, "fn", kernel) if hasattr(kernel, "configs") else kernel
 
 
-def _sizes(name: str, rank: int) -> list[dict[str, int]]:
+def _sizes(name: str, rank: int, flags: dict[str, bool]) -> list[dict[str, int]]:
     """The block sizes among which a GPU chooses."""
     if name != "_scaling_gradients":
-        return triton_tiles.CONFIGS["product"]
+        return triton_tiles.CONFIGS["product"][flags.get("STOCHASTIC", False) :]
     return [
         config | {"ROWS": tile, "COLUMNS": tile, "PART": min(triton.next_power_of_2(rank), tile)}
         for config in triton_tiles.CONFIGS["reduction"]

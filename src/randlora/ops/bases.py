@@ -211,6 +211,7 @@ class Basis:
         key = ("grouped", device, dtype, columns)
         if key not in self._held:
             with torch.inference_mode(False), torch.no_grad():
+                dispatch.kernels(device, torch.bfloat16)  # imported now, before a compiled step needs them
                 a, b = self._compact[0], grouped(self._compact[1][:, :columns], self.rank)
                 self._held[key] = (a.to(device, dtype), b.to(device, dtype))
         return self._held[key]  # type: ignore[return-value]

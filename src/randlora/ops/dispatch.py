@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 
+from randlora.ops import scaled
+
 _HALF = (torch.bfloat16, torch.float16)
 _enabled = True
+_found: dict[torch.device, str | None] = {}  # plain values, asked for before a compiler traces
+_operators: list[ModuleType] = []
 
 
 def set_kernels(enabled: bool) -> None:
@@ -29,15 +32,20 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return "they were switched off by set_kernels(False)"
     if dtype not in _HALF:
         return f"they compute in half precision, not in {str(dtype).removeprefix('torch.')}"
-    return _missing(device)
+    if device not in _found:
+        _found[device] = _missing(device)
+    return _found[device]
 
 
-def kernels() -> ModuleType:
-    """The operators, for bases that lie as they read them. Triton is imported by the first call."""
-    return import_module("randlora.ops.triton_ops")
+def kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module with the products of grouped bases. Triton is imported by the first call that needs it."""
+    if why_not(device, dtype):
+        return scaled
+    if not _operators:
+        _operators.append(import_module("randlora.ops.triton_ops"))
+    return _operators[0]
 
 
-@cache
 def _missing(device: torch.device) -> str | None:
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted:

@@ -205,8 +205,8 @@ def _adapted(
     seed: Tensor | None,
 ) -> Adapted:
     weight = None if weight is None else weight.to(x.dtype)
-    wide = call.out_features < x.shape[-1]
-    return Adapted(GroupedBases(*tensors), lam, gamma, call.scaling, weight, wide, seed, dispatch.kernels())
+    wide, kernels = call.out_features < x.shape[-1], dispatch.kernels(x.device, x.dtype)
+    return Adapted(GroupedBases(*tensors), lam, gamma, call.scaling, weight, wide, seed, kernels)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

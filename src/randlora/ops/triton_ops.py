@@ -102,7 +102,7 @@ def _follow(op: Any, twin: Callable[..., Any]) -> None:
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
 
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        inputs = [value if other is None else other for value, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        inputs = [saved if other is None else other for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
         watched = [number for number, needed in enumerate(ctx.needs_input_grad) if needed]
 
         def of_watched(*values: Tensor) -> Any:
@@ -111,7 +111,7 @@ def _follow(op: Any, twin: Callable[..., Any]) -> None:
                 full[number] = value
             return twin(*full)
 
-        _, pull = torch.func.vjp(of_watched, *(inputs[number] for number in watched))
+        _, pull, *_ = torch.func.vjp(of_watched, *(inputs[number] for number in watched))
         found = dict(zip(watched, pull(grads if len(grads) > 1 else grads[0]), strict=True))
         return tuple(found.get(number) for number in range(len(inputs)))
 

@@ -21,7 +21,7 @@ from randlora.ops.triton_tiles import (
     converted,
     matrix,
     place,
-    rounded,
+    stochastic,
     strides,
     tuned,
 )
@@ -120,7 +120,10 @@ def _times_scaled(
     t = down * ROWS + tl.arange(0, ROWS)
     j = across * COLUMNS + tl.arange(0, COLUMNS)
     dtype: tl.constexpr = out.dtype.element_ty
-    total = tl.zeros((COLUMNS, ROWS), tl.float32)
+    if HAS_BASE:  # first, when no other operand takes registers
+        total = matrix(base, j, t, base_1, base_0, width, rows).to(tl.float32)
+    else:
+        total = tl.zeros((COLUMNS, ROWS), tl.float32)
     if HAS_FIRST:
         total = _add_product(total, a, b, t, j, rows, width, depth, a_0, a_1, b_0, b_1, DEPTH)
 
@@ -137,14 +140,12 @@ def _times_scaled(
             total = add_dot(converted(scaled, dtype), right, total)
 
     where = (j < width)[:, None] & (t < rows)[None, :]
-    if HAS_BASE:
-        total += matrix(base, j, t, base_1, base_0, width, rows).to(tl.float32)
     if HAS_BIAS:
         total += tl.load(bias + j, mask=j < width, other=0.0).to(tl.float32)[:, None]
-    # numbered in row-major order of the result, hence transposed twice
-    values = tl.trans(rounded(tl.trans(total), t, j, width, seed, dtype, STOCHASTIC))
+    if STOCHASTIC:
+        total = stochastic(total, t[None, :] * width + j[:, None], seed)
     at = out + j[:, None].to(tl.int64) * out_1 + t[None, :].to(tl.int64) * out_0
-    tl.store(at, values, mask=where)
+    tl.store(at, converted(total, dtype), mask=where)
 
 
 @tuned("product", _KEY)

@@ -21,16 +21,17 @@ interpreting: bool = triton.knobs.runtime.interpret
 
 _INTERPRETING = tl.constexpr(interpreting)
 
-# Two configurations for many rows and one for few; ROWS are tokens, or rows of B where ΔW is formed.
+# ROWS are tokens, or rows of B where ΔW is formed; the smallest tiles are for few of them.
 CONFIGS: dict[str, list[dict[str, int]]] = {
     "product": [
         {"ROWS": 256, "COLUMNS": 128, "DEPTH": 32, "num_warps": 8, "num_stages": 4},
-        {"ROWS": 128, "COLUMNS": 128, "DEPTH": 32, "num_warps": 8, "num_stages": 4},
+        {"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3},
+        {"ROWS": 64, "COLUMNS": 128, "DEPTH": 32, "num_warps": 4, "num_stages": 4},
         {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "num_warps": 4, "num_stages": 4},
     ],
     "reduction": [
-        {"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3},
-        {"ROWS": 64, "COLUMNS": 64, "DEPTH": 64, "num_warps": 4, "num_stages": 3},
+        {"DEPTH": 64, "num_warps": 8, "num_stages": 3},
+        {"DEPTH": 32, "num_warps": 4, "num_stages": 4},
     ],
 }
 _SMALL = {"ROWS": 32, "COLUMNS": 32, "DEPTH": 16}  # what the interpreter takes: several blocks in small tensors
@@ -38,19 +39,17 @@ _SMALL = {"ROWS": 32, "COLUMNS": 32, "DEPTH": 16}  # what the interpreter takes:
 
 def tuned(kind: str, key: list[str]) -> Any:
     """Decorates a kernel such that the fastest of ``CONFIGS[kind]`` is found once for each ``key`` and remembered."""
+    configs = []
+    for sizes in CONFIGS[kind]:
+        tile = {name: size for name, size in sizes.items() if not name.startswith("num_")}
+        configs.append(triton.Config(tile, num_warps=sizes["num_warps"], num_stages=sizes["num_stages"]))
+    choose = triton.autotune(configs, key, prune_configs_by={"early_config_prune": _fitting}, cache_results=True)
+    return (lambda kernel: kernel) if interpreting else choose
 
-    def decorate(kernel: Any) -> Any:
-        if interpreting:
-            return kernel
-        configs = []
-        for sizes in CONFIGS[kind]:
-            blocks = {name: size for name, size in sizes.items() if not name.startswith("num_")}
-            configs.append(
-                triton.Config(blocks, num_warps=sizes["num_warps"], num_stages=sizes["num_stages"]),
-            )
-        return triton.autotune(configs, key=key, cache_results=True)(kernel)
 
-    return decorate
+def _fitting(configs: list[Any], _arguments: dict[str, Any], **constants: Any) -> list[Any]:
+    """Random bits for the largest tile would not fit into registers beside it."""
+    return configs[1:] if constants.get("STOCHASTIC") else configs
 
 
 def blocks() -> dict[str, int]:
@@ -121,14 +120,11 @@ def add_dot(left, right, total):
 
 
 @triton.jit
-def rounded(total, rows, columns, width, seed, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """float32 to ``dtype``, to nearest, or stochastically to bfloat16 (``rounding.py`` has the twin)."""
-    if STOCHASTIC:
-        counter = rows[:, None].to(tl.uint32) * width + columns[None, :].to(tl.uint32)
-        noise = _mixed(_mixed(counter) ^ tl.load(seed).to(tl.uint32)) & 0xFFFF
-        bits = total.to(tl.uint32, bitcast=True) + noise
-        return (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(dtype)
-    return converted(total, dtype)
+def stochastic(total, number, seed):
+    """float32 values that are bfloat16 numbers, each a neighbour of what it was (``rounding.py`` has the twin)."""
+    noise = _mixed(_mixed(number.to(tl.uint32)) ^ tl.load(seed).to(tl.uint32)) & 0xFFFF
+    bits = total.to(tl.uint32, bitcast=True) + noise
+    return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
