@@ -428,6 +428,18 @@ class TestCompile:
                 for name, leaf in leaves.items():
                     torch.testing.assert_close(leaf.grad, expected[name])
 
+    @pytest.mark.parametrize("kind", ["dense", "grouped"])
+    def test_one_graph_for_several_numbers_of_tokens(self, kind):
+        torch._dynamo.reset()
+        case = Case(9, 6, 4, (5,), torch.float32, kind=kind)
+        bases = case.bases()
+        case.bases = lambda: bases
+        compiled = torch.compile(case.run, fullgraph=True, backend="aot_eager", dynamic=True)
+        for step, tokens in enumerate((5, 7, 4)):
+            leaves = case.leaves | {"x": torch.randn(tokens, 6)}
+            with torch._dynamo.config.patch(error_on_recompile=step > 0):
+                torch.testing.assert_close(compiled(leaves), case.run(leaves))
+
     @pytest.mark.parametrize("kind", KINDS)
     def test_unforced(self, kind):
         torch._dynamo.reset()

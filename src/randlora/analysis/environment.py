@@ -15,7 +15,7 @@ import torch
 from packaging.requirements import Requirement
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 
-from randlora.ops import bf16, naive
+from randlora.ops import bf16, dispatch, naive
 from randlora.ops.bases import BasisSpec, get_basis
 from randlora.ops.linear import adapted_linear, problem_of
 from randlora.tuner.model import RandLoraModel
@@ -110,7 +110,20 @@ def _products() -> list[Finding]:
         "ok" if mkl else "absent",
         "zeros of very sparse bases are skipped" if mkl else "very sparse bases are multiplied as dense ones",
     )
-    return [split, sparse, *(_tried(name, sparsity) for name, sparsity in (("dense", None), ("very sparse", 64.0)))]
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    reason = dispatch.why_not(device, torch.bfloat16)
+    kernels = Finding(
+        "product",
+        "GPU kernels (Triton)",
+        "ok" if reason is None else "absent",
+        "products in half precision form Ã on the chip" if reason is None else f"torch's own products: {reason}",
+    )
+    return [
+        split,
+        sparse,
+        kernels,
+        *(_tried(name, sparsity) for name, sparsity in (("dense", None), ("very sparse", 64.0))),
+    ]
 
 
 def _tried(name: str, sparsity: float | None) -> Finding:

@@ -46,7 +46,7 @@ def adapted_linear(
     is what output and dx are computed with.
     """
     stochastic = weight is not None and rounding.is_stochastic(x.dtype, weight.dtype)
-    fusible = weight is not None and (stochastic or can_fuse(x.dtype, weight.dtype))
+    fusible = weight is not None and fuses(x.dtype, weight.dtype)
     tokens = x.numel() // max(x.shape[-1], 1)
     problem = problem_of(bases, x.dtype, tokens, out_features, x.shape[-1], lam.shape, fusible, x.requires_grad)
     tensors = (bases.columns, bases.values, *bases.B) if isinstance(bases, SparseBases) else bases
@@ -87,6 +87,11 @@ def skips_zeros(dtype: torch.dtype, tokens: int) -> bool:
 def can_fuse(compute: torch.dtype, weight: torch.dtype) -> bool:
     """Whether W + ΔW may be formed and rounded to nearest: in half precision that would lose small updates."""
     return compute == weight and compute in _WIDE
+
+
+def fuses(compute: torch.dtype, weight: torch.dtype) -> bool:
+    """Whether a call may form W + ΔW: exactly, or rounded stochastically where that was asked for."""
+    return can_fuse(compute, weight) or rounding.is_stochastic(compute, weight)
 
 
 def delta_weight(

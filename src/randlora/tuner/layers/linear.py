@@ -73,7 +73,7 @@ class Linear(nn.Module, RandLoraLayer):
         weight = self._base_weight()
         dtype = weight.dtype if dtype is None else dtype
         x = torch.empty(0, self.in_features, dtype=dtype, device=weight.device)
-        fusible = self._takeable_weight(name, x, dtype) is not None and ops.can_fuse(dtype, weight.dtype)
+        fusible = self._takeable_weight(name, x, dtype) is not None and ops.fuses(dtype, weight.dtype)
         return choose(self._problem(name, tokens, weight.device, dtype, fusible))
 
     def train(self, mode: bool = True) -> Linear:
