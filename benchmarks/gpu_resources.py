@@ -33,7 +33,7 @@ COLUMNS = (
 ARCHITECTURES = (80, 90)
 RANKS = (16, 32, 256)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_FLAGS = {
+FLAGS: dict[str, dict[str, dict[str, bool]]] = {
     "_times_scaled": {
         "update": {"HAS_BASE": True, "HAS_FIRST": False, "HAS_BIAS": False, "STOCHASTIC": False},
         "update, stochastic": {"HAS_BASE": True, "HAS_FIRST": False, "HAS_BIAS": False, "STOCHASTIC": True},
@@ -50,11 +50,13 @@ _UNIT_STRIDES = {"out_1", "x_1", "v_1", "left_1", "right_1", "base_1", "a_1", "b
 
 def run(quick: bool) -> Iterator[dict[str, Any]]:
     for arch in ARCHITECTURES[1:] if quick else ARCHITECTURES:
-        for name, variants in _FLAGS.items():
+        for name, variants in FLAGS.items():
             for label, flags in variants.items():
                 for rank in RANKS[1:2] if quick or name == "_sum_of_products" else RANKS:
                     for codes in (False, True) if label in ("update", "dλ, dγ") and rank == 32 else (False,):
-                        for sizes in _sizes(name, rank, flags)[: 1 if quick else None]:
+                        for sizes in _sizes(name, rank, codes or flags.get("STOCHASTIC", False))[
+                            : 1 if quick else None
+                        ]:
                             yield resources(arch, name, label, flags, rank, codes, sizes)
 
 
@@ -98,10 +100,10 @@ def _kernel(name: str) -> Any:
     return getattr(kernel, "fn", kernel) if hasattr(kernel, "configs") else kernel
 
 
-def _sizes(name: str, rank: int, flags: dict[str, bool]) -> list[dict[str, int]]:
+def _sizes(name: str, rank: int, smaller: bool) -> list[dict[str, int]]:
     """The block sizes among which a GPU chooses."""
     if name != "_scaling_gradients":
-        return triton_tiles.CONFIGS["product"][flags.get("STOCHASTIC", False) :]
+        return triton_tiles.CONFIGS["product"][smaller:]
     return [
         config | {"ROWS": tile, "COLUMNS": tile, "PART": min(triton.next_power_of_2(rank), tile)}
         for config in triton_tiles.CONFIGS["reduction"]

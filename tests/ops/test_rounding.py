@@ -70,7 +70,7 @@ def test_a_seed_comes_from_torchs_generator():
 
 
 def train():
-    """The layer, the weight that it learns, and losses of a regression onto an update that it can learn, on a bf16 base."""
+    """A layer on a bf16 base, the weight that it is to learn, and the losses on the way."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(32, 48, bias=False)).bfloat16()
     model = get_peft_model(base, RandLoraConfig(r=8, target_modules=["0"]))

@@ -31,7 +31,7 @@ CONFIGS: dict[str, list[dict[str, int]]] = {
     ],
     "reduction": [
         {"DEPTH": 64, "num_warps": 8, "num_stages": 3},
-        {"DEPTH": 32, "num_warps": 4, "num_stages": 4},
+        {"DEPTH": 32, "num_warps": 8, "num_stages": 4},
     ],
 }
 _SMALL = {"ROWS": 32, "COLUMNS": 32, "DEPTH": 16}  # what the interpreter takes: several blocks in small tensors
@@ -47,9 +47,10 @@ def tuned(kind: str, key: list[str]) -> Any:
     return (lambda kernel: kernel) if interpreting else choose
 
 
-def _fitting(configs: list[Any], _arguments: dict[str, Any], **constants: Any) -> list[Any]:
-    """Random bits for the largest tile would not fit into registers beside it."""
-    return configs[1:] if constants.get("STOCHASTIC") else configs
+def _fitting(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
+    """Random bits, or codes that become numbers, would not fit into registers beside the largest tile."""
+    codes = any(isinstance(value, torch.Tensor) and value.dtype == torch.int8 for value in arguments.values())
+    return configs[1:] if codes or constants.get("STOCHASTIC") else configs
 
 
 def blocks() -> dict[str, int]:
