@@ -16,7 +16,18 @@ def test_the_kernels(group):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", str(CASES), "-k", group, "-q", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(CASES),
+        "-k",
+        group,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--show-capture=no",
+    ]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-8000:]
     assert " passed" in run.stdout

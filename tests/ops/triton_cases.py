@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from randlora import RandLoraConfig, get_peft_model
+from randlora.analysis import environment
 from randlora.ops import dispatch, rounding, scaled, triton_ops
 from randlora.ops.grouped import GroupedBases, grouped
 from randlora.ops.linear import adapted_linear
@@ -187,6 +188,20 @@ class TestLayers:
             error = (found[name].double() - value).norm() / value.norm()
             assert error < 0.03, f"{name}: {error:.1e}"
 
+    def test_parameters_in_half_precision(self):
+        d = Draw(5, 20, 27, 6)
+        bases, grad = GroupedBases(d.A, grouped(d.B, 6)), d.random(5, 27)
+        lam, gamma = d.lam.bfloat16(), d.gamma.bfloat16()
+        found = results(bases, (d.v, lam, gamma), d.W, d.u[0], grad)
+        expected = results(bases, (d.v, lam.float(), gamma.float()), d.W, d.u[0], grad)
+        for name, value in expected.items():
+            assert found[name].dtype == torch.bfloat16
+            assert (found[name] - value).norm() <= 0.01 * value.norm(), name
+
+    def test_doctor_tries_them(self):
+        (finding,) = (finding for finding in environment.examine() if finding.name == "GPU kernels (Triton)")
+        assert finding.verdict == "ok", finding.detail
+
     def test_second_derivatives_are_those_of_the_twins(self):
         d = Draw(4, 20, 27, 6)
         found = []
@@ -224,18 +239,20 @@ class TestLayers:
         assert losses[0] == pytest.approx(losses[1], rel=0.02)
         assert losses[0][-1] < losses[0][0]
 
-    def test_one_compiled_graph_for_several_numbers_of_tokens(self):
+    @pytest.mark.parametrize("plan", WAYS[:2], ids=["token", "weight"])
+    def test_one_compiled_graph_for_several_numbers_of_tokens(self, plan):
         model = get_peft_model(nn.Sequential(nn.Linear(40, 24)).bfloat16(), RandLoraConfig(r=8, target_modules=["0"]))
         model.to(DEVICE)
         torch._dynamo.reset()
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
         step = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
-        for tokens in (5, 9, 7):
-            x = torch.randn(tokens, 40, device=DEVICE).bfloat16().requires_grad_()
-            step(x).sum().backward()
-            gradient, x.grad = x.grad, None
-            model(x).sum().backward()
-            torch.testing.assert_close(gradient, x.grad)
+        with force(plan):
+            for tokens in (5, 9, 7):
+                x = torch.randn(tokens, 40, device=DEVICE).bfloat16().requires_grad_()
+                step(x).sum().backward()
+                gradient, x.grad = x.grad, None
+                model(x).sum().backward()
+                torch.testing.assert_close(gradient, x.grad)
         assert counter.frame_count == 1
 
     def test_vmap(self):

@@ -210,6 +210,8 @@ def _adapted(
     seed: Tensor | None,
 ) -> Adapted:
     weight = None if weight is None else weight.to(x.dtype)
+    parameters = torch.promote_types(lam.dtype, torch.float32)
+    lam, gamma = lam.to(parameters), gamma.to(parameters)
     wide, kernels = call.out_features < x.shape[-1], dispatch.kernels(x.device, x.dtype)
     return Adapted(GroupedBases(*tensors), lam, gamma, call.scaling, weight, wide, seed, kernels)
 
