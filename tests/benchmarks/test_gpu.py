@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,7 @@ for row in rows:
 """
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which is for Linux only")
 def test_the_kernels_become_matrix_instructions_without_spilling():
     """In a process of its own, where Triton does not interpret; without a device."""
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "HOME": str(Path.home())}

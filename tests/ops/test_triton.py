@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 CASES = Path(__file__).with_name("triton_cases.py")
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which is for Linux only")
 @pytest.mark.parametrize("group", ["TestAgainstTheTwins", "not TestAgainstTheTwins"])
 def test_the_kernels(group):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
