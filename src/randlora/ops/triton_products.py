@@ -106,7 +106,7 @@ def _tiles_of_bases(rank: int, num_bases: int, tile: int) -> int:
 _KEY = ["bucket", "width", "n", "RANK"]
 
 
-@tuned("product", [*_KEY, "HAS_BASE", "HAS_FIRST"])
+@tuned("product", [*_KEY, "HAS_BASE", "HAS_FIRST", "STOCHASTIC"])
 @triton.jit(do_not_specialize=["rows", "bucket"])
 def _times_scaled(
     out, x, A, lam, gamma, base, bias, a, b, seed,
