@@ -29,7 +29,7 @@ NAMES = (
 )
 """Each is a file here, with `COLUMNS` of its table, and `run(quick)` that yields its rows."""
 
-ON_REQUEST = ("sweep",)
+ON_REQUEST = ("gpu_resources", "sweep")
 """Likewise, but run only where they are named: they measure what training ends with, not what it costs."""
 
 KNOWN = (*NAMES, *ON_REQUEST)

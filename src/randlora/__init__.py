@@ -17,6 +17,7 @@ from randlora.errors import (
     RandLoraError,
     UnsupportedLayerError,
 )
+from randlora.ops.rounding import set_stochastic_rounding
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.hotswap import hotswap_adapter
 from randlora.tuner.layers.base import RandLoraLayer
@@ -48,6 +49,7 @@ __all__ = [
     "UnsupportedLayerError",
     "get_peft_model",
     "hotswap_adapter",
+    "set_stochastic_rounding",
     "set_weight_cache",
 ]
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from randlora.ops import bf16, naive, operands
 from randlora.ops.codes import pack
+from randlora.ops.grouped import GroupedBases, grouped
 from randlora.ops.linear import adapted_linear, can_fuse, delta_weight
 from randlora.ops.operands import DenseBases
 from randlora.ops.plan import Plan, force
@@ -22,7 +23,7 @@ from randlora.ops.sparse import sparse_bases
 WAYS = ("token", "weight", "fused")
 PLANS = [Plan(*ways) for ways in itertools.product(WAYS, WAYS, WAYS[:2])]
 UNIFORM = [Plan("token", "token", "token"), Plan("weight", "weight", "weight"), Plan("fused", "fused", "weight")]
-KINDS = ("dense", "split", "codes", "sparse")
+KINDS = ("dense", "split", "codes", "sparse", "grouped")
 SCALING = 1.7
 
 
@@ -70,6 +71,8 @@ class Case:
             return sparse_bases(self.A.to(wide), self.B.to(wide))
         if self.kind == "codes":
             return DenseBases(self.A.to(torch.int8), pack(self.B.to(torch.int8)))
+        if self.kind == "grouped":
+            return GroupedBases(self.A, grouped(self.B, len(self.A)))
         return DenseBases(self.A, self.B.bfloat16() if self.kind == "split" else self.B)
 
     def run(self, leaves, summed=None):
@@ -162,7 +165,7 @@ class TestAgainstThePlainFormula:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize(("out", "in_"), [(48, 32), (32, 48), (40, 40)], ids=["tall", "wide", "square"])
     @pytest.mark.parametrize("weight", [True, False])
-    @pytest.mark.parametrize("kind", ["dense", "codes", "sparse"])
+    @pytest.mark.parametrize("kind", ["dense", "codes", "sparse", "grouped"])
     def test_half_precision_against_float64(self, plan, dtype, out, in_, weight, kind):
         with force(plan):
             Case(out, in_, 6, (4, 9), dtype, weight=weight, kind=kind).check(TOLERANCE[dtype])
@@ -232,7 +235,12 @@ class TestAgainstThePlainFormula:
 class TestPieces:
     @settings(deadline=None)
     @given(
-        out=dims, in_=dims, rank=st.integers(1, 25), seed=st.integers(0, 1000), kind=st.sampled_from(KINDS), base=...
+        out=dims,
+        in_=dims,
+        rank=st.integers(1, 25),
+        seed=st.integers(0, 1000),
+        kind=st.sampled_from(KINDS[:4]),
+        base=...,
     )
     def test_delta_weight(self, out: int, in_: int, rank: int, seed: int, kind: str, base: bool):
         case = Case(out, in_, rank, seed=seed, kind=kind, dtype=torch.float32 if kind == "split" else torch.float64)
@@ -267,7 +275,7 @@ class TestPieces:
 
 
 SHAPES = pytest.mark.parametrize(("out", "in_", "rank"), [(5, 3, 2), (3, 5, 2), (4, 4, 6)], ids=["tall", "wide", "r>m"])
-DOUBLE_KINDS = pytest.mark.parametrize("kind", ["dense", "codes", "sparse"])
+DOUBLE_KINDS = pytest.mark.parametrize("kind", ["dense", "codes", "sparse", "grouped"])
 
 
 class TestDerivatives:
@@ -420,6 +428,18 @@ class TestCompile:
                 torch.testing.assert_close(y.detach(), expected["y"])
                 for name, leaf in leaves.items():
                     torch.testing.assert_close(leaf.grad, expected[name])
+
+    @pytest.mark.parametrize("kind", ["dense", "grouped"])
+    def test_one_graph_for_several_numbers_of_tokens(self, kind):
+        torch._dynamo.reset()
+        case = Case(9, 6, 4, (5,), torch.float32, kind=kind)
+        bases = case.bases()
+        case.bases = lambda: bases
+        compiled = torch.compile(case.run, fullgraph=True, backend="aot_eager", dynamic=True)
+        for step, tokens in enumerate((5, 7, 4)):
+            leaves = case.leaves | {"x": torch.randn(tokens, 6)}
+            with torch._dynamo.config.patch(error_on_recompile=step > 0):
+                torch.testing.assert_close(compiled(leaves), case.run(leaves))
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_unforced(self, kind):

@@ -15,7 +15,7 @@ import torch
 from packaging.requirements import Requirement
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 
-from randlora.ops import bf16, naive
+from randlora.ops import bf16, dispatch, naive
 from randlora.ops.bases import BasisSpec, get_basis
 from randlora.ops.linear import adapted_linear, problem_of
 from randlora.tuner.model import RandLoraModel
@@ -31,7 +31,8 @@ _OPTIONAL = {
     "matplotlib": "pictures",
     "huggingface_hub": "randlora push",
 }
-_TOLERANCE = 1e-4  # of the output's norm, against the formula in float64
+_CPU = torch.device("cpu")
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the output's norm, against the formula in float64
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,17 @@ def _products() -> list[Finding]:
         "ok" if mkl else "absent",
         "zeros of very sparse bases are skipped" if mkl else "very sparse bases are multiplied as dense ones",
     )
-    return [split, sparse, *(_tried(name, sparsity) for name, sparsity in (("dense", None), ("very sparse", 64.0)))]
+    kernels = _guarded("product", "GPU kernels (Triton)", _kernels)
+    layers = (_tried(name, sparsity) for name, sparsity in (("dense", None), ("very sparse", 64.0)))
+    return [split, sparse, kernels, *layers]
+
+
+def _kernels() -> tuple[Verdict, str]:
+    device = torch.accelerator.current_accelerator() or _CPU
+    reason = dispatch.why_not(device, torch.bfloat16)
+    if reason is not None:
+        return "absent", f"torch's own products: {reason}"
+    return _compare(None, device, torch.bfloat16)
 
 
 def _tried(name: str, sparsity: float | None) -> Finding:
@@ -118,21 +129,23 @@ def _tried(name: str, sparsity: float | None) -> Finding:
     return _guarded("product", f"{name} layer", lambda: _compare(sparsity))
 
 
-def _compare(sparsity: float | None) -> tuple[Verdict, str]:
+def _compare(
+    sparsity: float | None, device: torch.device = _CPU, dtype: torch.dtype = torch.float32
+) -> tuple[Verdict, str]:
     rank, out, into, tokens = 16, 320, 256, 64
     basis = get_basis(BasisSpec(rank, into, out, 0, sparsity, into, out))
-    operands = basis.operands(torch.device("cpu"), torch.float32, into, out, basis.num_bases)
+    operands = basis.operands(device, dtype, into, out, basis.num_bases)
     generator = torch.Generator().manual_seed(0)
     lam = torch.randn(rank, basis.num_bases, generator=generator)
     gamma = torch.randn(basis.num_bases, into, generator=generator)
-    x = torch.randn(tokens, into, generator=generator)
-    y = adapted_linear(x, operands, lam, gamma, basis.factor, out)
+    x = torch.randn(tokens, into, generator=generator).to(dtype)
+    y = adapted_linear(x.to(device), operands, lam.to(device), gamma.to(device), basis.factor, out).cpu()
     A, B = basis.tensors(torch.device("cpu"), torch.float64)
     expected = x.double() @ naive.delta_weight(A, B, lam.double(), gamma.double(), 1.0, out, into).T
     error = float((y - expected).norm() / expected.norm())
-    kind = problem_of(operands, torch.float32, tokens, out, into, tuple(lam.shape), fusible=False).kind
+    kind = problem_of(operands, dtype, tokens, out, into, tuple(lam.shape), fusible=False).kind
     detail = f"relative error {error:.0e} against float64, by {kind} products"
-    return ("ok" if error < _TOLERANCE else "broken"), detail
+    return ("ok" if error < _TOLERANCE[dtype] else "broken"), detail
 
 
 def _optional() -> list[Finding]:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from randlora.errors import BasisMismatchError
-from randlora.ops import bf16, codes
+from randlora.ops import bf16, codes, dispatch
+from randlora.ops.grouped import GroupedBases, grouped
 from randlora.ops.operands import DenseBases
 from randlora.ops.sparse import SparseBases, sparse_bases
 
@@ -114,13 +115,16 @@ class Basis:
 
     def operands(
         self, device: torch.device, dtype: torch.dtype, min_dim: int, max_dim: int, num_bases: int
-    ) -> DenseBases | SparseBases:
+    ) -> DenseBases | SparseBases | GroupedBases:
         """The slices of A and B that a layer multiplies with in ``dtype`` on ``device``, without ``factor``.
 
         What has to be made for it is made once and kept: a cast of dense bases, the compressed rows of very sparse
         ones. Views of the stored form are taken where products can read that.
         """
         columns = num_bases * self.rank
+        if dispatch.why_not(device, dtype) is None:
+            A, B = self._grouped(device, dtype if self._is_dense() else torch.int8, columns)
+            return GroupedBases(A[:, :min_dim], B[:max_dim])
         if device.type == "cpu" and self._skips_zeros:
             return self._compressed(torch.promote_types(dtype, torch.float32), min_dim, max_dim, columns)
         B = self._compact[1]
@@ -206,6 +210,17 @@ class Basis:
                 a, b = (t.to(device, dtype) for t in self._compact)
             self._held[device, dtype] = (a, b)
         return self._held[device, dtype]  # type: ignore[return-value]
+
+    def _grouped(self, device: torch.device, dtype: torch.dtype, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A whole and the first columns of B, basis by basis: one form for each number of bases."""
+        key = ("grouped", device, dtype, columns)
+        if key not in self._held:
+            with torch.inference_mode(False), torch.no_grad():
+                dispatch.kernels(device, torch.bfloat16)  # imported now, before a compiled step needs them
+                a, b = self._numbers()
+                b = grouped(b[:, :columns], self.rank)
+                self._held[key] = (a.to(device, dtype), b.to(device, dtype))
+        return self._held[key]  # type: ignore[return-value]
 
     def _compressed(self, dtype: torch.dtype, min_dim: int, max_dim: int, columns: int) -> SparseBases:
         """The codes as numbers in compressed rows: one form for each size of layer."""

@@ -15,18 +15,22 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from randlora.ops import dispatch, rounding
 from randlora.ops import plan as planner
 from randlora.ops.bf16 import sum_of_products
+from randlora.ops.grouped import Adapted, GroupedBases
 from randlora.ops.operands import DenseBases, product
 from randlora.ops.plan import Plan, Problem, choose
 from randlora.ops.sparse import Csr, SparseBases
 
 _WIDE = (torch.float32, torch.float64)
 
+Bases = DenseBases | SparseBases | GroupedBases
+
 
 def adapted_linear(
     x: Tensor,  # (..., in)
-    bases: DenseBases | SparseBases,
+    bases: Bases,
     lam: Tensor,  # (r, n)
     gamma: Tensor,  # (n, m)
     scaling: float,
@@ -41,17 +45,19 @@ def adapted_linear(
     number of times; ``weight`` is taken as frozen. ``summed`` is W + ΔW where the caller holds it already: then that
     is what output and dx are computed with.
     """
-    fusible = weight is not None and can_fuse(x.dtype, weight.dtype)
+    stochastic = weight is not None and rounding.is_stochastic(x.dtype, weight.dtype)
+    fusible = weight is not None and fuses(x.dtype, weight.dtype)
     tokens = x.numel() // max(x.shape[-1], 1)
     problem = problem_of(bases, x.dtype, tokens, out_features, x.shape[-1], lam.shape, fusible, x.requires_grad)
     tensors = (*bases[:2], *bases.places, *bases.B) if isinstance(bases, SparseBases) else bases
-    call = _Call(scaling, out_features, choose(problem))
+    call = _Call(scaling, out_features, choose(problem), isinstance(bases, GroupedBases))
+    seed = rounding.new_seed(x.device) if stochastic else None
     compute = _AdaptedLinear.apply if _is_watched(x, lam, gamma, bias) else _AdaptedLinear.forward
-    return compute(x, lam, gamma, weight, bias, call, summed, *tensors)
+    return compute(x, lam, gamma, weight, bias, call, summed, seed, *tensors)
 
 
 def problem_of(
-    bases: DenseBases | SparseBases,
+    bases: Bases,
     dtype: torch.dtype,
     tokens: int,
     out_features: int,
@@ -65,6 +71,8 @@ def problem_of(
     problem = Problem(tokens, out_features, in_features, rank, num_bases, fusible, input_needs_grad)
     if isinstance(bases, SparseBases):
         return problem.with_kind("sparse", bases.density)
+    if isinstance(bases, GroupedBases):
+        return problem
     return problem.with_kind("split" if bases.product_dtype(dtype) != dtype else "dense")
 
 
@@ -77,14 +85,20 @@ def skips_zeros(dtype: torch.dtype, tokens: int) -> bool:
 
 
 def can_fuse(compute: torch.dtype, weight: torch.dtype) -> bool:
-    """Whether W + ΔW may be formed: in half precision it would round small updates away."""
+    """Whether W + ΔW may be formed and rounded to nearest: in half precision that would lose small updates."""
     return compute == weight and compute in _WIDE
 
 
+def fuses(compute: torch.dtype, weight: torch.dtype) -> bool:
+    """Whether a call may form W + ΔW: exactly, or rounded stochastically where that was asked for."""
+    return can_fuse(compute, weight) or rounding.is_stochastic(compute, weight)
+
+
 def delta_weight(
-    bases: DenseBases | SparseBases, lam: Tensor, gamma: Tensor, scaling: float, wide: bool, base: Tensor | None = None
+    bases: Bases, lam: Tensor, gamma: Tensor, scaling: float, wide: bool, base: Tensor | None = None
 ) -> Tensor:
-    """ΔW (+ base) of shape (out, in) in the dtype of λ; ``wide`` says that out < in."""
+    """ΔW (+ base) of shape (out, in) in the dtype of λ, float32 or wider; ``wide`` says that out < in."""
+    assert not isinstance(bases, GroupedBases)  # which are for half precision
     if isinstance(bases, DenseBases):
         bases = bases.ready(lam.dtype)
     base = None if base is None else _oriented(base, wide)
@@ -106,6 +120,7 @@ class _Call(NamedTuple):
     scaling: float
     out_features: int
     plan: Plan
+    is_grouped: bool
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -122,17 +137,22 @@ class _AdaptedLinear(torch.autograd.Function):
         bias: Tensor | None,
         call: _Call,
         summed: Tensor | None,
+        seed: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
         if summed is not None:
             return F.linear(x, summed, bias)
         wide = call.out_features < x.shape[-1]
         with _without_autocast(x.device.type):
+            x2 = x.reshape(-1, x.shape[-1])  # (T, in)
+            if call.is_grouped:
+                adapted = _adapted(tensors, lam, gamma, weight, x, call, seed)
+                y = adapted.output(x2, call.plan.output, bias)
+                return y.reshape(*x.shape[:-1], call.out_features)
             bases = _bases(tensors, x.dtype, gamma)
             At = bases.scaled(lam * call.scaling, gamma, x.dtype)
-            x2 = x.reshape(-1, x.shape[-1])  # (T, in)
             if call.plan.output == "fused" and weight is not None:
-                y = F.linear(x2, _oriented(bases.weight(At, _oriented(weight, wide)), wide), bias)
+                y = F.linear(x2, _oriented(_sum(bases, At, _oriented(weight, wide), seed), wide), bias)
             else:
                 update = _update(x2, bases, At, wide, call.plan.output)
                 y = _with_base(update, x2, weight if weight is None else weight.T, bias)
@@ -140,29 +160,34 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, lam, gamma, weight, bias, call, summed, *tensors = inputs
-        ctx.save_for_backward(x, lam, gamma, weight, summed, *tensors)
+        x, lam, gamma, weight, bias, call, summed, seed, *tensors = inputs
+        ctx.save_for_backward(x, lam, gamma, weight, summed, seed, *tensors)
         ctx.call, ctx.bias_dtype = call, None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, lam, gamma, weight, summed, *tensors = ctx.saved_tensors
-        scaling, out_features, plan = ctx.call
+        x, lam, gamma, weight, summed, seed, *tensors = ctx.saved_tensors
+        scaling, out_features, plan, is_grouped = ctx.call
         wide = out_features < x.shape[-1]
         with _without_autocast(x.device.type):
             g2 = grads[0].reshape(-1, out_features)  # (T, out)
             x2 = x.reshape(-1, x.shape[-1])  # (T, in)
-            bases = _bases(tensors, x.dtype, gamma)
-            At = bases.scaled(lam * scaling, gamma, x.dtype)
             needs_x = ctx.needs_input_grad[0]
-            dx, dAt = _gradients(x2, g2, bases, At, weight, wide, plan, needs_x and summed is None)
+            by_plan = needs_x and summed is None
+            if is_grouped:
+                adapted = _adapted(tensors, lam, gamma, weight, x, ctx.call, seed)
+                dx, d_lam, d_gamma = adapted.gradients(x2, g2, plan, by_plan)
+            else:
+                bases = _bases(tensors, x.dtype, gamma)
+                At = bases.scaled(lam * scaling, gamma, x.dtype)
+                dx, dAt = _gradients(x2, g2, bases, At, weight, wide, plan, by_plan, seed)
+                d_lam, d_gamma = bases.scaling_gradients(dAt, lam, gamma)
             if needs_x and summed is not None:
                 dx = g2 @ summed
-            d_lam, d_gamma = bases.scaling_gradients(dAt, lam, gamma)
             d_bias = g2.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[4] else None
         dx = dx if dx is None else dx.reshape(x.shape)
         d_lam, d_gamma = (d_lam * scaling).to(lam.dtype), (d_gamma * scaling).to(gamma.dtype)
-        return dx, d_lam, d_gamma, None, d_bias, None, None, *(None for _ in tensors)
+        return dx, d_lam, d_gamma, None, d_bias, None, None, None, *(None for _ in tensors)
 
 
 Update = Tensor | tuple[Tensor, Tensor]
@@ -176,6 +201,22 @@ def _bases(tensors: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype, gamma
     return SparseBases(tensors[0], tensors[1], places, B, gamma.shape[1])
 
 
+def _adapted(
+    tensors: tuple[Tensor, ...] | list[Tensor],
+    lam: Tensor,
+    gamma: Tensor,
+    weight: Tensor | None,
+    x: Tensor,
+    call: _Call,
+    seed: Tensor | None,
+) -> Adapted:
+    weight = None if weight is None else weight.to(x.dtype)
+    parameters = torch.promote_types(lam.dtype, torch.float32)
+    lam, gamma = lam.to(parameters), gamma.to(parameters)
+    wide, kernels = call.out_features < x.shape[-1], dispatch.kernels(x.device, x.dtype)
+    return Adapted(GroupedBases(*tensors), lam, gamma, call.scaling, weight, wide, seed, kernels)
+
+
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Products run in the dtype of their operands, which the caller has chosen."""
     if not torch.amp.is_autocast_available(device_type):  # the meta device, for one
@@ -185,6 +226,13 @@ def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 def _oriented(update: Tensor, wide: bool) -> Tensor:  # (M, m) <-> (out, in)
     return update.T if wide else update
+
+
+def _sum(bases: DenseBases | SparseBases, At: Tensor, weight: Tensor, seed: Tensor | None) -> Tensor:
+    """B Ã + W, (M, m) as ``weight``."""
+    if seed is None:
+        return bases.weight(At, weight)
+    return rounding.stochastic(bases.weight(At).float() + weight.float(), seed)
 
 
 def _update(rows: Tensor, bases: DenseBases | SparseBases, At: Tensor, to_narrow: bool, way: str) -> Update:
@@ -219,6 +267,7 @@ def _gradients(
     wide: bool,
     plan: Plan,
     needs_x: bool,
+    seed: Tensor | None,
 ) -> tuple[Tensor | None, Tensor]:
     """dx (T, in) and dÃ."""
     u, v = (x, g) if wide else (g, x)
@@ -235,7 +284,7 @@ def _gradients(
     if not needs_x:
         return None, dAt
     if plan.grad_input == "fused" and weight is not None:
-        return g @ _oriented(bases.weight(At, _oriented(weight, wide)), wide), dAt
+        return g @ _oriented(_sum(bases, At, _oriented(weight, wide), seed), wide), dAt
     if plan.grad_input != "token" or shared is None:
         shared = _update(g, bases, At, not wide, plan.grad_input)
     return _with_base(shared, g, weight, None), dAt

@@ -93,7 +93,7 @@ class Problem:
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """(T, q, m, M)."""
-        m, M = sorted((self.out_features, self.in_features))
+        m, M = min(self.out_features, self.in_features), max(self.out_features, self.in_features)
         return self.tokens, self.rank * self.num_bases, m, M
 
     def with_kind(self, kind: Kind, density: tuple[float, float] = (1.0, 1.0)) -> Problem:

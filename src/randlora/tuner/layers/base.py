@@ -15,7 +15,6 @@ from randlora.errors import MergeError
 from randlora.ops import linear as ops
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
 from randlora.ops.operands import DenseBases
-from randlora.ops.sparse import SparseBases
 from randlora.tuner.layers.scaled import ScaledLayer
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -290,7 +289,7 @@ class RandLoraLayer(ScaledLayer):
         """
         return known_basis(self.bases[adapter_name])
 
-    def _operands(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> DenseBases | SparseBases:
+    def _operands(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> ops.Bases:
         """This layer's slices of the shared bases, as products in ``dtype`` take them."""
         n = self.num_bases[adapter_name]
         return self.basis(adapter_name).operands(device, dtype, self.min_dim, self.max_dim, n)

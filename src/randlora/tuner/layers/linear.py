@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from randlora.ops import linear as ops
-from randlora.ops.operands import DenseBases
 from randlora.ops.plan import Plan, Problem, call_cost, choose, sum_cost
 from randlora.ops.sparse import SparseBases
 from randlora.tuner.layers.base import RandLoraLayer, compute_dtype, innermost
@@ -74,7 +73,7 @@ class Linear(nn.Module, RandLoraLayer):
         weight = self._base_weight()
         dtype = weight.dtype if dtype is None else dtype
         x = torch.empty(0, self.in_features, dtype=dtype, device=weight.device)
-        fusible = self._takeable_weight(name, x, dtype) is not None and ops.can_fuse(dtype, weight.dtype)
+        fusible = self._takeable_weight(name, x, dtype) is not None and ops.fuses(dtype, weight.dtype)
         return choose(self._problem(name, tokens, weight.device, dtype, fusible))
 
     def train(self, mode: bool = True) -> Linear:
@@ -137,12 +136,10 @@ class Linear(nn.Module, RandLoraLayer):
         bases, shape = self._cheaper_operands(name, tokens, device, dtype), self.randlora_lambda[name].shape
         return ops.problem_of(bases, dtype, tokens, self.out_features, self.in_features, shape, fusible)
 
-    def _cheaper_operands(
-        self, name: str, tokens: int, device: torch.device, dtype: torch.dtype
-    ) -> DenseBases | SparseBases:
+    def _cheaper_operands(self, name: str, tokens: int, device: torch.device, dtype: torch.dtype) -> ops.Bases:
         """The bases in the form in which that many tokens cost less."""
         bases = self._operands(name, device, dtype)
-        if isinstance(bases, DenseBases) or ops.skips_zeros(dtype, tokens):
+        if not isinstance(bases, SparseBases) or ops.skips_zeros(dtype, tokens):
             return bases
         return self._stored(name, device)
 

@@ -1,0 +1,65 @@
+"""Time and memory of work on a device, and the rates that its floor is counted with."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+
+def milliseconds(work: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """Median of ``rounds`` runs after two that compile, tune and warm up; by events where the device has them."""
+    for _ in range(2):
+        work()
+    if device.type != "cuda":
+        times = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            work()
+            times.append(1e3 * (time.perf_counter() - start))
+        return median(times)
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
+    for start_mark, end_mark in marks:
+        start_mark.record()
+        work()
+        end_mark.record()
+    torch.cuda.synchronize(device)
+    return median(first.elapsed_time(last) for first, last in marks)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the device was measured to do.
+
+    Attributes:
+        products: multiply-adds a second of a large product in bf16, by torch.
+        memory: bytes a second, read and written, of a large copy.
+    """
+
+    products: float
+    memory: float
+
+    def floor(self, multiply_adds: float, nbytes: float) -> float:
+        """Milliseconds that so much work and traffic take at least."""
+        return 1e3 * max(multiply_adds / self.products, nbytes / self.memory)
+
+
+def measured_rates(device: torch.device, small: bool) -> Rates:
+    size, length = (256, 1 << 20) if small else (8192, 1 << 29)
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    products = size**3 / milliseconds(lambda: a @ b, device, 10)
+    source = torch.empty(length, device=device, dtype=torch.bfloat16).zero_()
+    target = torch.empty_like(source)
+    memory = 2 * source.nbytes / milliseconds(lambda: target.copy_(source), device, 10)
+    return Rates(1e3 * products, 1e3 * memory)

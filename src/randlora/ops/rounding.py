@@ -1,0 +1,51 @@
+"""Stochastic rounding of W + ΔW to bfloat16, which keeps small updates on average: opt-in.
+
+A sum in bfloat16 rounds to W wherever ΔW is under half an ulp. Rounded up with the probability of its place between
+its two neighbours, it is right on average, and one product with W + ΔW does for both. The noise of a single call is
+that of bfloat16 itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_stochastic = False
+
+
+def set_stochastic_rounding(enabled: bool) -> None:
+    """Whether training on a bfloat16 base may form W + ΔW, rounded stochastically, where that is cheaper.
+
+    Off unless set, for the process. Off, W and ΔW are separate products whose sum is rounded once.
+    """
+    global _stochastic  # noqa: PLW0603 - a plain global is what torch.compile can guard on
+    _stochastic = enabled
+
+
+def is_stochastic(compute: torch.dtype, weight: torch.dtype) -> bool:
+    """Whether W + ΔW is to be rounded stochastically."""
+    return _stochastic and compute == weight == torch.bfloat16
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """A seed of shape (1,), int32, drawn where it is used, so that replayed CUDA graphs draw new ones."""
+    return torch.randint(2**31 - 1, (1,), dtype=torch.int32, device=device)
+
+
+def stochastic(total: Tensor, seed: Tensor) -> Tensor:
+    """The float32 ``total`` (i, j) in bfloat16, each entry one of its two neighbours and right on average.
+
+    Random bits are a hash of the entry's number in row-major order and of the ``seed``; added to the bits that
+    bfloat16 lacks, they carry into those that it has just as often as the value's place asks for.
+    """
+    counter = torch.arange(total.numel(), device=total.device).view(total.shape)
+    noise = _mixed(_mixed(counter) ^ seed.long()) & 0xFFFF
+    bits = (total.contiguous().view(torch.int32).long() + noise) & 0xFFFF0000
+    return bits.to(torch.int32).view(torch.float32).bfloat16()
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """The finaliser of MurmurHash3 on 32-bit numbers in int64, where products wrap around alike."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)
