@@ -5,46 +5,17 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
+from randlora import RandLoraConfig
+
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-FIELDS = [
-    "r",
-    "target_modules",
-    "projection_prng_key",
-    "save_projection",
-    "sparse",
-    "very_sparse",
-    "randlora_dropout",
-    "fan_in_fan_out",
-    "randlora_alpha",
-    "bias",
-    "modules_to_save",
-    "init_weights",
-    "layers_to_transform",
-    "layers_pattern",
-    "exclude_modules",
-    "target_parameters",
-    "rank_pattern",
-    "alpha_pattern",
-    "sparsity",
-    "randlora_scaling",
-    "trainable_token_indices",
-    "ensure_weight_tying",
-    "basis_fingerprint",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "task_type",
-    "auto_mapping",
-    "peft_version",
-    "runtime_config",
-    "unknown",
-]
+FIELDS = [field.name for field in fields(RandLoraConfig) if field.name != "peft_type"] + ["runtime_config", "unknown"]
 NAMES = [
     "../../../etc/passwd",
     "/etc/passwd",

@@ -108,7 +108,7 @@ def named_errors(model: nn.Module, path: str | os.PathLike[str]) -> Iterator[Non
     except (RandLoraError, OSError, torch.OutOfMemoryError):
         raise
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError, re.error) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        reason = " ".join(str(error).split())[:500]
         raise CheckpointError(
             f"the adapter in {os.fspath(path)!r} cannot be loaded onto {type(model).__name__}: "
             f"{type(error).__name__}: {reason}"
