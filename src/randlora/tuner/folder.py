@@ -255,6 +255,7 @@ def _weights_of(folder: Path) -> Path:
         if (folder / PICKLE).is_file():
             refuse_pickle(folder / PICKLE)
         raise CheckpointError(f"{os.fspath(folder)!r} has no {WEIGHTS}")
+    weights.open("rb").close()  # of whatever cannot be opened safetensors says that there is no such file
     return weights
 
 
