@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -285,6 +285,7 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
         names = list(file.keys())
         ours = {n: file.get_tensor(n) for n in names if n.endswith((_LAMBDA, _GAMMA))}
         rest = {n: tuple(file.get_slice(n).get_shape()) for n in names if n not in ours}
+    dimensions = {name: len(shape) for name, shape in rest.items()}
     projections: dict[str, dict[str, str]] = {}
     for name in [n for n in rest if ".randlora_A" in f".{n}" or ".randlora_B" in f".{n}"]:
         owner, _, kind = name.rpartition(".")
@@ -293,6 +294,9 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
     half = [owner for owner, pair in projections.items() if len(pair) < 2]
     if half:
         raise CheckpointError(f"{weights} holds only one of the two bases of {half[0]!r}")
+    flat = [name for name in names if name not in ours and name not in rest and dimensions[name] != 3]
+    if flat:
+        raise CheckpointError(f"{weights}: {flat[0]!r} has {dimensions[flat[0]]} dimensions, a basis has 3")
     pairs = {owner: (pair["A"], pair["B"]) for owner, pair in projections.items()}
     return AdapterFolder(folder, config, _layers(ours, config, weights), pairs, rest)
 
@@ -327,7 +331,13 @@ def _layers(tensors: dict[str, Tensor], config: RandLoraConfig, weights: Path) -
             continue
         full = key.removesuffix(_LAMBDA)
         lam, gamma = tensors[key], tensors.get(full + _GAMMA)
-        if gamma is None or lam.shape[-1] != gamma.shape[-2] or lam.shape[:-2] != gamma.shape[:-2]:
+        if (
+            gamma is None
+            or min(lam.ndim, gamma.ndim) < 2
+            or 0 in lam.shape
+            or lam.shape[-1] != gamma.shape[-2]
+            or lam.shape[:-2] != gamma.shape[:-2]
+        ):
             shape = None if gamma is None else tuple(gamma.shape)
             raise CheckpointError(f"{weights}: λ {tuple(lam.shape)} and γ {shape} of {full!r} do not belong together")
         name = full.removeprefix(_PREFIX)
@@ -336,3 +346,9 @@ def _layers(tensors: dict[str, Tensor], config: RandLoraConfig, weights: Path) -
     if not layers or len(tensors) != 2 * len(layers):
         raise CheckpointError(f"{weights} holds {len(tensors)} tensors of λ and γ, for {len(layers)} layers")
     return layers
+
+
+def _belong_together(lam: Sequence[int], gamma: Sequence[int]) -> bool:
+    """Whether shapes are those of λ (..., r, n) and γ (..., n, m)."""
+    matrices = min(len(lam), len(gamma)) >= 2 and 0 not in (*lam, *gamma)
+    return matrices and lam[-1] == gamma[-2] and lam[:-2] == gamma[:-2]
