@@ -181,6 +181,7 @@ def test_merge_gives_a_model_that_needs_nothing_else(adapter, tiny_llama, tmp_pa
         ("inspect HALF", "do not belong together"),
         ("inspect FLAT", "do not belong together"),
         ("inspect BASIS", "a basis has 3"),
+        ("inspect MODULES --model LLAMA", "does not fit LlamaForCausalLM"),
         ("convert HUGE EMPTY/x --to lora --rank 4", "is not finite"),
         ("diff ADAPTER nowhere", "nowhere"),
         ("diff ADAPTER LORA", "an adapter of LORA"),
@@ -202,7 +203,9 @@ def test_merge_gives_a_model_that_needs_nothing_else(adapter, tiny_llama, tmp_pa
         ("convert ADAPTER EMPTY/x --to lora --rank 4 --model BERT", "cannot be loaded onto"),
     ],
 )
-def test_mistakes_end_with_code_2_and_change_nothing(arguments, expected, adapter, tiny_bert, tmp_path, monkeypatch):
+def test_mistakes_end_with_code_2_and_change_nothing(
+    arguments, expected, adapter, tiny_bert, tiny_llama, tmp_path, monkeypatch
+):
     def half(tensors, _):
         del tensors[next(name for name in tensors if name.endswith("gamma"))]
 
@@ -215,6 +218,9 @@ def test_mistakes_end_with_code_2_and_change_nothing(arguments, expected, adapte
     def huge(tensors, _):
         tensors.update({name: torch.full_like(tensor, 3e38) for name, tensor in tensors.items()})
 
+    def modules(_, config):
+        config["modules_to_save"] = [""]  # the whole model
+
     places = {
         "EMPTY": tmp_path / "empty",
         "RUN": tmp_path / "run",
@@ -224,6 +230,8 @@ def test_mistakes_end_with_code_2_and_change_nothing(arguments, expected, adapte
         "FLAT": tmp_path / "flat",
         "BASIS": tmp_path / "basis",
         "HUGE": tmp_path / "huge",
+        "MODULES": tmp_path / "modules",
+        "LLAMA": tiny_llama,
         "ADAPTER": adapter,
         "BERT": tiny_bert,
     }
@@ -236,7 +244,7 @@ def test_mistakes_end_with_code_2_and_change_nothing(arguments, expected, adapte
     if "BROKEN" in arguments:
         shutil.copytree(adapter, places["BROKEN"])
         (places["BROKEN"] / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:300])
-    for name, change in {"HALF": half, "FLAT": flat, "BASIS": basis, "HUGE": huge}.items():
+    for name, change in {"HALF": half, "FLAT": flat, "BASIS": basis, "HUGE": huge, "MODULES": modules}.items():
         if name in arguments:
             changed(adapter, places[name], change)
     monkeypatch.chdir(tmp_path)
