@@ -40,3 +40,9 @@ def test_the_row_is_whole_and_its_tests_exist(row):
     for file, name in tests:
         assert name in names_in(ROOT / "tests" / file), f"{file}::{name}"
         assert name.split("::")[-1].startswith(("test_", "Test")), name
+
+
+@pytest.mark.parametrize("test", NAME.findall((ROOT / "docs" / "reliability.md").read_text()), ids="::".join)
+def test_what_holds_a_promise_of_reliability_exists(test):
+    file, name = test
+    assert name in names_in(ROOT / "tests" / file)

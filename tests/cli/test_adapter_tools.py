@@ -88,6 +88,20 @@ class TestInspect:
         assert answer("inspect", zero)["layers"][0]["effective_rank"] == 0
         assert "changes nothing yet" in invoke("inspect", zero).stdout
 
+    def test_names_from_the_file_neither_mark_up_nor_control_the_terminal(self, adapter, tmp_path):
+        strange = changed(
+            adapter,
+            tmp_path / "x",
+            lambda t, c: (t.update({"a[/]\x1b[2Jb": torch.ones(1)}), c.update(peft_version="[/]")),
+        )
+        text = invoke("inspect", strange).stdout
+        assert "a[/]\\x1b[2Jb" in text
+        assert "saved by peft [/]" in text
+
+    def test_a_config_without_its_defaults(self, adapter, tmp_path):
+        short = changed(adapter, tmp_path / "x", lambda _, config: config.pop("projection_prng_key"))
+        assert "bases of key 0" in invoke("inspect", short).stdout
+
     def test_a_run_has_its_adapter_in_it(self, adapter, tmp_path):
         shutil.copytree(adapter, tmp_path / "adapter")
         assert answer("inspect", tmp_path)["path"] == str(tmp_path / "adapter")
@@ -165,6 +179,10 @@ def test_merge_gives_a_model_that_needs_nothing_else(adapter, tiny_llama, tmp_pa
         ("inspect ADAPTER --model BERT", "does not fit"),
         ("inspect BROKEN", "no safetensors file, or a damaged one"),
         ("inspect HALF", "do not belong together"),
+        ("inspect FLAT", "do not belong together"),
+        ("inspect BASIS", "a basis has 3"),
+        ("inspect MODULES --model LLAMA", "does not fit LlamaForCausalLM"),
+        ("convert HUGE EMPTY/x --to lora --rank 4", "is not finite"),
         ("diff ADAPTER nowhere", "nowhere"),
         ("diff ADAPTER LORA", "an adapter of LORA"),
         ("convert ADAPTER --to compact", "name a new folder, or say --in-place"),
@@ -185,9 +203,23 @@ def test_merge_gives_a_model_that_needs_nothing_else(adapter, tiny_llama, tmp_pa
         ("convert ADAPTER EMPTY/x --to lora --rank 4 --model BERT", "cannot be loaded onto"),
     ],
 )
-def test_mistakes_end_with_code_2_and_change_nothing(arguments, expected, adapter, tiny_bert, tmp_path, monkeypatch):
+def test_mistakes_end_with_code_2_and_change_nothing(
+    arguments, expected, adapter, tiny_bert, tiny_llama, tmp_path, monkeypatch
+):
     def half(tensors, _):
         del tensors[next(name for name in tensors if name.endswith("gamma"))]
+
+    def flat(tensors, _):
+        tensors.update({name: tensor.flatten() for name, tensor in tensors.items()})
+
+    def basis(tensors, _):
+        tensors.update({f"base_model.randlora_{x}": torch.ones(3) for x in "AB"})
+
+    def huge(tensors, _):
+        tensors.update({name: torch.full_like(tensor, 3e38) for name, tensor in tensors.items()})
+
+    def modules(_, config):
+        config["modules_to_save"] = [""]  # the whole model
 
     places = {
         "EMPTY": tmp_path / "empty",
@@ -195,6 +227,11 @@ def test_mistakes_end_with_code_2_and_change_nothing(arguments, expected, adapte
         "LORA": tmp_path / "lora",
         "BROKEN": tmp_path / "truncated",
         "HALF": tmp_path / "half",
+        "FLAT": tmp_path / "flat",
+        "BASIS": tmp_path / "basis",
+        "HUGE": tmp_path / "huge",
+        "MODULES": tmp_path / "modules",
+        "LLAMA": tiny_llama,
         "ADAPTER": adapter,
         "BERT": tiny_bert,
     }
@@ -207,8 +244,9 @@ def test_mistakes_end_with_code_2_and_change_nothing(arguments, expected, adapte
     if "BROKEN" in arguments:
         shutil.copytree(adapter, places["BROKEN"])
         (places["BROKEN"] / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:300])
-    if "HALF" in arguments:
-        changed(adapter, places["HALF"], half)
+    for name, change in {"HALF": half, "FLAT": flat, "BASIS": basis, "HUGE": huge, "MODULES": modules}.items():
+        if name in arguments:
+            changed(adapter, places[name], change)
     monkeypatch.chdir(tmp_path)
     for name, place in places.items():
         arguments = arguments.replace(name, str(place))

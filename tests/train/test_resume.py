@@ -86,6 +86,16 @@ def test_a_new_run_does_not_mix_its_checkpoints_with_an_earlier_one(start):
         start("run")
 
 
+def test_a_checkpoint_that_was_cut_off_is_passed_over(start, tmp_path):
+    whole = start("run")
+    first, last = (tmp_path / f"run/checkpoints/checkpoint-{step}/trainer_state.json" for step in (4, 8))
+    last.write_text(last.read_text()[:99])
+    assert start("run", resume="auto").metrics["train_loss"] == whole.metrics["train_loss"]
+    first.write_text("")
+    with pytest.raises(ConfigError, match="not the folder of a complete checkpoint"):
+        start("run", resume=str(first.parent))
+
+
 def test_a_checkpoint_without_its_settings_is_refused(start, tmp_path):
     start("run")
     (tmp_path / "run/resolved.yaml").unlink()

@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import errno
 import json
 import os
 import stat
@@ -8,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 
 from randlora import PeftModel, RandLoraConfig, get_peft_model
 from randlora.tuner.atomic import write_atomically, write_json
@@ -117,6 +119,19 @@ class TestWriteAtomically:
         monkeypatch.chdir(tmp_path)
         write_atomically("file", write("text"))
         assert (tmp_path / "file").read_text() == "text"
+
+
+@pytest.mark.parametrize("reason", ["I/O error: No space left on device (os error 28)", "header too large"])
+def test_a_full_disk_is_an_oserror_whatever_writes(tmp_path, reason):
+    def full(path):
+        raise SafetensorError(f"Error while serializing: {reason}")
+
+    with pytest.raises(OSError if "os error" in reason else SafetensorError, match=r"No space|header") as raised:
+        write_atomically(tmp_path / "file", full)
+    if "os error" in reason:
+        assert raised.value.errno == errno.ENOSPC
+        assert raised.value.filename == str(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
 
 
 def test_json_is_sorted_and_readable(tmp_path):

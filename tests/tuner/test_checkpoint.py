@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.randlora import RandLoraConfig as TheirConfig
+from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import load_file, save_file
 
 from randlora import BasisMismatchError, CheckpointError, PeftModel, RandLoraConfig, get_peft_model
@@ -246,11 +247,15 @@ class TestRoundTrip:
         assert len([p for p in loaded.parameters() if p.grad is not None]) == 6
         assert not [p for p in load(tmp_path).parameters() if p.requires_grad]
 
-    def test_pickled_weights(self, tmp_path):
+    def test_a_pickle_is_refused_and_can_be_rewritten(self, tmp_path):
         model = saved(tmp_path, target_modules=CUT)
         os.remove(tmp_path / WEIGHTS)
         model.save_pretrained(tmp_path, safe_serialization=False)
-        assert not (tmp_path / WEIGHTS).exists()
+        with pytest.raises(CheckpointError, match=r"is a pickle.*save_file\(torch\.load"):
+            load(tmp_path)
+        with pytest.raises(CheckpointError, match="is a pickle"):
+            load_peft_weights(tmp_path)
+        save_file(torch.load(tmp_path / "adapter_model.bin", weights_only=True), tmp_path / WEIGHTS)
         assert torch.equal(output(load(tmp_path)), output(model))
 
     def test_state_dict_in_memory(self):

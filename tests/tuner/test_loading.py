@@ -7,7 +7,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
-from randlora import BasisMismatchError, CheckpointError, RandLoraConfig, get_peft_model
+from randlora import BasisMismatchError, CheckpointError, RandLoraConfig, RandLoraError, get_peft_model
 
 from .helpers import (
     STACK_TARGETS,
@@ -66,7 +66,7 @@ class TestFailures:
         model.tall.bias.requires_grad_(False)
         state, modules, attributes = snapshot(model), list(model.named_modules()), set(vars(model))
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-        with pytest.raises(Exception):  # noqa: B017, PT011 - whatever each damage raises
+        with pytest.raises(RandLoraError):
             PeftModel.from_pretrained(model, tmp_path)
         assert list(model.named_modules()) == modules
         assert_same_tensors(model.state_dict(), state)
@@ -81,7 +81,7 @@ class TestFailures:
         model = randomise(get_peft_model(stack(), config))
         state, modules, before = snapshot(model), [type(m) for m in model.modules()], output(model)
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-        with pytest.raises(Exception):  # noqa: B017, PT011
+        with pytest.raises(RandLoraError):
             model.load_adapter(tmp_path, "second")
         assert [type(m) for m in model.modules()] == modules
         assert_same_tensors(model.state_dict(), state)
@@ -96,7 +96,7 @@ class TestFailures:
         if damage is another_fingerprint:
             model.peft_config["default"].basis_fingerprint = "0" * 64
         before = output(model)
-        with pytest.raises(Exception):  # noqa: B017, PT011
+        with pytest.raises(RandLoraError):
             model.load_adapter(tmp_path, "default")
         assert torch.equal(output(model), before)
         assert list(model.peft_config) == ["default"]
@@ -106,7 +106,7 @@ class TestFailures:
         saved(tmp_path / "bad")
         damage(tmp_path / "bad")
         model = stack()
-        with pytest.raises(Exception):  # noqa: B017, PT011
+        with pytest.raises(RandLoraError):
             PeftModel.from_pretrained(model, tmp_path / "bad")
         assert torch.equal(output(PeftModel.from_pretrained(model, tmp_path / "good")), expected)
 

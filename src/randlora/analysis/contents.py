@@ -106,7 +106,7 @@ def inspect_adapter(
     layers = [_layer(layer, shapes, bases, ranks) for layer in folder.layers.values()]
     return Contents(
         path=os.fspath(folder.path),
-        config=content_of(folder),
+        config=folder.config.to_dict() | content_of(folder),  # whoever wrote it may have left out what is default
         parameters=sum(layer.parameters for layer in folder.layers.values())
         + sum(math.prod(shape) for shape in folder.others.values()),
         file_bytes=folder.nbytes,

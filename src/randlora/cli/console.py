@@ -13,6 +13,7 @@ from typing import Any
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from randlora.errors import RandLoraError
@@ -127,4 +128,13 @@ def _show_warning(message: Warning | str, category: type[Warning], *_place: Any,
 def _say(kind: str, text: str) -> None:
     color = {"note": "yellow"}.get(kind, "red")
     Console(stderr=True, highlight=False).print(f"[bold {color}]{kind}:[/] ", end="")
-    print(text, file=sys.stderr)
+    print("\n".join(map(_printable, text.split("\n"))), file=sys.stderr)
+
+
+def quoted(text: object) -> str:
+    """Text of a file that may be a stranger's, for a terminal: it neither marks up nor controls anything."""
+    return escape(_printable(str(text)))
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
-from randlora.cli.console import FAILURE, answering, number_text, plain_table, print_json
+from randlora.cli.console import FAILURE, answering, number_text, plain_table, print_json, quoted
 
 if TYPE_CHECKING:
     from randlora.analysis.difference import Difference
@@ -43,12 +43,12 @@ def diff(
 
 def _show(found: Difference, out: Console) -> None:
     if found.config:
-        rows = [[key, str(a), str(b)] for key, (a, b) in found.config.items()]
+        rows = [[quoted(key), quoted(a), quoted(b)] for key, (a, b) in found.config.items()]
         out.print(plain_table(["config", "first", "second"], rows, left=3))
     if found.layers:
         rows = [
             [
-                layer.name,
+                quoted(layer.name),
                 "equal" if layer.same_values else "differ",
                 number_text(layer.relative),
                 number_text(layer.cosine, ".4f"),
@@ -58,11 +58,11 @@ def _show(found: Difference, out: Console) -> None:
         out.print(plain_table(["layer", "λ and γ", "‖ΔW₂ − ΔW₁‖ / ‖ΔW₁‖", "cosine"], rows, left=2))
     for title, names in (("first", found.only_first), ("second", found.only_second)):
         for name in names:
-            out.print(f"only in the {title}: {name}")
+            out.print(f"only in the {title}: {quoted(name)}")
     for name, largest in found.others.items():
         if largest:
-            out.print(f"{name}: largest difference {largest:.3g}")
+            out.print(f"{quoted(name)}: largest difference {largest:.3g}")
     if found.remark:
-        out.print(found.remark, markup=False)
+        out.print(quoted(found.remark))
     same = "both do the same" if found.same_effect else "they differ"
     out.print(f"[bold]{'not known whether both do the same' if found.remark else same}[/]")

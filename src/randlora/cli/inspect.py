@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
-from randlora.cli.console import FAILURE, answering, byte_text, number_text, plain_table, print_json
+from randlora.cli.console import FAILURE, answering, byte_text, number_text, plain_table, print_json, quoted
 
 if TYPE_CHECKING:
     from randlora.analysis.contents import Contents
@@ -48,12 +48,14 @@ def inspect(
 
 def _show(found: Contents, out: Console, all_layers: bool) -> None:
     config = found.config
-    out.print(f"[bold]{found.path}[/]: RandLoRA for {config.get('base_model_name_or_path') or 'an unnamed model'}")
+    out.print(
+        f"[bold]{found.path}[/]: RandLoRA for {quoted(config.get('base_model_name_or_path') or 'an unnamed model')}"
+    )
     density = next((n for n in ("sparse", "very_sparse", "sparsity") if config.get(n)), "dense")
     out.print(
         f"r={config['r']}, alpha={config['randlora_alpha']}, scaling {config.get('randlora_scaling', 'peft')}, "
         f"{density.replace('_', ' ')} bases of key {config['projection_prng_key']}, "
-        f"task {config.get('task_type') or 'unnamed'}, saved by peft {config.get('peft_version') or 'unknown'}"
+        f"task {config.get('task_type') or 'unnamed'}, saved by peft {quoted(config.get('peft_version') or 'unknown')}"
     )
     out.print(
         f"{found.parameters:,} parameters in {len(found.layers)} layers"
@@ -64,7 +66,7 @@ def _show(found: Contents, out: Console, all_layers: bool) -> None:
     shown = found.layers if all_layers else found.layers[:_SHOWN]
     rows = [
         [
-            layer.name,
+            quoted(layer.name),
             f"{layer.shape[0]}×{layer.shape[1]}" if layer.shape else f"min {layer.min_dim}",
             str(layer.rank),
             str(layer.num_bases),
@@ -79,15 +81,15 @@ def _show(found: Contents, out: Console, all_layers: bool) -> None:
     if len(shown) < len(found.layers):
         out.print(f"… and {len(found.layers) - len(shown)} more layers: --all shows them")
     for name, shape in found.others.items():
-        out.print(f"also trained: {name} {'×'.join(map(str, shape))}")
+        out.print(f"also trained: {quoted(name)} {'×'.join(map(str, shape))}")
     if not any(layer.lambda_norm for layer in found.layers):
         out.print("all λ are 0: this adapter changes nothing yet")
     for name in found.not_finite:
-        out.print(f"[bold red]not finite:[/] {name}")
+        out.print(f"[bold red]not finite:[/] {quoted(name)}")
 
 
 def _show_bases(found: Contents, out: Console) -> None:
-    by = f" by fingerprint {found.fingerprint[:16]}…" if found.fingerprint else "; no fingerprint is recorded"
+    by = f" by fingerprint {quoted(found.fingerprint[:16])}…" if found.fingerprint else "; no fingerprint is recorded"
     said = {
         "verified": f"[green]verified[/]{by}",
         "from the file": "those of the file, which are not the ones that its key defines; no fingerprint confirms them",
@@ -96,7 +98,7 @@ def _show_bases(found: Contents, out: Console) -> None:
     }[found.bases]
     out.print(f"bases: {said}")
     if found.remark:
-        out.print(found.remark, markup=False)
+        out.print(quoted(found.remark))
     if found.bases == "unknown":
         out.print("name the base model with --model: its config.json is enough")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from randlora.errors import CheckpointError, ConfigError
 from randlora.ops.bases import Basis
-from randlora.tuner.atomic import folder_atomically, write_atomically, write_json
+from randlora.tuner.atomic import disk_errors, folder_atomically, write_atomically, write_json
 from randlora.tuner.checkpoint import combined_fingerprint, define_bases
 from randlora.tuner.folder import CONFIG, WEIGHTS, AdapterFolder, content_of, read_adapter
 from randlora.tuner.shapes import known_shapes
@@ -100,7 +100,7 @@ def _write(old: AdapterFolder, content: dict[str, Any], kept: Basis | None, fold
 
 def _replace(old: AdapterFolder, content: dict[str, Any], kept: Basis | None) -> int:
     """The same in the place of the old files; the state in between, new config and old weights, loads as well."""
-    with tempfile.TemporaryDirectory(dir=old.path, prefix=".compact.") as trial:
+    with disk_errors(old.path), tempfile.TemporaryDirectory(dir=old.path, prefix=".compact.") as trial:
         compared = _write(old, content, kept, Path(trial))
         write_json(content, old.path, CONFIG)
         write_atomically(old.path / WEIGHTS, lambda temporary: os.replace(Path(trial) / WEIGHTS, temporary))

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from randlora.errors import CombinationError, ConfigError, UnsupportedLayerError
+from randlora.errors import CheckpointError, CombinationError, ConfigError, UnsupportedLayerError
 from randlora.tuner.atomic import folder_atomically, write_atomically, write_json
 from randlora.tuner.base_model import base_path_of, empty_base, with_adapter
 from randlora.tuner.config import RandLoraConfig
@@ -91,6 +91,7 @@ def to_lora(
 
     Raises:
         ConfigError: if not exactly one of ``rank`` and ``energy`` is given, or it means nothing.
+        CheckpointError: if an update is not finite.
         CombinationError: for a sum of adapters that hold more than updates.
         UnsupportedLayerError: for a layer of a kind that is not linear.
     """
@@ -102,6 +103,8 @@ def to_lora(
     for name, layer in _adapted(base, weights).items():
         update = sum(weight * layer.get_delta_weight(a) for a, weight in weights.items() if a in layer.r)
         oriented = _oriented(cast("Tensor", update), layer, name)
+        if not oriented.isfinite().all():
+            raise CheckpointError(f"the update of {name!r} is not finite: the run that made it had diverged")
         U, S, Vh = torch.linalg.svd(oriented, full_matrices=False)
         kept = _kept(S, rank if not isinstance(rank, Mapping) else _rank_of(rank, name), energy)
         root = S[:kept].sqrt()

@@ -73,7 +73,8 @@ def merge_folder(
     if "num_labels" not in arguments and (labels := head_size(adapter)) is not None:
         arguments["num_labels"] = labels
     save_merged(adapter, folder, max_shard_size=max_shard_size, base_model_path=source, **arguments)
-    tokenizer = _save_tokenizer((adapter, source), target)
+    trusted = bool(base_model_arguments.get("trust_remote_code", False))
+    tokenizer = _save_tokenizer((adapter, source), target, trusted)
     files = sorted(target.glob("*.safetensors"))
     with safe_open(files[0], "pt") as file:
         found = file.get_tensor(next(iter(file.keys()))).dtype
@@ -81,10 +82,10 @@ def merge_folder(
     return MergedFolder(str(target), sum(file.stat().st_size for file in files), len(files), name, tokenizer)
 
 
-def _save_tokenizer(places: tuple[str | os.PathLike[str], ...], folder: Path) -> bool:
+def _save_tokenizer(places: tuple[str | os.PathLike[str], ...], folder: Path, trust_remote_code: bool) -> bool:
     for place in places:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(os.fspath(place))
+            tokenizer = AutoTokenizer.from_pretrained(os.fspath(place), trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError):
             continue
         tokenizer.save_pretrained(str(folder))

@@ -181,7 +181,7 @@ class Basis:
 
     def same_numbers(self, A: torch.Tensor, B: torch.Tensor) -> bool:
         """Whether A (r, 1, m) and B (M, n, r) begin with exactly these numbers."""
-        if A.shape[0] != self.rank or A.shape[2] < self.min_dim:
+        if A.ndim != 3 or B.ndim != 3 or A.shape[0] != self.rank or A.shape[2] < self.min_dim:
             return False
         if B.shape[0] < self.max_dim or B.shape[1] < self.num_bases or B.shape[2] != self.rank:
             return False

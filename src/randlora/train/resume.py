@@ -8,7 +8,7 @@ from pathlib import Path
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings, load_settings
 
-_STATE = "trainer_state.json"  # the Trainer writes it last, so that a checkpoint which has it is complete
+_STATE = "trainer_state.json"  # the Trainer writes it last, so that a checkpoint which has all of it is complete
 
 # Settings that say where and how often a run writes, not what it computes.
 _MAY_DIFFER = {"output_dir", "resume", "save_steps", "eval_steps"}
@@ -21,7 +21,8 @@ def checkpoint_to_resume(settings: TrainSettings) -> Path | None:
         ConfigError: if the checkpoint is incomplete or another run's, or if a run that does not resume would mix its
             checkpoints with those of an earlier one.
     """
-    complete = [state.parent for state in (Path(settings.output_dir) / "checkpoints").glob(f"checkpoint-*/{_STATE}")]
+    found = (Path(settings.output_dir) / "checkpoints").glob("checkpoint-*")
+    complete = [folder for folder in found if _is_complete(folder)]
     if settings.resume is None:
         if complete:
             raise ConfigError(
@@ -35,10 +36,18 @@ def checkpoint_to_resume(settings: TrainSettings) -> Path | None:
         checkpoint = max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]))
     else:
         checkpoint = Path(settings.resume)
-        if not (checkpoint / _STATE).is_file():
+        if not _is_complete(checkpoint):
             raise ConfigError(f"resume={settings.resume!r} is not the folder of a complete checkpoint")
     _require_same_run(settings, checkpoint)
     return checkpoint
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether its state is there to the end: a run that was killed while it wrote left a part."""
+    try:
+        return isinstance(json.loads((checkpoint / _STATE).read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def is_finished(checkpoint: Path) -> bool:

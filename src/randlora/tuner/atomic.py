@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from randlora.errors import ConfigError
 
@@ -24,7 +27,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None])
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)
     try:
-        write(temporary)
+        with disk_errors(target):
+            write(temporary)
         os.chmod(temporary, target.stat().st_mode if target.exists() else 0o666 & ~_umask())
         _sync(temporary)
         os.replace(temporary, target)
@@ -47,7 +51,8 @@ def folder_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
-        yield temporary
+        with disk_errors(target):
+            yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
         for file in temporary.iterdir():
             os.chmod(file, 0o666 & ~_umask())
@@ -58,6 +63,18 @@ def folder_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_folder(target.parent)
+
+
+@contextmanager
+def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What safetensors raises for a disk that is full or may not be written, as the ``OSError`` that it was."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"I/O error.*\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
 
 
 def write_json(content: dict[str, Any], folder: str | os.PathLike[str], name: str) -> None:

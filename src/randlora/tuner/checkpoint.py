@@ -200,7 +200,7 @@ def _bind(pair: _Pair, layers: list[RandLoraLayer], adapter_name: str, owner: st
     if not layers:
         raise CheckpointError(f"the file holds bases for {owner!r}, but no layer of the model uses them")
     current = layers[0].bases[adapter_name]
-    if isinstance(current, Basis) and pair.A.ndim == pair.B.ndim == 3 and current.same_numbers(*pair):
+    if isinstance(current, Basis) and current.same_numbers(*pair):
         return current
     basis = basis_from_projections(*pair)
     for layer in layers:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -12,6 +14,10 @@ from peft.utils.other import get_pattern_key
 from randlora.errors import ConfigError
 from randlora.ops.bases import num_bases
 from randlora.tuner.atomic import write_json
+from randlora.tuner.field_types import type_faults
+
+MAX_RANK = 2**16
+"""No weight that is adapted has so large a smaller dimension; beyond it a config asks for memory only."""
 
 _EXTENSIONS = (
     "exclude_modules",
@@ -105,15 +111,15 @@ class RandLoraConfig(PeftConfig):
         super().__post_init__()
         self.read_from_file = self.peft_type is not None  # a file names its type, whoever writes code does not
         self.peft_type = PeftType.RANDLORA
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        faults = type_faults(self) or [*self._number_faults(), *self._choice_faults(), *self._expression_faults()]
+        if faults:
+            raise ConfigError("RandLoraConfig: " + "; ".join(faults))
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own convention
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        self.rank_pattern = self.rank_pattern or {}
-        self.alpha_pattern = self.alpha_pattern or {}
-        faults = [*self._number_faults(), *self._choice_faults()]
-        if faults:
-            raise ConfigError("RandLoraConfig: " + "; ".join(faults))
 
     @classmethod
     def adopt(cls, config: PeftConfig) -> RandLoraConfig:
@@ -162,9 +168,9 @@ class RandLoraConfig(PeftConfig):
         write_json(content, save_directory, "adapter_config.json")
 
     def _number_faults(self) -> list[str]:
-        faults = [f"r={self.r!r} must be an integer of at least 1"] if not _is_rank(self.r) else []
+        faults = [f"r={self.r!r} must be an integer from 1 to {MAX_RANK}"] if not _is_rank(self.r) else []
         faults += [
-            f"rank_pattern[{name!r}]={rank!r} must be an integer of at least 1"
+            f"rank_pattern[{name!r}]={rank!r} must be an integer from 1 to {MAX_RANK}"
             for name, rank in self.rank_pattern.items()
             if not _is_rank(rank)
         ]
@@ -175,12 +181,10 @@ class RandLoraConfig(PeftConfig):
             for name, alpha in self.alpha_pattern.items()
             if not _is_positive(alpha)
         ]
-        if not _is_number(self.randlora_dropout) or not 0 <= self.randlora_dropout < 1:
+        if not _is_finite(self.randlora_dropout) or not 0 <= self.randlora_dropout < 1:
             faults.append(f"randlora_dropout={self.randlora_dropout!r} must be a number from 0 to below 1")
         if self.sparsity is not None and not (_is_positive(self.sparsity) and self.sparsity >= 1):
             faults.append(f"sparsity={self.sparsity!r} must be a finite number of at least 1 (P(±1) = 1/(2·sparsity))")
-        if not isinstance(self.projection_prng_key, int) or isinstance(self.projection_prng_key, bool):
-            faults.append(f"projection_prng_key={self.projection_prng_key!r} must be an integer")
         return faults
 
     def _choice_faults(self) -> list[str]:
@@ -207,14 +211,30 @@ class RandLoraConfig(PeftConfig):
             faults.append(f"layers_pattern={self.layers_pattern!r} means nothing without layers_to_transform")
         return faults
 
+    def _expression_faults(self) -> list[str]:
+        """What PEFT would compile as a regular expression, and cannot."""
+        single = {name: getattr(self, name) for name in ("target_modules", "exclude_modules", "layers_pattern")}
+        given = [(name, value) for name, value in single.items() if isinstance(value, str)]
+        given += [("rank_pattern", key) for key in self.rank_pattern]
+        given += [("alpha_pattern", key) for key in self.alpha_pattern]
+        if isinstance(self.layers_pattern, list):
+            given += [("layers_pattern", value) for value in self.layers_pattern]
+        faults = []
+        for name, expression in given:
+            try:
+                re.compile(expression)
+            except (re.error, OverflowError, RecursionError) as error:
+                faults.append(f"{name}: {expression!r:.80} is no regular expression: {error}")
+        return faults
 
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+def _is_rank(value: int) -> bool:
+    return 1 <= value <= MAX_RANK
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_finite(value: float) -> bool:
+    return abs(value) <= sys.float_info.max  # math.isfinite raises for whole numbers beyond it
 
 
-def _is_positive(value: object) -> bool:
-    return _is_number(value) and value > 0  # type: ignore[operator]
+def _is_positive(value: float) -> bool:
+    return _is_finite(value) and value > 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -22,7 +23,8 @@ from randlora.tuner.checkpoint import combined_fingerprint, define_bases
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import RandLoraLayer
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_MOST_CONFIG_BYTES = 10 * 2**20  # a name for each of 100,000 modules
 _PREFIX = "base_model.model."
 _LAMBDA, _GAMMA = ".randlora_lambda", ".randlora_gamma"
 
@@ -171,15 +173,98 @@ def read_config(path: str | os.PathLike[str]) -> PeftConfig:
     Raises:
         CheckpointError: if there is none that can be read.
     """
+    if Path(path).is_dir():
+        _require_plain_config(Path(path))
     try:
         return PeftConfig.from_pretrained(os.fspath(path))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        if Path(path).is_dir() and not (Path(path) / CONFIG).exists():
-            inside = sorted(str(found.parent) for found in Path(path).glob(f"*/{CONFIG}"))
-            hint = f"; there is one in {', '.join(inside)}" if inside else ""
-            raise CheckpointError(f"{os.fspath(path)!r} is no adapter: it has no {CONFIG}{hint}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{os.fspath(path)!r} holds no adapter that can be read: {reason}") from None
+
+
+def _require_plain_config(folder: Path) -> None:
+    """A JSON object that names a method, in a file of a size that a config has."""
+    file = folder / CONFIG
+    if not file.is_file():
+        inside = sorted(str(found.parent) for found in folder.glob(f"*/{CONFIG}"))
+        hint = f"; there is one in {', '.join(inside)}" if inside else ""
+        raise CheckpointError(f"{os.fspath(folder)!r} is no adapter: it has no {CONFIG}{hint}")
+    if file.stat().st_size > _MOST_CONFIG_BYTES:
+        raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes, a config at most {_MOST_CONFIG_BYTES:,}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is no JSON file, or a damaged one: {error}") from None
+    method = content.get("peft_type") if isinstance(content, dict) else None
+    if not isinstance(method, str) or method not in list(PeftType):
+        raise CheckpointError(f"{file} is no adapter's config: it names no method of PEFT as its peft_type")
+
+
+def require_loadable(
+    path: str | os.PathLike[str], subfolder: str | None = None, config: PeftConfig | None = None
+) -> bool:
+    """Whether PEFT is to load an adapter of RandLoRA from a folder. No tensor is read.
+
+    Args:
+        path: a folder; of anything else, such as a name on the hub, nothing is known yet.
+        subfolder: of ``path``, as PEFT's.
+        config: instead of the folder's own.
+
+    Raises:
+        CheckpointError: if the folder holds one that cannot be loaded, whatever the model, or that would take memory
+            which its file does not account for.
+    """
+    folder = Path(path) / (subfolder or "")
+    if not folder.is_dir():
+        return False
+    config = config or read_config(folder)
+    if not isinstance(config, RandLoraConfig):
+        return False
+    weights = _weights_of(folder)
+    with _damage_named(weights), safe_open(weights, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dictionary
+            shape = file.get_slice(name).get_shape() if name.endswith(_LAMBDA) else [0, 0]
+            module = name.removesuffix(_LAMBDA).removeprefix(_PREFIX)
+            rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r)
+            if name.endswith(_LAMBDA) and (len(shape) < 2 or shape[-2] != rank):
+                raise CheckpointError(f"{weights} holds {shape} values of λ for {module!r}, whose rank is {rank}")
+    return True
+
+
+def refuse_pickle(path: str | os.PathLike[str]) -> None:
+    """For a file that PEFT is about to unpickle.
+
+    Raises:
+        CheckpointError: if it is of a RandLoRA adapter.
+    """
+    try:
+        content = json.loads((Path(path).parent / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(content, dict) and content.get("peft_type") == PeftType.RANDLORA:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} is a pickle, and nothing is unpickled from an adapter. If you trust it, rewrite it: "
+            f"safetensors.torch.save_file(torch.load({PICKLE!r}, weights_only=True), {WEIGHTS!r})"
+        )
+
+
+def _weights_of(folder: Path) -> Path:
+    """Its file of weights, which is a file: to open a pipe or a device would wait forever."""
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        if (folder / PICKLE).is_file():
+            refuse_pickle(folder / PICKLE)
+        raise CheckpointError(f"{os.fspath(folder)!r} has no {WEIGHTS}")
+    weights.open("rb").close()  # of whatever cannot be opened safetensors says that there is no such file
+    return weights
+
+
+@contextmanager
+def _damage_named(weights: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise CheckpointError(f"{weights} is no safetensors file, or a damaged one: {error}") from None
 
 
 def read_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
@@ -195,16 +280,12 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
     if not isinstance(config, RandLoraConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise CheckpointError(f"{os.fspath(path)!r} is an adapter of {kind}, not of RandLoRA")
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise CheckpointError(f"{os.fspath(path)!r} has no {WEIGHTS}")
-    try:
-        with safe_open(weights, "pt") as file:
-            names = list(file.keys())
-            ours = {n: file.get_tensor(n) for n in names if n.endswith((_LAMBDA, _GAMMA))}
-            rest = {n: tuple(file.get_slice(n).get_shape()) for n in names if n not in ours}
-    except SafetensorError as error:
-        raise CheckpointError(f"{weights} is no safetensors file, or a damaged one: {error}") from None
+    weights = _weights_of(folder)
+    with _damage_named(weights), safe_open(weights, "pt") as file:
+        names = list(file.keys())
+        ours = {n: file.get_tensor(n) for n in names if n.endswith((_LAMBDA, _GAMMA))}
+        rest = {n: tuple(file.get_slice(n).get_shape()) for n in names if n not in ours}
+    dimensions = {name: len(shape) for name, shape in rest.items()}
     projections: dict[str, dict[str, str]] = {}
     for name in [n for n in rest if ".randlora_A" in f".{n}" or ".randlora_B" in f".{n}"]:
         owner, _, kind = name.rpartition(".")
@@ -213,6 +294,9 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
     half = [owner for owner, pair in projections.items() if len(pair) < 2]
     if half:
         raise CheckpointError(f"{weights} holds only one of the two bases of {half[0]!r}")
+    flat = [name for name in names if name not in ours and name not in rest and dimensions[name] != 3]
+    if flat:
+        raise CheckpointError(f"{weights}: {flat[0]!r} has {dimensions[flat[0]]} dimensions, a basis has 3")
     pairs = {owner: (pair["A"], pair["B"]) for owner, pair in projections.items()}
     return AdapterFolder(folder, config, _layers(ours, config, weights), pairs, rest)
 
@@ -226,14 +310,12 @@ def head_size(path: str | os.PathLike[str]) -> int | None:
     weights = Path(path) / WEIGHTS
     if not weights.is_file():
         return None
-    try:
-        with safe_open(weights, "pt") as file:
-            names = list(file.keys())
-            heads = [n for n in names if re.search(r"\.(classifier|score)(\.\w+)*\.weight$", n) and "lora_" not in n]
-            last = [n for n in heads if "out_proj" in n] or heads
-            return int(file.get_slice(last[-1]).get_shape()[0]) if last else None
-    except SafetensorError as error:
-        raise CheckpointError(f"{weights} is no safetensors file, or a damaged one: {error}") from None
+    with _damage_named(weights), safe_open(weights, "pt") as file:
+        names = list(file.keys())
+        heads = [n for n in names if re.search(r"\.(classifier|score)(\.\w+)*\.weight$", n) and "lora_" not in n]
+        last = [n for n in heads if "out_proj" in n] or heads
+        shape = file.get_slice(last[-1]).get_shape() if last else []
+        return int(shape[0]) if shape else None
 
 
 def content_of(folder: AdapterFolder) -> dict[str, object]:
@@ -249,7 +331,13 @@ def _layers(tensors: dict[str, Tensor], config: RandLoraConfig, weights: Path) -
             continue
         full = key.removesuffix(_LAMBDA)
         lam, gamma = tensors[key], tensors.get(full + _GAMMA)
-        if gamma is None or lam.shape[-1] != gamma.shape[-2] or lam.shape[:-2] != gamma.shape[:-2]:
+        if (
+            gamma is None
+            or min(lam.ndim, gamma.ndim) < 2
+            or 0 in lam.shape
+            or lam.shape[-1] != gamma.shape[-2]
+            or lam.shape[:-2] != gamma.shape[:-2]
+        ):
             shape = None if gamma is None else tuple(gamma.shape)
             raise CheckpointError(f"{weights}: λ {tuple(lam.shape)} and γ {shape} of {full!r} do not belong together")
         name = full.removeprefix(_PREFIX)
@@ -258,3 +346,9 @@ def _layers(tensors: dict[str, Tensor], config: RandLoraConfig, weights: Path) -
     if not layers or len(tensors) != 2 * len(layers):
         raise CheckpointError(f"{weights} holds {len(tensors)} tensors of λ and γ, for {len(layers)} layers")
     return layers
+
+
+def _belong_together(lam: Sequence[int], gamma: Sequence[int]) -> bool:
+    """Whether shapes are those of λ (..., r, n) and γ (..., n, m)."""
+    matrices = min(len(lam), len(gamma)) >= 2 and 0 not in (*lam, *gamma)
+    return matrices and lam[-1] == gamma[-2] and lam[:-2] == gamma[:-2]

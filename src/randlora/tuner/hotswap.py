@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from randlora.errors import HotswapError
 from randlora.tuner import checkpoint
 from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.folder import require_loadable
 from randlora.tuner.layers.base import RandLoraLayer
-from randlora.tuner.loading import put_back_on_failure
+from randlora.tuner.loading import base_put_back_on_failure, named_errors, put_back_on_failure
 
 Layers = dict[str, RandLoraLayer]
 """The adapter's layers by their path in the base model."""
@@ -52,14 +53,22 @@ def hotswap_adapter(
     """
     plain: Any = getattr(model, "_orig_mod", model)
     layers = _layers(plain, adapter_name)
-    config = RandLoraConfig.adopt(RandLoraConfig.from_pretrained(model_name_or_path, **kwargs))
-    content = load_peft_weights(model_name_or_path, device=torch_device, **kwargs)
+    require_loadable(model_name_or_path, kwargs.get("subfolder"))
+    with named_errors(plain, model_name_or_path), base_put_back_on_failure():
+        _swap(plain, layers, model_name_or_path, adapter_name, torch_device, kwargs)
+
+
+def _swap(
+    plain: Any, layers: Layers, path: str, adapter_name: str, torch_device: str | None, kwargs: dict[str, Any]
+) -> None:
+    config = RandLoraConfig.adopt(RandLoraConfig.from_pretrained(path, **kwargs))
+    content = load_peft_weights(path, device=torch_device, **kwargs)
     _require_same_modules(plain.peft_config[adapter_name], config)
     _require_same_tensors(layers, content, adapter_name)
 
     with put_back_on_failure(plain, adapter_name), _config_in_place(plain, adapter_name, config):
-        for path, layer in layers.items():
-            _, scaling = config.rank_and_scaling(path, layer.min_dim)
+        for name, layer in layers.items():
+            _, scaling = config.rank_and_scaling(name, layer.min_dim)
             layer.scaling[adapter_name] = layer.initial_scaling[adapter_name] = scaling
             layer.gamma_factor[adapter_name] = 1.0
         checkpoint.bind_defined_bases(list(layers.values()), config, adapter_name)

@@ -1,4 +1,4 @@
-"""Loads that fail leave the model as it was.
+"""Loads that fail say why, and leave the model as it was.
 
 PEFT first puts a new adapter into the model and then reads its file; where the file is refused, it leaves the adapter
 there, untrained; and where one of its tensors is refused, those before it are in place already.
@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
+from peft import PeftConfig
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
+from randlora.errors import CheckpointError, RandLoraError
+from randlora.tuner.folder import require_loadable
 from randlora.tuner.layers.base import RandLoraLayer
 from randlora.tuner.withdraw import withdraw_adapter
+
+_Kept = list[tuple[nn.Module, str, Tensor, Tensor]]  # module, attribute, tensor, a copy of its values
+_kept: ContextVar[_Kept | None] = ContextVar("kept", default=None)
 
 
 @contextmanager
@@ -57,12 +67,65 @@ def put_back_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
         raise
 
 
+def keep_base_tensors(model: nn.Module, names: Iterable[str]) -> None:
+    """To be called before a file writes into tensors of the base model: trained biases, resized embeddings."""
+    kept = _kept.get()
+    if kept is None:
+        return
+    for name in names:
+        parent, _, attribute = name.rpartition(".")
+        module = model.get_submodule(parent)
+        tensor = getattr(module, attribute)
+        kept.append((module, attribute, tensor, tensor.detach().clone()))
+
+
+@contextmanager
+def base_put_back_on_failure() -> Iterator[None]:
+    """Gives the base model what ``keep_base_tensors`` has kept if the context ends with an error."""
+    kept: _Kept = []
+    token = _kept.set(kept)
+    try:
+        yield
+    except Exception:
+        with torch.no_grad():
+            for module, attribute, tensor, values in kept:
+                tensor.copy_(values)
+                setattr(module, attribute, tensor)  # a load that assigns has put another one there
+        raise
+    finally:
+        _kept.reset(token)
+
+
+@contextmanager
+def named_errors(model: nn.Module, path: str | os.PathLike[str]) -> Iterator[None]:
+    """What PEFT, safetensors or torch raise for a bad RandLoRA adapter, as errors of ours.
+
+    Raises:
+        CheckpointError: with the other error as its cause.
+    """
+    try:
+        yield
+    except (RandLoraError, OSError, torch.OutOfMemoryError):
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError, re.error) as error:
+        reason = " ".join(str(error).split())[:500]
+        raise CheckpointError(
+            f"the adapter in {os.fspath(path)!r} cannot be loaded onto {type(model).__name__}: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+
+
 def from_pretrained_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
     """``PeftModel.from_pretrained``, the function of the class method, made so."""
+    signature = inspect.signature(load)
 
     @functools.wraps(load)
     def from_pretrained(cls: type, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with taken_back_on_failure(model):
+        bound = signature.bind(cls, model, *args, **kwargs).arguments
+        with ExitStack() as undo:
+            if _is_ours(bound):
+                undo.enter_context(named_errors(model, bound["model_id"]))
+            undo.enter_context(taken_back_on_failure(model))
             return load(cls, model, *args, **kwargs)
 
     return from_pretrained
@@ -74,14 +137,24 @@ def load_adapter_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(load)
     def load_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        adapter = signature.bind(model, *args, **kwargs).arguments["adapter_name"]
+        bound = signature.bind(model, *args, **kwargs).arguments
+        adapter = bound["adapter_name"]
         with ExitStack() as undo:
+            if _is_ours(bound):
+                undo.enter_context(named_errors(model, bound["model_id"]))
             undo.enter_context(taken_back_on_failure(model))
+            undo.enter_context(base_put_back_on_failure())
             if adapter in _adapters(model):
                 undo.enter_context(put_back_on_failure(model, adapter))
             return load(model, *args, **kwargs)
 
     return load_adapter
+
+
+def _is_ours(arguments: dict[str, Any]) -> bool:
+    """Whether PEFT is to load an adapter of RandLoRA; a folder that cannot be one is refused at once."""
+    given: PeftConfig | None = arguments.get("config")
+    return require_loadable(arguments["model_id"], arguments.get("kwargs", {}).get("subfolder"), given)
 
 
 def _adapters(model: nn.Module) -> set[str]:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from randlora.errors import ConfigError
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
 from randlora.tuner import arithmetic, checkpoint
+from randlora.tuner.admission import require_own_tensors, require_sound_values
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import ProjectionView, RandLoraLayer
 from randlora.tuner.layers.dispatch import kind_of
 from randlora.tuner.layers.quantized import one_rounding_warning
+from randlora.tuner.loading import keep_base_tensors
 from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
 from randlora.tuner.withdraw import withdraw_adapter
 
@@ -306,12 +308,16 @@ class RandLoraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Binds the file's bases and hands on the parameters."""
-        if isinstance(config, RandLoraConfig):
-            layers = checkpoint.adapter_layers(model, adapter_name)
-            state_dict = checkpoint.take_projections(state_dict, model, config, adapter_name)
-            state_dict = checkpoint.unfold_scaling(state_dict, layers, config, adapter_name)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        """Binds the file's bases and hands on the parameters, if the file holds what it should and nothing else."""
+        if not isinstance(config, RandLoraConfig):
+            return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        require_sound_values(state_dict)
+        layers = checkpoint.adapter_layers(model, adapter_name)
+        content = checkpoint.take_projections(state_dict, model, config, adapter_name)
+        content = checkpoint.unfold_scaling(content, layers, config, adapter_name)
+        content = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, content)
+        keep_base_tensors(model, require_own_tensors(content, model, config, adapter_name))
+        return content
 
 
 def _parameters_below_fsdp(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

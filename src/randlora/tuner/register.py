@@ -13,6 +13,7 @@ from typing import Any
 import peft.helpers
 import peft.peft_model
 import peft.utils.hotswap
+import peft.utils.save_and_load
 from peft import PeftType
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -22,6 +23,7 @@ from peft.mapping import (
 
 from randlora.tuner.atomic import write_atomically
 from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.folder import refuse_pickle
 from randlora.tuner.hotswap import hotswap_randlora_too
 from randlora.tuner.layers.scaled import ScaledLayer
 from randlora.tuner.loading import from_pretrained_or_nothing, load_adapter_or_nothing
@@ -42,6 +44,9 @@ def register() -> None:
         host.from_pretrained = classmethod(from_pretrained_or_nothing(host.from_pretrained.__func__))
     if not hasattr(peft.utils.hotswap.hotswap_adapter, "__wrapped__"):
         peft.utils.hotswap.hotswap_adapter = hotswap_randlora_too(peft.utils.hotswap.hotswap_adapter)
+    files: Any = peft.utils.save_and_load
+    if not hasattr(files.torch_load, "__wrapped__"):
+        files.torch_load = _refuse_our_pickles(files.torch_load)
     save_file = peft.peft_model.safe_save_file
     if not hasattr(save_file, "__wrapped__"):
         peft.peft_model.safe_save_file = _save_whole_or_not_at_all(save_file)
@@ -58,3 +63,14 @@ def _save_whole_or_not_at_all(save_file: Callable[..., None]) -> Callable[..., N
             save_file(tensors, filename, metadata=metadata)
 
     return save
+
+
+def _refuse_our_pickles(load: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFT's way of reading ``adapter_model.bin``, which it takes where there is no safetensors file."""
+
+    @functools.wraps(load)
+    def torch_load(file: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_pickle(file)
+        return load(file, *args, **kwargs)
+
+    return torch_load

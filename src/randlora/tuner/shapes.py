@@ -40,7 +40,7 @@ def unbound_model(model: nn.Module, config: RandLoraConfig) -> RandLoraModel:
         plain.pop(name, None)
     try:
         return _Unbound(model, RandLoraConfig(**plain), "default")
-    except ValueError as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise ConfigError(f"the adapter does not fit {type(model).__name__}: {error}") from error
 
 
