@@ -43,6 +43,13 @@ def test_every_plot_is_drawn_within_the_page_and_nothing_is_reported(chromium, s
     assert page.console() == []
 
 
+def test_an_axis_does_not_reach_below_what_there_can_be(chromium, small):
+    page = Page(chromium, small)
+    page.draw("seconds")  # all the same, around which Plotly would put a range of its own
+    low = page.js("return document.querySelector('[data-chart=seconds]')._fullLayout.yaxis.range[0]")
+    assert low >= 0
+
+
 def test_the_page_asks_for_nothing_but_itself(chromium, small):
     page = Page(chromium, small)
     assert page.js("return performance.getEntriesByType('resource').map((entry) => entry.name)") == []
