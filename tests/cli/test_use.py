@@ -28,7 +28,7 @@ def run(tmp_path_factory, tiny_bert, reviews):
         "data": reviews,
         "r": 8,
         "learning_rate": 1e-2,
-        "epochs": 6,
+        "epochs": 12,
         "batch_size": 16,
         "max_length": 16,
     }
@@ -96,16 +96,16 @@ class TestPredict:
 
     def test_a_merged_model_knows_the_names_of_its_labels(self, run, tmp_path):
         invoke("merge", run, tmp_path / "merged")
-        assert answer("predict", tmp_path / "merged", "lovely 3")["predictions"][0]["label"] == "positive"
+        assert answer("predict", tmp_path / "merged", "good lovely 3")["predictions"][0]["label"] == "positive"
 
     def test_labels_survive_the_loss_of_the_data(self, run, tmp_path):
         moved = shutil.copytree(run, tmp_path / "moved")
         (moved / "resolved.yaml").write_text((moved / "resolved.yaml").read_text().replace("reviews.csv", "gone.csv"))
         (moved / "base_model").mkdir(exist_ok=True)
         (moved / "base_model/config.json").write_text('{"id2label": {"0": "thumbs down", "1": "thumbs up"}}')
-        assert answer("predict", moved, "lovely 3")["predictions"][0]["label"] == "thumbs up"
+        assert answer("predict", moved, "good lovely 3")["predictions"][0]["label"] == "thumbs up"
         shutil.rmtree(moved / "base_model")
-        assert answer("predict", moved, "lovely 3")["predictions"][0]["label"] == "LABEL_1"
+        assert answer("predict", moved, "good lovely 3")["predictions"][0]["label"] == "LABEL_1"
 
 
 class TestGenerate:

@@ -112,13 +112,14 @@ def _dry_run(settings: TrainSettings, out: Console) -> dict[str, Any]:
 def _predicted(settings: TrainSettings, labels: int) -> dict[str, Any]:
     """Memory and cost of a step as ``randlora plan`` predicts them; nothing where it does not."""
     traced = settings.quantization == "none" and not settings.gradient_checkpointing and not settings.bf16
-    if settings.method != "randlora" or settings.task not in ("causal-lm", "sequence-classification") or not traced:
+    task = "causal-lm" if settings.task == "chat" else settings.task
+    if settings.method != "randlora" or task not in ("causal-lm", "sequence-classification") or not traced:
         return {}
     from randlora.analysis.budget import Budget, Setup, plan_training
 
     setup = Setup(
         settings.model,
-        task=settings.task,
+        task=task,
         targets=settings.targets,
         kind="very_sparse" if settings.very_sparse else "sparse" if settings.sparse else "dense",
         batch_size=settings.batch_size,
