@@ -27,6 +27,9 @@ from randlora.train.demo import DemoSize, model_folder, train_in_own_process, wr
 from randlora.train.settings import TrainSettings
 from randlora.train.trained import load_trained
 
+from . import choosing
+from .record import RESULTS
+
 ALL = DemoSize(train=7530, test=1000)  # every sentence there is
 TRAIN = 4000
 NEAREST = 10
@@ -74,7 +77,11 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
             settings = settings_of(case, train, evaluation, str(Path(folder) / str(number)))
             return {**described(case, settings), **outcome(settings, texts, before)}
 
-        yield from pool.map(one, enumerate(QUICK if quick else CASES))
+        rows = []
+        for row in pool.map(one, enumerate(QUICK if quick else CASES)):
+            rows.append(row)
+            yield row
+    choosing.draw(RESULTS / "sweep-quick.png" if quick else choosing.PICTURE, rows)
 
 
 def split(folder: Path, quick: bool) -> tuple[Path, Path]:

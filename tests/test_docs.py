@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -177,6 +178,25 @@ def test_commands_of_the_page_exist(page: Path) -> None:
     assert not list(filter(None, found))
 
 
+# --- Names in the text
+
+
+def missing_names(text: str) -> list[str]:
+    """Modules, classes and functions of this package that the text names and that do not exist."""
+    missing = []
+    for name in re.findall(r"`(randlora(?:\.\w+)+)`", text):
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            missing.append(name)
+    return missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_of_the_page_exist(page: Path) -> None:
+    assert not missing_names(page.read_text())
+
+
 # --- Links to files and headings
 
 
@@ -239,6 +259,10 @@ def test_a_skipped_snippet_does_not_run() -> None:
 )
 def test_a_broken_command_is_seen(line: str) -> None:
     assert any(complaint(words) for words in commands(f"```console\n$ {line}\nits output\n```\n"))
+
+
+def test_a_missing_name_is_seen() -> None:
+    assert missing_names("`randlora.cli.nothing`, `randlora.train.run.train`") == ["randlora.cli.nothing"]
 
 
 def test_a_broken_link_is_seen(tmp_path: Path) -> None:

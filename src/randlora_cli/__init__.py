@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import sys
 from importlib.metadata import version
 from typing import Any
@@ -38,6 +39,8 @@ COMMANDS = {
 """Name: module within `randlora.cli` and its function, and the first line of that function's docstring."""
 
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
+_TALKATIVE = ("torchao", "torch.utils._pytree", "datasets.packaged_modules")
+"""Loggers of libraries that speak of optional packages on import, or of what an error of ours says again."""
 
 
 class _LazyGroup(TyperGroup):
@@ -60,6 +63,8 @@ class _LazyGroup(TyperGroup):
 
 
 def _load(name: str, place: str) -> Any:
+    for logger in _TALKATIVE:
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     module, _, function = place.partition(":")
     command = getattr(importlib.import_module(f"randlora.cli.{module}"), function)
     # typer keeps the line breaks of a docstring, which are those of the source

@@ -200,6 +200,11 @@ def test_a_mixture_of_experts_is_planned(tmp_path):
     assert plan.layers == 2
 
 
+def test_an_r_beyond_all_layers_is_noted(tmp_path):
+    with pytest.warns(UserWarning, match=r"r=9000 is above \d+, the smaller dimension of the widest layer"):
+        plan_training(setup_of(LLAMA, tmp_path), Budget(r=9000))
+
+
 @pytest.mark.parametrize(
     ("budget_values", "setup_values", "expected"),
     [

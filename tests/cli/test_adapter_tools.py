@@ -123,6 +123,16 @@ class TestDiff:
             assert layer["cosine"] == pytest.approx(1, rel=1e-5)
         assert "they differ" in invoke("diff", adapter, double, code=1).stdout
 
+    def test_layers_that_do_the_same_are_counted_and_not_listed(self, adapter, tmp_path):
+        def change(tensors, _):
+            next(value for name, value in sorted(tensors.items()) if name.endswith("q_proj.randlora_lambda")).mul_(2)
+
+        other = changed(adapter, tmp_path / "x", change)
+        text = invoke("diff", adapter, other, code=1).stdout
+        assert text.count("_proj") == 1
+        assert "13 of 14 layers do the same in both" in text
+        assert invoke("diff", adapter, other, "--all", code=1).stdout.count("_proj") == 14
+
     def test_other_layers(self, adapter, adapter_with_bases):
         found = answer("diff", adapter_with_bases, adapter, code=1)
         assert len(found["only_second"]) == 10
@@ -199,6 +209,7 @@ def test_merge_gives_a_model_that_needs_nothing_else(adapter, tiny_llama, tmp_pa
         ("merge ADAPTER EMPTY/x --max-shard-size big", "max_shard_size='big'"),
         ("merge ADAPTER EMPTY/x --model nowhere", "'nowhere' is neither a folder"),
         ("merge ADAPTER EMPTY/x --model BERT", "cannot be loaded onto"),
+        ("merge LORA EMPTY/x", "an adapter of LORA, not of RandLoRA"),
         ("merge BROKEN EMPTY/x", "no safetensors file, or a damaged one"),
         ("convert ADAPTER EMPTY/x --to lora --rank 4 --model BERT", "cannot be loaded onto"),
     ],

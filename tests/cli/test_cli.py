@@ -3,11 +3,12 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 import randlora
-from cli.helpers import invoke
+from cli.helpers import answer, invoke
 from randlora.train.settings import TrainSettings
-from randlora_cli import COMMANDS
+from randlora_cli import COMMANDS, app
 
 
 def test_version():
@@ -23,6 +24,20 @@ def test_help_names_every_setting_and_shows_examples():
     assert "\x1b[" not in text
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_narrow_terminal_shows_every_flag_whole(name):
+    text = CliRunner(env={"COLUMNS": "80", "TERM": "dumb"}).invoke(app, [name, "--help"]).stdout
+    assert "--help" in text
+    assert "…" not in "".join(line[:40] for line in text.splitlines())
+
+
+def test_a_flag_turns_off_what_the_file_turns_on(tmp_path, tiny_bert, reviews):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {tiny_bert}\ndata: {reviews}\nr: 8\nbf16: true\nsparse: true\n")
+    settings = answer("train", "--config", config, "--no-bf16", "--dry-run")["settings"]
+    assert (settings["bf16"], settings["sparse"]) == (False, True)
+
+
 def test_training_prints_one_json_object(tmp_path, tiny_bert, reviews):
     config = tmp_path / "run.yaml"
     config.write_text(f"model: {tiny_bert}\ndata: {reviews}\nr: 8\nmax_steps: 5\noutput_dir: {tmp_path}/run\n")
@@ -35,6 +50,10 @@ def test_training_prints_one_json_object(tmp_path, tiny_bert, reviews):
     )
     result = json.loads(process.stdout)
     assert result["steps"] == 2
+    assert "\nstep 2 of 2: loss " in process.stderr
+    assert "\r" not in process.stderr  # a bar
+    assert "LOAD REPORT" not in process.stderr  # advice of libraries
+    assert "FutureWarning" not in process.stderr
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
     adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert adapter["target_modules"] == ["query", "value"]

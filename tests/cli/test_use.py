@@ -1,5 +1,6 @@
 """eval, predict, generate and push: a run of `train`, used."""
 
+import copy
 import json
 import shutil
 from types import SimpleNamespace
@@ -7,12 +8,16 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig
 
 from cli.helpers import answer, invoke
+from randlora.cli import console
+from randlora.errors import ConfigError
 from randlora.train import publish, trained
+from randlora.train.infer import generate_text
 from randlora.train.run import train
 from randlora.train.settings import load_settings
+from randlora.train.tasks.language import prompt_tokens
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,17 @@ class TestEval:
         assert found["adapter"]["examples"] == found["base"]["examples"] == 120
         assert found["adapter"]["correct"] > found["base"]["correct"]
         assert sum(count for count, _ in found["adapter"]["by_label"].values()) == 120
-        assert "95% confidence" in invoke("eval", run, "--data", reviews).stdout
+        text = invoke("eval", run, "--data", reviews, "--base").stdout
+        assert "95% confidence" in text
+        assert "base, with an untrained head: " in text
+
+    @pytest.mark.parametrize("method", ["vera", "full", "head"])
+    def test_runs_of_other_methods(self, method, tiny_bert, reviews, tmp_path):
+        values = {"model": tiny_bert, "data": reviews, "max_steps": 3, "max_length": 16, "learning_rate": 1e-2}
+        done = train(load_settings(overrides={**values, "method": method, "output_dir": str(tmp_path)}))
+        result = invoke("eval", tmp_path, "--json")
+        assert json.loads(result.stdout)["adapter"]["loss"] == pytest.approx(done.metrics["eval_loss"], abs=1e-4)
+        assert "Specified to not" not in result.stderr  # PEFT of VeRA, which the settings ask for
 
     def test_a_language_model(self, adapter, reviews):
         found = answer("eval", adapter, "--data", reviews)["adapter"]
@@ -68,8 +83,8 @@ class TestPredict:
 
     def test_from_stdin_and_files_into_a_file(self, run, reviews, tmp_path):
         assert invoke("predict", run, stdin="good great 1\nbad poor 2\n").stdout.count("\t") == 4
-        invoke("predict", run, "--data", reviews, "--output", tmp_path / "labels.jsonl")
-        lines = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
+        invoke("predict", run, "--data", reviews, "--output", tmp_path / "new/labels.jsonl")
+        lines = [json.loads(line) for line in (tmp_path / "new/labels.jsonl").read_text().splitlines()]
         assert len(lines) == 120
         (tmp_path / "texts.txt").write_text("good fine 1\n")
         assert len(answer("predict", run, "--data", tmp_path / "texts.txt")["predictions"]) == 1
@@ -79,6 +94,11 @@ class TestPredict:
         one, all_ = (answer("predict", run, *texts, "--batch-size", size)["predictions"] for size in (1, 3))
         for a, b in zip(one, all_, strict=True):
             assert a["probabilities"] == pytest.approx(b["probabilities"], abs=1e-5)
+
+    def test_a_merged_model_knows_the_names_of_its_labels(self, run, sentences, tmp_path):
+        text, label = sentences[0]
+        invoke("merge", run, tmp_path / "merged")
+        assert answer("predict", tmp_path / "merged", text)["predictions"][0]["label"] == label
 
     def test_labels_survive_the_loss_of_the_data(self, run, sentences, tmp_path):
         text = next(text for text, label in sentences if label == "positive")
@@ -133,12 +153,26 @@ class TestGenerate:
     def test_a_chat_template_gets_the_whole_conversation(self, adapter):
         model = trained.load_trained(adapter)
         model.processor.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
-        from randlora.train.infer import generate_text
-
         pieces = []
         messages = [{"role": "user", "content": "good"}]
         text = generate_text(model, messages, pieces.append, max_new_tokens=4, temperature=0)
         assert "".join(pieces) == text
+
+    def test_no_more_than_the_model_has_positions_for(self, adapter):
+        model = trained.load_trained(adapter)
+        model.model.config.max_position_embeddings = 8
+        asked = len(prompt_tokens(model.processor, "good film"))
+        pieces = []
+        generate_text(model, "good film", pieces.append, max_new_tokens=100, temperature=0)
+        assert len("".join(pieces).split()) <= 8 - asked
+        with pytest.raises(ConfigError, match=r"the prompt has 22 tokens, .* takes 8"):
+            generate_text(model, "good " * 20, pieces.append)
+
+    def test_a_prompt_is_not_closed(self, tokenizer):
+        closing = copy.deepcopy(tokenizer)
+        assert prompt_tokens(closing, "good")[-1] == closing.sep_token_id
+        closing.eos_token = closing.sep_token
+        assert prompt_tokens(closing, "good")[-1] != closing.sep_token_id
 
 
 class _Hub:
@@ -160,21 +194,37 @@ class _Hub:
 
 class TestPush:
     def test_the_card_is_filled_and_uploaded(self, run, tmp_path, monkeypatch):
-        copy, hub = shutil.copytree(run, tmp_path / "run"), _Hub()
+        copied, hub = shutil.copytree(run, tmp_path / "run"), _Hub()
         monkeypatch.setattr(publish, "HfApi", lambda: hub)
-        done = answer("push", copy, "me/reviews", "--private", "--license", "mit")
+        done = answer("push", copied, "me/reviews", "--private", "--license", "mit")
         assert done["url"] == "https://hub/commit/1"
         (_, repo, options), (_, names, upload) = hub.calls
         assert (repo, options["private"]) == ("me/reviews", True)
         assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= set(names)
         assert upload["repo_id"] == "me/reviews"
-        card = (copy / "adapter/README.md").read_text()
+        card = (copied / "adapter/README.md").read_text()
         metrics = json.loads((run / "metrics.json").read_text())
         assert f"{metrics['trainable_parameters']:,} trained parameters" in card
         assert f"{metrics['metrics']['eval_accuracy']:.4f}" in card
         assert "license: mit" in card
         assert "pipeline_tag: text-classification" in card
         assert str(tmp_path) not in card
+        assert 'AutoModelForSequenceClassification.from_pretrained("' in card
+        assert ", num_labels=2)" in card
+        assert "learning_rate: 0.01" in card
+        assert "alpha: 160" in card
+
+    def test_each_task_has_its_class_and_pipeline(self, run, tmp_path):
+        copied = shutil.copytree(run, tmp_path / "run")
+        settings = (run / "resolved.yaml").read_text()
+        for task, name, pipeline in (
+            ("token-classification", "AutoModelForTokenClassification", "token-classification"),
+            ("image-classification", "AutoModelForImageClassification", "image-classification"),
+        ):
+            (copied / "resolved.yaml").write_text(settings.replace("sequence-classification", task))
+            card = answer("push", copied, "me/x", "--dry-run")["card"]
+            assert f"base = {name}.from_pretrained(" in card
+            assert f"pipeline_tag: {pipeline}" in card
 
     def test_a_dry_run_writes_nothing(self, run, monkeypatch):
         monkeypatch.setattr(publish, "HfApi", lambda: pytest.fail("the hub was asked"))
@@ -185,11 +235,11 @@ class TestPush:
         assert {file: file.read_bytes() for file in (run / "adapter").iterdir()} == before
 
     def test_a_readme_of_one_s_own_stays(self, run, tmp_path, monkeypatch):
-        copy = shutil.copytree(run, tmp_path / "run")
-        (copy / "adapter/README.md").write_text("# mine\n")
+        copied = shutil.copytree(run, tmp_path / "run")
+        (copied / "adapter/README.md").write_text("# mine\n")
         monkeypatch.setattr(publish, "HfApi", _Hub)
-        invoke("push", copy, "me/x")
-        assert (copy / "adapter/README.md").read_text() == "# mine\n"
+        invoke("push", copied, "me/x")
+        assert (copied / "adapter/README.md").read_text() == "# mine\n"
 
     @pytest.mark.parametrize(
         ("error", "code", "expected"),
@@ -206,9 +256,9 @@ class TestPush:
         ids=["token", "forbidden", "server", "network"],
     )
     def test_what_the_hub_refuses(self, run, tmp_path, monkeypatch, error, code, expected):
-        copy = shutil.copytree(run, tmp_path / "run")
+        copied = shutil.copytree(run, tmp_path / "run")
         monkeypatch.setattr(publish, "HfApi", lambda: _Hub(error))
-        assert expected in invoke("push", copy, "me/x", code=code).output
+        assert expected in invoke("push", copied, "me/x", code=code).output
 
 
 @pytest.mark.parametrize(
@@ -222,7 +272,7 @@ class TestPush:
         ("predict ADAPTER good", "predict is for classifiers"),
         ("predict RUN good --data d.csv", "give one or the other"),
         ("predict RUN --data nowhere.txt", "nowhere.txt"),
-        ("predict RUN good --output nowhere/x.jsonl", "no folder 'nowhere'"),
+        ("predict RUN good --output RUN", "is a folder: name a file in it"),
         ("predict RUN", "there are no texts"),
         ("generate RUN --prompt x", "generate is for language models"),
         ("generate ADAPTER --prompt x --top-p 2", "top_p=2.0"),
@@ -237,13 +287,26 @@ class TestPush:
         ("plan LLAMA --params many", "params='many'"),
         ("plan LLAMA --params 1M --r 4", "only one"),
         ("plan nowhere --r 4", "nowhere"),
+        ("plan VIT --r 4", "is of type 'vit', for which Transformers has no AutoModelForCausalLM: name another task"),
     ],
 )
 def test_mistakes_end_with_code_2(arguments, expected, run, adapter, tiny_llama, tiny_bert, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, place in {"RUN": run, "ADAPTER": adapter, "LLAMA": tiny_llama, "BERT": tiny_bert}.items():
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    for name, place in {
+        "RUN": run,
+        "ADAPTER": adapter,
+        "LLAMA": tiny_llama,
+        "BERT": tiny_bert,
+        "VIT": tmp_path / "vit",
+    }.items():
         arguments = arguments.replace(name, str(place))
     assert expected in invoke(*arguments.split(), code=2, stdin="").output.replace("\n", "")
+
+
+def test_a_long_title_is_not_broken(capsys):
+    console.console().print(console.plain_table(["a"], [["1"]], "a title that is longer than its table"))
+    assert "a title that is longer than its table" in capsys.readouterr().out
 
 
 def test_plan_says_which_r(tiny_llama):

@@ -43,6 +43,13 @@ def test_every_plot_is_drawn_within_the_page_and_nothing_is_reported(chromium, s
     assert page.console() == []
 
 
+def test_an_axis_does_not_reach_below_what_there_can_be(chromium, small):
+    page = Page(chromium, small)
+    page.draw("seconds")  # all the same, around which Plotly would put a range of its own
+    low = page.js("return document.querySelector('[data-chart=seconds]')._fullLayout.yaxis.range[0]")
+    assert low >= 0
+
+
 def test_the_page_asks_for_nothing_but_itself(chromium, small):
     page = Page(chromium, small)
     assert page.js("return performance.getEntriesByType('resource').map((entry) => entry.name)") == []
@@ -54,9 +61,11 @@ def test_a_tooltip_appears_under_the_mouse(chromium, small):
     page = Page(chromium, small)
     page.draw("seconds")
     plot = element(page, "[data-chart=seconds] .nsewdrag")
-    ActionChains(chromium).move_to_element(plot).perform()
+    to_point = """const { xaxis: x, yaxis: y } = document.querySelector('[data-chart=seconds]')._fullLayout;
+        return [Math.round(x.d2p(25) - x._length / 2), Math.round(y.d2p(0.3) - y._length / 2)]"""
+    ActionChains(chromium).move_to_element_with_offset(plot, *page.js(to_point)).perform()
     page.wait("return document.querySelector('[data-chart=seconds] .hovertext') !== null")
-    assert ": 0.3" in element(page, "[data-chart=seconds] .hovertext").text
+    assert ": 0.3" in page.js("return document.querySelector('[data-chart=seconds] .hovertext').textContent")
 
 
 def test_points_are_read_with_the_keyboard(chromium, small):

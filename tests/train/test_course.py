@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from randlora.errors import ConfigError
 from randlora.train import callbacks, run
@@ -166,3 +167,18 @@ def test_two_processes_train_as_one(tiny_bert, reviews, tmp_path):
         torch.testing.assert_close(two[name], expected, rtol=1e-3, atol=1e-4)
     losses = [[entry["loss"] for entry in history(tmp_path / part) if "loss" in entry] for part in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+class TestNothingLearned:
+    def state(self, losses):
+        return TrainerState(log_history=[{"loss": loss} for loss in losses] + [{"eval_loss": 9.0}])
+
+    def test_it_is_said_with_the_rate(self):
+        with pytest.warns(UserWarning, match=r"has not fallen: 0.7000 .* 0.7000 in the last. learning_rate=3.0"):
+            callbacks.warn_unless_learned(self.state([0.7, 0.7, *[50.0] * 16, 0.7, 0.7]), 3.0)
+
+    @pytest.mark.parametrize("losses", [[0.7] * 19, [0.7] * 10 + [0.6] * 10, []], ids=["few", "fallen", "none"])
+    def test_other_runs_are_left_in_peace(self, losses):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            callbacks.warn_unless_learned(self.state(losses), 3.0)

@@ -98,6 +98,8 @@ def test_unknown_labels_in_the_evaluation_data(tmp_path):
         ("missing.csv", None, "no data file"),
         ("d.txt", "x", "must end in one of"),
         ("d.json", "{", "cannot read"),
+        ("header.csv", "text,label\n", "it holds no rows"),
+        ("latin.csv", "text,label\ncaf\xe9,1\n", "it is not in UTF-8"),
         ("folder", "", "not one that datasets' save_to_disk wrote"),
     ],
 )
@@ -106,7 +108,7 @@ def test_sources_that_cannot_be_read(tmp_path, name, content, expected):
     if name == "folder":
         path.mkdir()
     elif content is not None:
-        path.write_text(content)
+        path.write_text(content, encoding="latin-1")
     with pytest.raises(ConfigError, match=expected):
         load_data(settings(path))
 

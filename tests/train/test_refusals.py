@@ -39,8 +39,25 @@ def test_a_input_column_without_text(settings, tmp_path):
 
 
 def test_a_target_that_is_no_regular_expression(settings):
-    with pytest.raises(ConfigError, match=r"target_modules='\(query': .*no regular expression"):
+    with pytest.raises(ConfigError, match=r"target_modules='\(query': is no regular expression"):
         settings(target_modules="(query")
+
+
+def test_targets_that_are_not_there_are_told_which_are(settings):
+    with pytest.raises(ConfigError, match=r"named dense, key, query, value$"):
+        resolve(settings(target_modules="nothing_like_it"))
+
+
+def test_labels_that_are_measures(settings, tmp_path):
+    (tmp_path / "d.csv").write_text("text,label\n" + "".join(f"film {n},{n / 7}\n" for n in range(40)))
+    with pytest.raises(ConfigError, match=r"labels such as 0\.14.*words or whole numbers"):
+        resolve(settings(data=str(tmp_path / "d.csv")))
+
+
+def test_a_folder_of_images_for_a_task_of_texts(settings, tmp_path):
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"needs task='image-classification'"):
+        resolve(settings(data=str(tmp_path / "images")))
 
 
 @pytest.mark.parametrize("output", ["file", "file/below"])

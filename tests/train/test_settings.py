@@ -82,6 +82,14 @@ def test_each_method_has_a_learning_rate_of_its_own():
     assert load_settings(None, {**NEEDED, "learning_rate": 0.5}).peak_learning_rate == 0.5
 
 
+def test_resolved_settings_have_the_numbers_that_are_taken():
+    found = load_settings(None, {**NEEDED, "r": 8}).resolved()
+    assert (found["learning_rate"], found["alpha"]) == (3e-4, 160)
+    assert load_settings(None, {**NEEDED, "method": "vera"}).resolved()["alpha"] is None
+    given = {**NEEDED, "method": "lora", "learning_rate": 0.5, "alpha": 3.0}
+    assert load_settings(None, given).resolved() == load_settings(None, given).model_dump()
+
+
 def test_resolved_settings_read_back_as_they_were(tmp_path):
     settings = load_settings(None, {**NEEDED, "modules_to_save": "pooler,score", "alpha": 3})
     path = tmp_path / "resolved.yaml"

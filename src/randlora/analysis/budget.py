@@ -7,6 +7,7 @@ tensors without memory (``trace.py``); the cost of RandLoRA's products comes fro
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -198,6 +199,12 @@ class _Planner:
         traces, remark = self._traces(r)
         chosen = self._option(r, r, traces)
         largest = max(layer.min_dim for layer in self.kept)
+        if r > largest:
+            warnings.warn(
+                f"r={r} is above {largest}, the smaller dimension of the widest layer: from there on a larger r only "
+                "adds parameters",
+                stacklevel=3,
+            )
         powers = {2**k for k in range(13) if 2**k <= largest}
         near = sorted(powers, key=lambda p: abs(p.bit_length() - r.bit_length()))[:6]
         return TrainingPlan(

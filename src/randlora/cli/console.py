@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -63,7 +64,8 @@ def answering(json: bool, hint: str = "") -> Iterator[Console]:
     """
     with explained_errors(hint), stdout_for_json(json), warnings.catch_warnings():
         warnings.showwarning = _show_warning
-        _quiet_transformers()
+        warnings.filterwarnings("ignore", "Specified to not (save|load) vera_A")  # as the settings ask
+        _quiet_libraries()
         yield console(to_stderr=json)
 
 
@@ -83,6 +85,7 @@ def plain_table(
 ) -> Table:
     """A table, its first ``left`` columns of words, the others of numbers."""
     table = Table(title=title, box=box.SIMPLE_HEAVY, title_justify="left", padding=(0, 1, 0, 0))
+    table.min_width = len(title or "")  # a title longer than its table would be broken
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < left else "right", overflow="fold")
     for row in rows:
@@ -103,13 +106,14 @@ def number_text(value: float | None, form: str = ".3g") -> str:
     return "–" if value is None else format(value, form)
 
 
-def _quiet_transformers() -> None:
+def _quiet_libraries() -> None:
     """No advice, and no bars where nobody watches."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # datasets may not be imported yet
 
 
 def _without_nan(content: Any) -> Any:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+from rich.console import Console
 
-from randlora.cli.console import FAILURE, console, explained_errors, print_json, stdout_for_json
+from randlora.cli.console import FAILURE, answering, print_json
 
 if TYPE_CHECKING:
     from randlora.report.table import Row
@@ -32,16 +33,14 @@ def demo(
 
       randlora demo
     """
-    from randlora.train.demo import QUICK, WHOLE, run_demo
-
-    out = console(to_stderr=json)
     start = time.monotonic()
-    with explained_errors(), stdout_for_json(json):
-        size = QUICK if quick else WHOLE
-        result = run_demo(output_dir, size, seed, lambda text: out.print(f"[bold]{text}[/]"))
+    with answering(json) as out:
+        from randlora.train.demo import QUICK, WHOLE, run_demo
+
+        result = run_demo(output_dir, QUICK if quick else WHOLE, seed, lambda text: out.print(f"[bold]{text}[/]"))
         rows = _rows(result)
         _save(result, rows, output_dir)
-    _show(result, rows, output_dir, time.monotonic() - start, to_stderr=json)
+        _show(result, rows, output_dir, time.monotonic() - start, out)
     if json:
         print_json(asdict(result))
     if not result.verification.holds:
@@ -78,10 +77,9 @@ def _save(result: DemoResult, rows: list[Row], folder: Path) -> None:
     write_report([folder / run["method"] for run in result.runs.values()], folder / "report.html")
 
 
-def _show(result: DemoResult, rows: list[Row], folder: Path, seconds: float, to_stderr: bool) -> None:
+def _show(result: DemoResult, rows: list[Row], folder: Path, seconds: float, out: Console) -> None:
     from randlora.report.table import terminal_table
 
-    out = console(to_stderr)
     out.print(terminal_table(rows, f"MiniLM on Rotten Tomatoes, {result.tested:,} test sentences"))
     out.print("accuracy: with its 95% interval; peak memory: of the whole process; saved: weights on disk")
     check = result.verification

@@ -18,6 +18,7 @@ def diff(
     first: str = typer.Argument(help="Folder of an adapter."),
     second: str = typer.Argument(help="Folder of another."),
     model: str | None = typer.Option(None, help="Base model of both, if it is not where their configs say."),
+    all_layers: bool = typer.Option(False, "--all", help="Show every layer, those that do the same too."),
     json: bool = typer.Option(False, "--json", help="Print the result as JSON on stdout."),
 ) -> None:
     """How two adapters differ, in their configs and in what they do.
@@ -36,16 +37,17 @@ def diff(
     if json:
         print_json(asdict(found) | {"same_effect": found.same_effect})
     else:
-        _show(found, out)
+        _show(found, out, all_layers)
     if not found.same_effect:
         raise typer.Exit(FAILURE)
 
 
-def _show(found: Difference, out: Console) -> None:
+def _show(found: Difference, out: Console, all_layers: bool) -> None:
     if found.config:
         rows = [[quoted(key), quoted(a), quoted(b)] for key, (a, b) in found.config.items()]
         out.print(plain_table(["config", "first", "second"], rows, left=3))
-    if found.layers:
+    shown = [layer for layer in found.layers if all_layers or layer.relative != 0]
+    if shown:
         rows = [
             [
                 quoted(layer.name),
@@ -53,9 +55,11 @@ def _show(found: Difference, out: Console) -> None:
                 number_text(layer.relative),
                 number_text(layer.cosine, ".4f"),
             ]
-            for layer in found.layers
+            for layer in shown
         ]
         out.print(plain_table(["layer", "λ and γ", "‖ΔW₂ − ΔW₁‖ / ‖ΔW₁‖", "cosine"], rows, left=2))
+    if len(shown) < len(found.layers):
+        out.print(f"{len(found.layers) - len(shown)} of {len(found.layers)} layers do the same in both")
     for title, names in (("first", found.only_first), ("second", found.only_second)):
         for name in names:
             out.print(f"only in the {title}: {quoted(name)}")

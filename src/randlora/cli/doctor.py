@@ -30,7 +30,7 @@ def doctor(json: bool = typer.Option(False, "--json", help="Print the result as 
         print_json({"healthy": not broken, "findings": [asdict(finding) for finding in found]})
     else:
         rows = [[finding.topic, finding.name, _MARKS[finding.verdict], finding.detail] for finding in found]
-        out.print(plain_table(["", "", "", ""], rows, left=4))
+        out.print(plain_table(["about", "what", "verdict", "found"], rows, left=4))
         out.print(f"[bold red]to be mended: {', '.join(broken)}[/]" if broken else "[bold]nothing is broken[/]")
     if broken:
         raise typer.Exit(FAILURE)

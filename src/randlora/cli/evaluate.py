@@ -70,6 +70,8 @@ def _show(name: str, found: Score, out: Console) -> None:
         low, high = wilson_interval(outcome.correct, trials)
         said.append(f"accuracy {metrics.pop('accuracy'):.1%} ({100 * low:.1f}–{100 * high:.1f} with 95% confidence)")
     said += [f"{metric} {value:.4f}" for metric, value in metrics.items()]
+    if name == "base" and outcome.by_label:
+        name = "base, with an untrained head"
     out.print(f"{name}: {', '.join(said)}, on {trials:,} {'tokens' if outcome.tokens else 'examples'}")
     if outcome.by_label:
         rows = [[label, f"{n:,}", f"{hits / n:.1%}" if n else "–"] for label, (n, hits) in outcome.by_label.items()]

@@ -46,10 +46,12 @@ def predict(
         from randlora.tuner.atomic import write_text
 
         texts = _texts(text or [], data, input_column)
+        if output is not None:  # before anything is computed
+            if output.is_dir():
+                raise ConfigError(f"output={str(output)!r} is a folder: name a file in it")
+            output.parent.mkdir(parents=True, exist_ok=True)
         found = list(predict_labels(load_trained(adapter, model), texts, batch_size))
         if output is not None:
-            if not output.parent.is_dir():
-                raise ConfigError(f"output={str(output)!r}: there is no folder {str(output.parent)!r}")
             write_text(output, "".join(f"{json_format.dumps(asdict(one), ensure_ascii=False)}\n" for one in found))
             out.print(f"{len(found):,} predictions in {output}")
     if json:

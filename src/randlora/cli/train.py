@@ -5,21 +5,33 @@ from __future__ import annotations
 import inspect
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import typer
+from pydantic.fields import FieldInfo
+from rich.console import Console
 
-from randlora.cli.console import byte_text, console, explained_errors, print_json, stdout_for_json
+from randlora.cli.console import answering, byte_text, print_json
 from randlora.train.settings import TrainSettings, load_settings
 
 _SHOWN = ("loss", "accuracy", "f1", "perplexity")
+_NO = "no_"
+_PANELS = {
+    "model": "Model and data",
+    "method": "Method",
+    "learning_rate": "Steps",
+    "output_dir": "The course of the run",
+}
+"""Heading in the help, by the first setting below it."""
 
 
 def train(**flags: Any) -> None:
     """Fine-tune a model on your data and save the adapter.
 
-    Settings come from a YAML file, from flags, or from both; a flag beats the file.
+    Settings come from a YAML file, from flags, or from both; a flag beats the file. What a file turns on, a flag with
+    no- turns off: --no-bf16.
 
     [bold]Examples[/]
 
@@ -30,23 +42,24 @@ def train(**flags: Any) -> None:
       randlora train --config run.yaml --method lora --r 8 --resume auto
     """
     config, as_json, dry_run = (flags.pop(name) for name in ("config", "json", "dry_run"))
-    overrides = {name: value for name, value in flags.items() if value is not None}
-    hint = "go on from the last checkpoint with --resume auto"
-    with explained_errors(hint), stdout_for_json(as_json):
+    overrides = {name: value for name, value in _folded(flags).items() if value is not None}
+    with answering(as_json, "go on from the last checkpoint with --resume auto") as out:
+        from randlora.train.run import is_main_process
+
+        out.quiet = not is_main_process()  # of several processes, one prints
         settings = load_settings(config, overrides)
-        result = _dry_run(settings) if dry_run else _train(settings)
-    if as_json and _prints():
+        result = _dry_run(settings, out) if dry_run else _train(settings, out)
+    if as_json and not out.quiet:
         print_json(result)
 
 
-def _prints() -> bool:
-    """Of several processes, one prints."""
-    from randlora.train.run import is_main_process
+def _folded(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags by setting; ``--no-packing`` is a false ``packing``."""
+    found = {name: value for name, value in flags.items() if name in TrainSettings.model_fields}
+    return found | {name.removeprefix(_NO): False for name in flags.keys() - found.keys() if flags[name]}
 
-    return is_main_process()
 
-
-def _train(settings: TrainSettings) -> dict[str, Any]:
+def _train(settings: TrainSettings, out: Console) -> dict[str, Any]:
     from randlora.train.run import train as run
 
     result = run(settings)
@@ -55,13 +68,12 @@ def _train(settings: TrainSettings) -> dict[str, Any]:
         for name, value in result.metrics.items()
         if name.startswith("eval_") and name.removeprefix("eval_") in _SHOWN
     )
-    if _prints():
-        console().print(f"{result.trainable_parameters:,} trained parameters, evaluation: {score}")
-        console().print(f"saved in {result.result_path} ({result.result_bytes:,} bytes)")
+    out.print(f"{result.trainable_parameters:,} trained parameters, evaluation: {score}")
+    out.print(f"saved in {result.result_path} ({result.result_bytes:,} bytes)", markup=False)
     return asdict(result)
 
 
-def _dry_run(settings: TrainSettings) -> dict[str, Any]:
+def _dry_run(settings: TrainSettings, out: Console) -> dict[str, Any]:
     import yaml
 
     from randlora.train.resume import checkpoint_to_resume
@@ -71,7 +83,7 @@ def _dry_run(settings: TrainSettings) -> dict[str, Any]:
     run = resolve(settings)
     total = sum(p.numel() for p in run.model.parameters())
     found: dict[str, Any] = {
-        "settings": settings.model_dump(),
+        "settings": settings.resolved(),
         "trainable_parameters": run.trainable_parameters,
         "total_parameters": total,
         "training_examples": len(run.data.train),
@@ -80,10 +92,10 @@ def _dry_run(settings: TrainSettings) -> dict[str, Any]:
         "resumes": None if checkpoint is None else str(checkpoint),
         **_predicted(settings, len(run.data.labels)),
     }
-    out = console()
-    out.print(yaml.safe_dump(found["settings"], sort_keys=False), markup=False)
+    shown = {name: value for name, value in found["settings"].items() if value not in (None, False, [])}
+    out.print(yaml.safe_dump(shown, sort_keys=False), markup=False)
     if checkpoint is not None:
-        out.print(f"It would go on from {checkpoint}.")
+        out.print(f"It would go on from {checkpoint}.", markup=False)
     out.print(
         f"{run.trainable_parameters:,} of {total:,} parameters would train, on {len(run.data.train):,} examples, "
         f"evaluated on {len(run.data.evaluation):,}."
@@ -100,13 +112,14 @@ def _dry_run(settings: TrainSettings) -> dict[str, Any]:
 def _predicted(settings: TrainSettings, labels: int) -> dict[str, Any]:
     """Memory and cost of a step as ``randlora plan`` predicts them; nothing where it does not."""
     traced = settings.quantization == "none" and not settings.gradient_checkpointing and not settings.bf16
-    if settings.method != "randlora" or settings.task not in ("causal-lm", "sequence-classification") or not traced:
+    task = "causal-lm" if settings.task == "chat" else settings.task
+    if settings.method != "randlora" or task not in ("causal-lm", "sequence-classification") or not traced:
         return {}
     from randlora.analysis.budget import Budget, Setup, plan_training
 
     setup = Setup(
         settings.model,
-        task=settings.task,
+        task=task,
         targets=settings.targets,
         kind="very_sparse" if settings.very_sparse else "sparse" if settings.sparse else "dense",
         batch_size=settings.batch_size,
@@ -119,16 +132,30 @@ def _predicted(settings: TrainSettings, labels: int) -> dict[str, Any]:
     return {"peak_bytes": chosen.peak_bytes, "step_cost": chosen.cost}
 
 
-def _flag(name: str, annotation: Any, description: str) -> inspect.Parameter:
-    """A command-line flag for one setting, absent unless given."""
-    kind = next((t for t in _members(annotation) if t in (bool, int, float, str)), str)
-    default = typer.Option(
-        None,
-        f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if kind is bool else ""),
-        help=description,
-        show_default=False,
-    )
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind | None)
+def _flags() -> Iterator[inspect.Parameter]:
+    """A flag for every setting, absent unless given, so that file and flags cannot drift apart."""
+    panel = ""
+    for name, field in TrainSettings.model_fields.items():
+        panel = _PANELS.get(name, panel)
+        kind = next((t for t in _members(field.annotation) if t in (bool, int, float, str)), str)
+        yield _parameter(name, kind | None, None, _description(field), rich_help_panel=panel)
+        if kind is bool:  # the opposite of a file's `true`; the help says so once, not for each
+            yield _parameter(_NO + name, bool, False, "", hidden=True)
+
+
+def _description(field: FieldInfo) -> str:
+    """With the default, where it is more than "off"; a bracket is escaped from rich's markup."""
+    if isinstance(field.default, str | int | float) and field.default is not False:
+        return f"{field.description} \\[{field.default}]"
+    return field.description or ""
+
+
+def _parameter(
+    name: str, annotation: Any, default: object, description: str, *short: str, **more: Any
+) -> inspect.Parameter:
+    flag = f"--{name.replace('_', '-')}"
+    option = typer.Option(default, flag, *short, help=description, show_default=False, **more)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=option)
 
 
 def _members(annotation: Any) -> list[Any]:
@@ -142,31 +169,12 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _signature() -> inspect.Signature:
-    """One flag for every setting, so that file and flags cannot drift apart."""
     own = [
-        inspect.Parameter(
-            "config",
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=str | None,
-            default=typer.Option(None, "--config", "-c", help="YAML file of settings."),
-        ),
-        inspect.Parameter(
-            "dry_run",
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=bool,
-            default=typer.Option(False, "--dry-run", help="Resolve everything, train nothing."),
-        ),
-        inspect.Parameter(
-            "json",
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=bool,
-            default=typer.Option(False, "--json", help="Print the result as JSON on stdout."),
-        ),
+        _parameter("config", str | None, None, "YAML file of settings.", "-c"),
+        _parameter("dry_run", bool, False, "Resolve everything, train nothing."),
+        _parameter("json", bool, False, "Print the result as JSON on stdout."),
     ]
-    settings = [
-        _flag(name, field.annotation, field.description or "") for name, field in TrainSettings.model_fields.items()
-    ]
-    return inspect.Signature([*own, *settings])
+    return inspect.Signature([*own, *_flags()])
 
 
 train.__signature__ = _signature()  # type: ignore[attr-defined]

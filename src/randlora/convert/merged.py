@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from randlora.errors import ConfigError, MergeError
 from randlora.tuner.atomic import folder_atomically, write_json
 from randlora.tuner.base_model import base_path_of, load_base, with_adapter
-from randlora.tuner.folder import read_config
+from randlora.tuner.folder import read_randlora_config
 from randlora.tuner.merged import MergedTensor, base_model, merged_tensors
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -77,7 +77,7 @@ def save_merged(
 
 def _load(path: str | os.PathLike[str], base_path: Any, arguments: dict[str, Any]) -> nn.Module:
     """The base model of a saved adapter with the adapter in it, in evaluation mode."""
-    config = read_config(path)
+    config = read_randlora_config(path)
     base = load_base(base_path_of(config, base_path), config.task_type, **arguments)
     return with_adapter(base, path)
 

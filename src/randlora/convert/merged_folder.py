@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from randlora.convert.merged import save_merged
 from randlora.errors import ConfigError
 from randlora.tuner.base_model import base_path_of
-from randlora.tuner.folder import adapter_path, head_size, read_config
+from randlora.tuner.folder import adapter_path, head_size, label_names, read_randlora_config
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -68,10 +68,12 @@ def merge_folder(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):  # before anything is loaded
         raise ConfigError(f"there is something in {folder} already: name a folder that does not exist")
     adapter = adapter_path(adapter)
-    source = base_path_of(read_config(adapter), base_model_path)
+    source = base_path_of(read_randlora_config(adapter), base_model_path)
     arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **base_model_arguments}
     if "num_labels" not in arguments and (labels := head_size(adapter)) is not None:
         arguments["num_labels"] = labels
+        if (names := label_names(adapter)) is not None:
+            arguments |= {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     save_merged(adapter, folder, max_shard_size=max_shard_size, base_model_path=source, **arguments)
     trusted = bool(base_model_arguments.get("trust_remote_code", False))
     tokenizer = _save_tokenizer((adapter, source), target, trusted)

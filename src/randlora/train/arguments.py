@@ -36,6 +36,7 @@ def training_arguments(settings: TrainSettings, output: Path) -> TrainingArgumen
         logging_nan_inf_filter=False,
         save_total_limit=2,
         report_to=[],  # the trackers are among the callbacks
+        disable_tqdm=False,  # which would follow the verbosity of Transformers
         dataloader_pin_memory=False,
         remove_unused_columns=TASKS[settings.task].counts_tokens,  # images are opened from columns that no model takes
         include_num_input_tokens_seen="non_padding" if TASKS[settings.task].counts_tokens else "no",

@@ -1,47 +1,15 @@
-"""What happens at each step: the progress bar, an end to runs that have diverged, and to those that are interrupted."""
+"""What ends a run before its last step, Ctrl-C or a loss that is no number; and a word on runs that came to nothing."""
 
 from __future__ import annotations
 
 import math
 import signal
 import threading
-import time
+import warnings
+from statistics import fmean
 from typing import Any
 
-import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
-
-from randlora.train.measure import device_memory_bytes, memory_bytes
-
-
-class CostOnBar(ProgressCallback):
-    """The Trainer's progress bar, which tells the time left, with loss, tokens per second and memory on it.
-
-    They take the place of a line of output for each step.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._since = (0.0, 0)  # time, and tokens seen by then
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts to count."""
-        super().on_train_begin(args, state, control, **kwargs)
-        self._since = (time.perf_counter(), state.num_input_tokens_seen)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Shows a training loss on the bar; prints evaluations and summaries as the Trainer does."""
-        if self.training_bar is None or "loss" not in logs:
-            super().on_log(args, state, control, logs=logs, **kwargs)
-            return
-        shown = {"loss": f"{logs['loss']:.4f}"}
-        start, tokens = self._since
-        if state.num_input_tokens_seen > tokens:
-            pace = (state.num_input_tokens_seen - tokens) / (time.perf_counter() - start)
-            shown["tokens/s"] = f"{pace:,.0f}"
-        held = device_memory_bytes() if torch.cuda.is_available() else memory_bytes()
-        self.training_bar.set_postfix(**shown, memory=f"{held / 1e9:.2f} GB", refresh=False)
 
 
 class CheckpointOnInterrupt(TrainerCallback):
@@ -99,3 +67,21 @@ class StopIfDiverged(TrainerCallback):
                 f"the training loss of step {state.global_step} is {loss}: lower "
                 f"learning_rate={self._learning_rate} or alpha"
             )
+
+
+def warn_unless_learned(state: TrainerState, learning_rate: float) -> None:
+    """Says so where the last tenth of the losses is no lower than the first; too few steps say nothing.
+
+    A rate that is too high need not end in NaN: the loss goes up and comes back to that of guessing.
+    """
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    tenth = len(losses) // 10
+    if tenth < 2:
+        return
+    first, last = fmean(losses[:tenth]), fmean(losses[-tenth:])
+    if last > 0.99 * first:
+        warnings.warn(
+            f"the training loss has not fallen: {first:.4f} in the first tenth of the steps, {last:.4f} in the last. "
+            f"learning_rate={learning_rate} or alpha is too high, or far too low",
+            stacklevel=2,
+        )

@@ -80,7 +80,7 @@ def _read(source: str, settings: TrainSettings) -> Dataset | DatasetDict:
         try:
             return readers[path.suffix.lower()](source)
         except Exception as error:  # the readers raise whatever their parsers raise
-            raise ConfigError(f"cannot read the data file {source!r}: {error.__cause__ or error}") from error
+            raise ConfigError(f"cannot read the data file {source!r}: {_reason(error)}") from error
     if path.exists():
         raise ConfigError(f"data file {source!r} must end in one of {', '.join(readers)}")
     try:
@@ -89,6 +89,13 @@ def _read(source: str, settings: TrainSettings) -> Dataset | DatasetDict:
         raise ConfigError(
             f"{source!r} is no local file or folder, and no dataset of the hub that can be loaded: {error}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    cause = error.__cause__ or error
+    if isinstance(cause, UnicodeDecodeError):
+        return f"it is not in UTF-8 ({cause})"
+    return "it holds no rows" if "corresponds to no data" in str(cause) else str(cause)
 
 
 def _one_split(data: Dataset | DatasetDict, source: str) -> Dataset:
@@ -108,12 +115,13 @@ def _read_folder(source: str, settings: TrainSettings) -> Dataset | DatasetDict:
             return load_dataset("imagefolder", data_dir=source)
         return load_from_disk(source)
     except Exception as error:  # the readers raise whatever their parsers raise
-        images = (
-            "holds no images in folders named by their labels, and is " if settings.task.startswith("image") else ""
+        saved_by = "not one that datasets' save_to_disk wrote"
+        reason = (
+            f"holds no images in folders named by their labels, and is {saved_by}: {error}"
+            if settings.task == "image-classification"
+            else f"{saved_by}; a folder of images needs task='image-classification'"
         )
-        raise ConfigError(
-            f"{source!r} is a folder, but {images}not one that datasets' save_to_disk wrote: {error}"
-        ) from None
+        raise ConfigError(f"{source!r} is a folder, but {reason}") from None
 
 
 def _checked(rows: Dataset, settings: TrainSettings, source: str) -> Dataset:

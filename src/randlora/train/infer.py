@@ -17,6 +17,7 @@ from randlora.errors import ConfigError
 from randlora.train.data import load_data, load_rows
 from randlora.train.settings import TrainSettings
 from randlora.train.tasks import TASKS, Outcome, Task
+from randlora.train.tasks.language import prompt_tokens
 from randlora.train.tasks.token import first_pieces
 from randlora.train.trained import Trained
 
@@ -159,7 +160,7 @@ def generate_text(
         trained: a causal language model.
         prompt: text, or messages with ``role`` and ``content``.
         on_text: is given each piece of text when it is there.
-        max_new_tokens: most tokens to write.
+        max_new_tokens: most tokens to write; fewer where the model has no more positions.
         temperature: of the sampling; 0 always takes the most probable token.
         top_p: the most probable tokens that together have this probability are sampled from.
         seed: of the sampling; ``None`` takes another each time.
@@ -168,7 +169,7 @@ def generate_text(
         What was written.
 
     Raises:
-        ConfigError: if the model is none of language, or a value cannot mean anything.
+        ConfigError: if the model is none of language, a value cannot mean anything, or the prompt is empty or too long.
     """
     if TASKS[trained.task].model_type != "CAUSAL_LM":
         raise ConfigError(f"generate is for language models, and the model in {trained.path} is for {trained.task}")
@@ -181,13 +182,12 @@ def generate_text(
     if trained.task == "chat" and tokenizer.chat_template and isinstance(prompt, str) and prompt:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
-        inputs = tokenizer(prompt, return_tensors="pt")
+        asked = prompt_tokens(tokenizer, prompt)
     else:
-        inputs = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    if not inputs["input_ids"].numel():
+        asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    if not asked:
         raise ConfigError("the prompt is empty: there is nothing to go on from")
+    ids = torch.tensor([asked], device=trained.model.device)
     if seed is not None:
         torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
@@ -197,16 +197,26 @@ def generate_text(
         pieces.append(text)
         on_text(text)
 
-    names = ("input_ids", "attention_mask")
     with torch.inference_mode():
         trained.model.generate(
-            **{name: inputs[name].to(trained.model.device) for name in names if name in inputs},
-            max_new_tokens=max_new_tokens,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=_room(trained, len(asked), max_new_tokens),
             pad_token_id=tokenizer.pad_token_id,
             streamer=_Streamer(tokenizer, take),
             **sampling,
         )
     return "".join(pieces)
+
+
+def _room(trained: Trained, asked: int, wanted: int) -> int:
+    """Tokens that can be written before the model runs out of positions."""
+    positions = getattr(trained.model.config, "max_position_embeddings", None)
+    if positions is None:
+        return wanted
+    if asked >= positions:
+        raise ConfigError(f"the prompt has {asked:,} tokens, and {trained.base} takes {positions:,}: shorten it")
+    return min(wanted, positions - asked)
 
 
 class _Streamer(TextStreamer):

@@ -33,8 +33,10 @@ def prepare(model: PreTrainedModel, settings: TrainSettings) -> nn.Module:
     try:
         return get_peft_model(model, _config(model, settings))
     except ValueError as error:
+        linear = sorted({name.rpartition(".")[2] for name in _linear_names(model, list(_HEADS))})
         raise ConfigError(
-            f"method={settings.method!r} with target_modules={settings.target_modules!r}: {error}"
+            f"method={settings.method!r} with target_modules={settings.target_modules!r}: "
+            f"{str(error).partition('. ')[0]}. Linear layers of {type(model).__name__} are named {', '.join(linear)}"
         ) from error
 
 
@@ -52,14 +54,14 @@ def _config(model: PreTrainedModel, settings: TrainSettings) -> PeftConfig:
     }
     if settings.method == "lora":
         return LoraConfig(
-            lora_alpha=settings.alpha or 2 * settings.r,  # type: ignore[arg-type]
+            lora_alpha=settings.scaling_alpha,  # type: ignore[arg-type]
             lora_dropout=settings.dropout,
             **common,
         )
     if settings.method == "vera":
         return VeraConfig(vera_dropout=settings.dropout, save_projection=settings.save_projection, **common)
     return RandLoraConfig(
-        randlora_alpha=settings.alpha or 20 * settings.r,
+        randlora_alpha=settings.scaling_alpha,  # type: ignore[arg-type]
         randlora_scaling=settings.scaling,
         randlora_dropout=settings.dropout,
         sparse=settings.sparse,

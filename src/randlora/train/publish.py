@@ -15,11 +15,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from randlora.errors import CheckpointError, ConfigError, RandLoraError
+from randlora.train.tasks import TASKS
 from randlora.tuner.atomic import write_text
-from randlora.tuner.base_model import base_path_of
-from randlora.tuner.folder import CONFIG, read_config
+from randlora.tuner.base_model import AUTO_CLASSES, base_path_of
+from randlora.tuner.folder import CONFIG, head_size, read_config
 
-_PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
+_PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "IMAGE_CLS": "image-classification",
+}
 _NOT_UPLOADED = ["checkpoint*", "*.bin", "optimizer*", ".*"]
 
 
@@ -98,8 +104,9 @@ def model_card(folder: Path, run: Path | None, repo_id: str, licence: str | None
             stacklevel=2,
         )
         base = Path(base).name
-    task = str(getattr(config.task_type, "value", config.task_type))
     metrics, settings = (yaml.safe_load(_text(run, name)) or {} for name in ("metrics.json", "resolved.yaml"))
+    known = TASKS[settings["task"]].model_type if settings else config.task_type  # PEFT has no name for some
+    task = str(getattr(known, "value", known))
     data = ModelCardData(
         base_model=None if here else base,
         library_name="peft",
@@ -111,7 +118,7 @@ def model_card(folder: Path, run: Path | None, repo_id: str, licence: str | None
         f"# {repo_id.split('/')[1]}",
         f"A [RandLoRA](https://arxiv.org/abs/2502.00987) adapter of `{base}`: a full-rank update of its "
         f"weights, {_trained(metrics)}made with [randlora](https://pypi.org/project/randlora/).",
-        _usage(repo_id, base, task),
+        _usage(repo_id, base, task, head_size(folder)),
         _metrics(metrics),
         _settings(settings),
     ]
@@ -143,15 +150,16 @@ def _trained(metrics: dict[str, Any]) -> str:
     return f"{metrics['trainable_parameters']:,} trained parameters, " if "trainable_parameters" in metrics else ""
 
 
-def _usage(repo_id: str, base: str, task: str) -> str:
-    auto = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}.get(task, "AutoModel")
+def _usage(repo_id: str, base: str, task: str, labels: int | None) -> str:
+    auto = AUTO_CLASSES.get(task, "AutoModel")
+    arguments = f'"{base}"' + ("" if labels is None else f", num_labels={labels}")
     lines = [
         "```python",
         f"from transformers import {auto}",
         "",
         "from randlora import PeftModel",
         "",
-        f'base = {auto}.from_pretrained("{base}")',
+        f"base = {auto}.from_pretrained({arguments})",
         f'model = PeftModel.from_pretrained(base, "{repo_id}")',
         "```",
     ]
@@ -160,7 +168,9 @@ def _usage(repo_id: str, base: str, task: str) -> str:
 
 def _metrics(metrics: dict[str, Any]) -> str:
     found = metrics.get("metrics", {})
-    shown = {n: found[n] for n in ("eval_accuracy", "eval_perplexity", "eval_loss", "train_loss") if n in found}
+    shown = {
+        n: found[n] for n in ("eval_accuracy", "eval_f1", "eval_perplexity", "eval_loss", "train_loss") if n in found
+    }
     if not shown:
         return ""
     rows = [f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in shown.items()]

@@ -22,6 +22,7 @@ HISTORY = "history.jsonl"
 PREDICTIONS = "predictions.jsonl"
 ENVIRONMENT = "environment.json"
 BASE_MODEL = "base_model"
+HEAD = "head.safetensors"
 
 _PACKAGES = ("randlora", "torch", "peft", "transformers", "accelerate", "datasets", "numpy", "safetensors")
 _MOST_TEXT = 1000  # characters of an example that are kept

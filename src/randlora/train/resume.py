@@ -61,7 +61,7 @@ def _require_same_run(settings: TrainSettings, checkpoint: Path) -> None:
     resolved = checkpoint.parent.parent / "resolved.yaml"
     if not resolved.is_file():
         raise ConfigError(f"checkpoint {str(checkpoint)!r} is of no randlora run: there is no {str(resolved)!r}")
-    then, now = load_settings(resolved).model_dump(), settings.model_dump()
+    then, now = load_settings(resolved).resolved(), settings.resolved()
     differences = [
         f"  {name}: {then[name]!r} there, {now[name]!r} here"
         for name in now

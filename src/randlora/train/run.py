@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -20,10 +21,11 @@ from transformers.trainer_callback import ProgressCallback
 from randlora.errors import ConfigError
 from randlora.train import record
 from randlora.train.arguments import early_stopping, trackers, training_arguments
-from randlora.train.callbacks import CheckpointOnInterrupt, CostOnBar, StopIfDiverged
+from randlora.train.callbacks import CheckpointOnInterrupt, StopIfDiverged, warn_unless_learned
 from randlora.train.data import Data, load_data
 from randlora.train.measure import StepTimer, peak_memory_bytes
 from randlora.train.methods import prepare
+from randlora.train.progress import CostInLines, CostOnBar
 from randlora.train.resume import checkpoint_to_resume, is_finished
 from randlora.train.settings import TrainSettings
 from randlora.train.tasks import TASKS, require_length
@@ -104,7 +106,7 @@ def train(settings: TrainSettings) -> TrainResult:
     run = resolve(settings)
     output = _make_folder(settings.output_dir)
     if is_main_process():
-        write_text(output / "resolved.yaml", yaml.safe_dump(settings.model_dump(), sort_keys=False))
+        write_text(output / "resolved.yaml", yaml.safe_dump(settings.resolved(), sort_keys=False))
         record.write_environment(output)
         record.write_base_config(run.model, output)
 
@@ -113,6 +115,7 @@ def train(settings: TrainSettings) -> TrainResult:
     prepared = TASKS[settings.task].prepare(run.data.evaluation, run.processor, settings)
     trainer = _trainer(run, output, prepared, [timer, history])
     _take_steps(trainer, checkpoint)
+    warn_unless_learned(trainer.state, settings.peak_learning_rate)
     folder = _save_result(trainer, run, output)  # before the evaluation, which may fail for want of memory
     metrics = _evaluate(trainer, prepared, run, output)
     result = TrainResult(
@@ -162,7 +165,7 @@ def _trainer(run: Resolved, output: Path, evaluation: Dataset, callbacks: list[T
     if task.loss_is_mean:
         trainer.model_accepts_loss_kwargs = False  # accumulated losses are to be averaged, not summed
     if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(CostOnBar)
+        trainer.add_callback(CostOnBar if sys.stderr.isatty() else CostInLines)
     return trainer
 
 
@@ -216,7 +219,7 @@ def _save_result(trainer: Trainer, run: Resolved, output: Path) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             names = {name for name, p in model.named_parameters() if p.requires_grad}
             trained = {name: weights[name].detach().contiguous() for name in sorted(names)}
-            write_atomically(folder / "head.safetensors", lambda temporary: save_file(trained, temporary))
+            write_atomically(folder / record.HEAD, lambda temporary: save_file(trained, temporary))
         else:
             model.save_pretrained(str(folder), state_dict=weights)
         run.processor.save_pretrained(folder)

@@ -19,6 +19,8 @@ Quantization = Literal["none", "4bit", "8bit"]
 
 LEARNING_RATES: dict[str, float] = {"randlora": 3e-4, "lora": 1e-3, "vera": 1e-2, "full": 1e-4, "head": 3e-3}
 """Where none is given. Measured on the demo's data, see ``docs/choosing.md``; VeRA's is that of its paper."""
+ALPHAS = {"randlora": 20, "lora": 2}
+"""Where none is given, times r. Other methods have none."""
 
 
 class TrainSettings(BaseModel):
@@ -126,6 +128,15 @@ class TrainSettings(BaseModel):
         return LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
 
     @property
+    def scaling_alpha(self) -> float | None:
+        """The alpha given, or the method's; ``None`` where the method has none."""
+        return ALPHAS[self.method] * self.r if self.alpha is None and self.method in ALPHAS else self.alpha
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting by name, learning rate and alpha as the numbers that the method takes."""
+        return self.model_dump() | {"learning_rate": self.peak_learning_rate, "alpha": self.scaling_alpha}
+
+    @property
     def best_metric(self) -> str | None:
         """The metric that decides which checkpoint is kept; ``None`` keeps the last."""
         return self.best or (None if self.early_stopping is None else "loss")
@@ -215,4 +226,5 @@ def _explain(fault: Any) -> str:
         return f"{name}: there is no such setting" + (f"; did you mean {near[0]!r}?" if near else "")
     if fault["type"] == "missing":
         return f"{name}: missing; {TrainSettings.model_fields[name].description}"
-    return f"{name}={fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+    reason = fault["msg"].removeprefix("Value error, ")
+    return f"{name}={fault['input']!r}: {reason[0].lower()}{reason[1:]}"

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file
 
 from randlora.errors import CheckpointError, ConfigError
 from randlora.train.data import load_data
+from randlora.train.record import HEAD
 from randlora.train.settings import TaskName, TrainSettings, load_settings
 from randlora.train.tasks import TASKS, Task
 from randlora.train.tasks.classification import head_for
 from randlora.train.tasks.quantized import weights_as
 from randlora.tuner.base_model import base_path_of, load_base, model_config, with_adapter
-from randlora.tuner.folder import CONFIG, head_size, read_config
+from randlora.tuner.folder import CONFIG, head_size, label_names, read_config
 
 _LENGTH = 256  # of an input, where no run says
 
@@ -53,13 +54,14 @@ def load_trained(
     task: TaskName | None = None,
     adapter: bool = True,
 ) -> Trained:
-    """Loads a run's folder, an adapter of any method of PEFT's, or a whole model.
+    """Loads a run's folder, whatever its method, an adapter of any method of PEFT's, or a whole model.
 
     Args:
         path: the folder.
         base_model_path: where an adapter's base model is, if not where its config says.
         task: by default what the adapter's config, or else the class of the model, says.
-        adapter: whether to load the adapter; without it, the base model answers.
+        adapter: whether to load the adapter, or the head of a run that trained nothing else; without it, the base
+            model answers.
 
     Raises:
         CheckpointError: if there is nothing to load, or an adapter that cannot be read.
@@ -69,7 +71,11 @@ def load_trained(
     run = load_settings(run_folder / "resolved.yaml") if run_folder is not None else None
     is_adapter = (folder / CONFIG).is_file()
     config = read_config(folder) if is_adapter else None
-    base = os.fspath(folder) if config is None else base_path_of(config, base_model_path)
+    head = folder / HEAD if (folder / HEAD).is_file() else None
+    if head is not None and run is not None:
+        base = os.fspath(base_model_path or run.model)
+    else:
+        base = os.fspath(folder) if config is None else base_path_of(config, base_model_path)
     kind = getattr(config, "task_type", None)
     task = task or _task_of(getattr(kind, "value", kind), run, base)
     labels = _labels(folder, run_folder, run, base) if TASKS[task].classifies else ()
@@ -79,6 +85,8 @@ def load_trained(
     model: Any = load_base(base, TASKS[task].model_type, **arguments)
     if is_adapter and adapter:
         model = with_adapter(model, folder)
+    if head is not None and adapter:
+        model.load_state_dict(load_file(head), strict=False)
     processor = _processor(folder, base, TASKS[task])
     if TASKS[task].counts_tokens and model.config.pad_token_id is None:
         model.config.pad_token_id = processor.pad_token_id
@@ -91,7 +99,7 @@ def load_trained(
 
 def _locate(path: Path) -> tuple[Path, Path | None]:
     """Folder of adapter or model, and of the run."""
-    for inner in ("adapter", "model"):
+    for inner in ("adapter", "model", "head"):
         if (path / inner).is_dir() and (path / "resolved.yaml").is_file():
             return path / inner, path
     if not (path / CONFIG).is_file() and not (path / "config.json").is_file():
@@ -125,11 +133,9 @@ def _task_of(kind: str | None, run: TrainSettings | None, base: str) -> TaskName
 
 def _labels(folder: Path, run_folder: Path | None, run: TrainSettings | None, base: str) -> tuple[str, ...]:
     """Names of the labels: of the run's model, of its data, of the model; else numbers."""
+    if run_folder is not None and (known := label_names(folder)) is not None:
+        return known
     count = head_size(folder)
-    if run_folder is not None and (run_folder / "base_model" / "config.json").is_file():
-        names = json.loads((run_folder / "base_model" / "config.json").read_text(encoding="utf-8")).get("id2label")
-        if names and count in (None, len(names)):
-            return tuple(names[str(number)] for number in range(len(names)))
     if run is not None:
         try:
             return tuple(load_data(run).labels)

@@ -13,7 +13,7 @@ from torch import nn
 
 from randlora.errors import CheckpointError, ConfigError, RandLoraError
 
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -22,6 +22,7 @@ _AUTO_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
     "IMAGE_CLS": "AutoModelForImageClassification",  # PEFT has no name for it
 }
+"""Transformers' class by PEFT's name of the task."""
 
 
 def base_path_of(config: PeftConfig, base_model_path: str | os.PathLike[str] | None = None) -> str:
@@ -53,7 +54,7 @@ def model_config(source: str | os.PathLike[str], trust_remote_code: bool = False
 
 def model_class(task_type: Any, config: Any) -> Any:
     """The auto class for a task of PEFT's; without one, the class that the model was saved with."""
-    name = _AUTO_CLASSES.get(str(getattr(task_type, "value", task_type)))
+    name = AUTO_CLASSES.get(str(getattr(task_type, "value", task_type)))
     name = name or next(iter(config.architectures or ()), "AutoModel")
     return getattr(transformers, name, transformers.AutoModel)
 
@@ -111,5 +112,8 @@ def empty_base(
     try:
         with torch.device("meta"):
             return build(config, **({} if dtype is None else {"dtype": dtype}))
-    except ValueError as error:
-        raise ConfigError(f"{os.fspath(source)!r}: {str(error).strip().splitlines()[0]}") from None
+    except ValueError:
+        raise ConfigError(
+            f"{os.fspath(source)!r} is of type {config.model_type!r}, for which Transformers has no "
+            f"{auto_class.__name__}: name another task"
+        ) from None

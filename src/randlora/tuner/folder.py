@@ -182,6 +182,19 @@ def read_config(path: str | os.PathLike[str]) -> PeftConfig:
         raise CheckpointError(f"{os.fspath(path)!r} holds no adapter that can be read: {reason}") from None
 
 
+def read_randlora_config(path: str | os.PathLike[str]) -> RandLoraConfig:
+    """The same of an adapter of RandLoRA.
+
+    Raises:
+        CheckpointError: if there is none that can be read, or one of another method.
+    """
+    config = read_config(path)
+    if not isinstance(config, RandLoraConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise CheckpointError(f"{os.fspath(path)!r} is an adapter of {kind}, not of RandLoRA")
+    return config
+
+
 def _require_plain_config(folder: Path) -> None:
     """A JSON object that names a method, in a file of a size that a config has."""
     file = folder / CONFIG
@@ -276,10 +289,7 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
     folder = adapter_path(path)
     if not folder.is_dir():
         raise CheckpointError(f"there is no adapter folder {os.fspath(path)!r}")
-    config = read_config(folder)
-    if not isinstance(config, RandLoraConfig):
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        raise CheckpointError(f"{os.fspath(path)!r} is an adapter of {kind}, not of RandLoRA")
+    config = read_randlora_config(folder)
     weights = _weights_of(folder)
     with _damage_named(weights), safe_open(weights, "pt") as file:
         names = list(file.keys())
@@ -316,6 +326,18 @@ def head_size(path: str | os.PathLike[str]) -> int | None:
         last = [n for n in heads if "out_proj" in n] or heads
         shape = file.get_slice(last[-1]).get_shape() if last else []
         return int(shape[0]) if shape else None
+
+
+def label_names(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
+    """Names of a classifier's labels, in the order of their numbers; ``None`` where they are not known.
+
+    ``randlora train`` leaves them in the base model's config beside the adapter's folder.
+    """
+    config = Path(path).parent / "base_model" / "config.json"
+    names = json.loads(config.read_text(encoding="utf-8")).get("id2label") if config.is_file() else None
+    if not names or head_size(path) not in (None, len(names)):
+        return None
+    return tuple(names[str(number)] for number in range(len(names)))
 
 
 def content_of(folder: AdapterFolder) -> dict[str, object]:

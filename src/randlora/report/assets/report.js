@@ -82,7 +82,9 @@
     });
     const steps = { title: { text: chart.x } };
     if (byId("logx").checked) steps.type = "log";
-    return [traces, layout({ xaxis: steps, yaxis: { title: { text: chart.y }, ...(chart.log ? logarithmic(traces) : {}) } })];
+    const positive = traces.every((one) => one.y.every((value) => value === null || value >= 0));
+    const yaxis = { title: { text: chart.y }, rangemode: positive ? "nonnegative" : "normal", ...(chart.log ? logarithmic(traces) : {}) };
+    return [traces, layout({ xaxis: steps, yaxis })];
   }
 
   function bars(chart) { // one value of each run: who stands where is all there is to see
@@ -91,11 +93,12 @@
     const rows = shown.map((_, row) => row);
     const trace = {
       type: "bar", orientation: "h", x: value, y: rows, meta: shown.map((one) => one.run), hovertemplate: "%{text}: %{x:.4~g}<extra></extra>",
-      text: shown.map((one) => names[one.run]), textposition: "none", marker: { color: shown.map((one) => color(one.run)) },
+      text: shown.map((one) => names[one.run]), texttemplate: "%{x:.4~g}", textposition: "auto", marker: { color: shown.map((one) => color(one.run)) },
+      width: Math.min(0.8, rows.length / 8), // of its share of the height: two runs are no two slabs
     };
     const ticktext = shown.map((one) => plain(cut(data.runs[one.run], window.innerWidth < 560 ? 12 : 24)));
     return [[trace], layout({
-      height: Math.max(200, 80 + 26 * rows.length), xaxis: { title: { text: chart.y }, rangemode: "tozero" },
+      height: Math.max(320, 80 + 26 * rows.length), xaxis: { title: { text: chart.y }, rangemode: "tozero" },
       yaxis: { tickvals: rows, ticktext, autorange: "reversed", showgrid: false },
     })];
   }
@@ -103,7 +106,7 @@
   function logarithmic(traces) { // powers of ten alone, where there are enough of them
     const values = traces.flatMap((one) => one.y).filter((value) => value > 0);
     const span = values.length ? Math.log10(values.reduce((a, b) => Math.max(a, b)) / values.reduce((a, b) => Math.min(a, b))) : 0;
-    return { type: "log", dtick: span > 1.5 ? 1 : "D2", exponentformat: "power" };
+    return { type: "log", ...(span > 1.5 ? { dtick: 1, exponentformat: "power" } : { dtick: "D2", tickformat: "~g" }) };
   }
 
   const layers = data.layers;
@@ -166,7 +169,7 @@
     return [[trace], layout({
       height: Math.min(900, 130 + Math.max(14 * label.length, 140)),
       xaxis: { title: { text: "basis" }, showgrid: false, tickformat: "d" },
-      yaxis: { autorange: "reversed", showgrid: false, tickvals: ticks, ticktext: ticks.map((row) => (small && label[row].length > 14 ? `…${label[row].slice(-13)}` : label[row])), tickfont: { size: 10 } },
+      yaxis: { autorange: "reversed", showgrid: false, tickvals: ticks, ticktext: ticks.map((row) => (small && label[row].length > 14 ? `${label[row].slice(0, 3)}…${label[row].slice(-10)}` : label[row])), tickfont: { size: 10 } },
     })];
   }
 

@@ -13,7 +13,7 @@ from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
 from randlora.train.tasks.base import IGNORED, require_column
 from randlora.train.tasks.classification import is_text, renamed
-from randlora.train.tasks.language import Language, as_dataset, packed
+from randlora.train.tasks.language import Language, as_dataset, packed, prompt_tokens
 
 _PAIR = ("prompt", "completion")
 
@@ -82,11 +82,9 @@ def _tokens(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
         return _conversation(row["messages"], tokenizer)
     prompt, completion = (row[name] for name in _PAIR)
     if isinstance(prompt, str) and isinstance(completion, str):
-        asked = tokenizer(prompt)["input_ids"]
+        asked = prompt_tokens(tokenizer, prompt)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         answer = [*tokenizer(completion, add_special_tokens=False)["input_ids"], *end]
-        if asked and end and asked[-1:] == end and tokenizer.bos_token_id != tokenizer.eos_token_id:
-            asked = asked[:-1]  # a tokenizer that closes every text
         return [*asked, *answer], [IGNORED] * len(asked) + answer
     both = [
         *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt),

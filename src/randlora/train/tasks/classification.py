@@ -36,6 +36,12 @@ class Classification(Task):
         found = sorted(set(rows["label"]))
         if len(found) < 2:
             raise ConfigError(f"the training data has the single label {found[0]!r}; a classifier needs two or more")
+        parts = [label for label in found if isinstance(label, float) and not label.is_integer()]
+        if parts:
+            raise ConfigError(
+                f"the training data has labels such as {parts[0]}: a classifier needs words or whole numbers; name "
+                "another column by label_column"
+            )
         return [str(label) for label in found]
 
     def encode(self, rows: Dataset, labels: list[str]) -> Dataset:

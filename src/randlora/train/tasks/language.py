@@ -86,6 +86,14 @@ class CausalLanguage(Language):
         return as_dataset(cut, cut)
 
 
+def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text that is to go on: not closed by the end-of-text token, as some tokenizers close every text."""
+    ids: list[int] = tokenizer(text)["input_ids"]
+    end = tokenizer.eos_token_id
+    closed = end is not None and ids[-1:] == [end] and tokenizer.bos_token_id != end
+    return ids[:-1] if closed else ids
+
+
 def packed(ids: list[list[int]], labels: list[list[int]], length: int) -> Dataset:
     """Texts joined and cut into chunks of ``length``; a shorter rest is kept only if it is all there is.
 
