@@ -13,7 +13,8 @@ MIN_PEFT := 0.21.0
 MIN_PEFT_DIR := build/peft-$(MIN_PEFT)
 
 # What the tests need and cannot have in $(VENV): timm's torchvision comes for CUDA builds of torch only, and what
-# finds it beside another fails on import; DeepSpeed is built from source, against the torch that is there.
+# finds it beside another fails on import; DeepSpeed is built from source, against the torch that is there; gptqmodel
+# asks for a newer torch than it needs.
 ASIDE := build/.ready
 
 # Two processes with one thread each: torch's own threads would fight over the cores.
@@ -85,10 +86,12 @@ $(MIN_PEFT_DIR)/.ready: $(READY)
 	@touch $@
 
 $(ASIDE): $(READY) constraints-aside.txt
-	rm -rf build/timm build/deepspeed
+	rm -rf build/timm build/deepspeed build/gptqmodel
 	$(PY) -m pip install --disable-pip-version-check -q --no-deps -c constraints-aside.txt --target build/timm timm torchvision
 	$(PY) -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -c constraints-aside.txt \
 		--target build/deepspeed deepspeed hjson msgpack ninja nvidia-ml-py py-cpuinfo
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps -c constraints-aside.txt \
+		--target build/gptqmodel gptqmodel defuser device-smi logbar optimum pypcre tokenicer
 	@touch $@
 
 test-min-peft: $(MIN_PEFT_DIR)/.ready $(ASIDE)

@@ -215,9 +215,9 @@ class RandLoraLayer(ScaledLayer):
         merged = total.to(weight.dtype)
         if require_finite and not torch.isfinite(merged).all():
             raise MergeError(
-                f"NaNs detected in the merged weights: merging {', '.join(adapter_names)} into a "
-                f"{self.out_features}×{self.in_features} layer of {merged.dtype} gives values that are not finite. "
-                "The base weights are unchanged."
+                f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken: "
+                f"merging it into a {self.out_features}×{self.in_features} layer of {merged.dtype} gives values that "
+                "are not finite. The base weights are unchanged."
             )
         return merged
 
