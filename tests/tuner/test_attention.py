@@ -1,12 +1,12 @@
-"""``nn.MultiheadAttention``, which calls none of its parts: both of its weights can be adapted, by other targets."""
+"""Torch's own encoder: ``nn.MultiheadAttention`` calls none of its parts, the fast path none of its linear layers."""
 
 import pytest
 import torch
 from torch import nn
 
 from randlora import PeftModel, RandLoraConfig, UnsupportedLayerError, get_peft_model
-from randlora.tuner.layers.out_projection import OutProjection
 from randlora.tuner.layers.parameter import ParamWrapper
+from randlora.tuner.layers.read import EncoderLinear, OutProjection
 
 from .helpers import assert_close, assert_same_tensors, layers_of, ours, randomise, snapshot
 
@@ -36,12 +36,21 @@ def dense(model):
     return plain
 
 
-@pytest.mark.parametrize("targets", [TARGETS, {"target_modules": ["out_proj"]}, {**TARGETS, "target_modules": []}])
-class TestAttention:
+@pytest.mark.parametrize(
+    "targets",
+    [
+        TARGETS,
+        {"target_modules": ["out_proj"]},
+        {**TARGETS, "target_modules": []},
+        {"target_modules": ["linear1"]},
+        {**TARGETS, "target_modules": ["linear1", "linear2", "out_proj"]},
+    ],
+)
+class TestEncoder:
     @pytest.mark.parametrize("grad", [True, False])  # without gradients torch takes its fast path, past all modules
     def test_output(self, targets, grad):
         model = adapted(**targets)
-        assert {type(layer) for layer in layers_of(model).values()} <= {OutProjection, ParamWrapper}
+        assert {type(layer) for layer in layers_of(model).values()} <= {EncoderLinear, OutProjection, ParamWrapper}
         with torch.set_grad_enabled(grad):
             found, base = model(x()), encoder()(x())
         assert_close(found.detach(), dense(model)(x()).detach(), 1e-5)

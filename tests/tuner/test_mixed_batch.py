@@ -35,6 +35,15 @@ def adapted(build=stack, first=STACK_TARGETS, second=("tall", "wide"), **config)
     return model.eval()
 
 
+class Experts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.stack = torch.nn.Linear(6, 6), torch.nn.Parameter(torch.randn(3, 6, 6))
+
+    def forward(self, x):
+        return torch.einsum("bi,eoi->bo", self.gate(x), self.stack)
+
+
 def alone(model, name, batch, call=lambda model, batch: model(batch)):
     """The output for a batch of one, with one adapter or none."""
     if name == BASE:
@@ -207,10 +216,31 @@ class TestOtherKindsOfLayer:
 
     def test_one_weight_for_all_samples_is_refused(self):
         torch.manual_seed(0)
-        attention = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        attention = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
         model = adapted(lambda: attention, ["linear1", "out_proj"], ["linear1"])
         model.add_adapter("z", RandLoraConfig(r=4, target_modules=["linear2"]))
-        batch = torch.zeros(2, 3, 8)
-        with pytest.raises(AdapterNamesError, match=r"'.*self_attn\.out_proj': its module has one weight for all"):
-            model(batch, adapter_names=["x", "z"])
-        assert model(batch, adapter_names=["y", "z"]).shape == batch.shape
+        randomise(model, "z")
+        batch = torch.randn(2, 3, 8)
+        for active, names in (("y", "xz"), ("x", "yz")):  # what is active would change the rows of the others
+            model.set_adapter(active)
+            with pytest.raises(AdapterNamesError, match=r"'x' .* '.*self_attn\.out_proj': its module has one weight"):
+                model(batch, adapter_names=list(names))
+        model.set_adapter("y")
+        mixed = model(batch, adapter_names=["y", "z"])
+        for row, name in enumerate("yz"):
+            assert_close(mixed[row : row + 1].detach(), alone(model, name, batch[row : row + 1]).detach(), 1e-6, name)
+
+    def test_parameters_that_no_row_changes(self):
+        torch.manual_seed(0)
+        model = get_peft_model(torch.nn.Sequential(Experts()), RandLoraConfig(r=2, target_modules=["gate"]), "x")
+        model.add_adapter("y", RandLoraConfig(r=2, target_modules=[], target_parameters=["0.stack"]))
+        for name in "xy":
+            randomise(model, name, seed=ord(name))
+        model.eval().set_adapter("x")
+        batch = torch.randn(2, 6)
+        mixed = model(batch, adapter_names=["x", BASE])
+        for row, name in enumerate(["x", BASE]):
+            assert_close(mixed[row : row + 1].detach(), alone(model, name, batch[row : row + 1]).detach(), 1e-6, name)
+        model.set_adapter("y")
+        with pytest.raises(AdapterNamesError, match="'y' is named or active"):
+            model(batch, adapter_names=["x", BASE])

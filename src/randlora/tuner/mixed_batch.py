@@ -1,12 +1,14 @@
 """Batches in which each sample has its own adapter: ``model(**batch, adapter_names=["x", "__base__", "y"])``.
 
 The names travel as PEFT's LoRA sends them: hooks, there for the time of one call, add them to the arguments of every
-adapted layer and every module of ``modules_to_save``.
+adapted layer and every module of ``modules_to_save``. They act in the thread of that call alone, and nothing
+else of the model changes, so that threads can share a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,7 +25,7 @@ BASE = "__base__"
 
 @contextmanager
 def one_adapter_per_sample(model: nn.Module, adapter_names: Sequence[str], copies: int) -> Iterator[None]:
-    """Within this context the layers of ``model`` compute row i with adapter ``adapter_names[i]``.
+    """Within this context the layers of ``model`` compute row i with adapter ``adapter_names[i]``, in this thread only.
 
     Args:
         model: the model, in evaluation mode.
@@ -32,21 +34,22 @@ def one_adapter_per_sample(model: nn.Module, adapter_names: Sequence[str], copie
             What sees each sample once, such as an encoder, is known by the number of its rows.
 
     Raises:
-        AdapterNamesError: in training mode, or for a name that no layer knows.
+        AdapterNamesError: in training mode, for a name that no layer knows, or where one weight serves all rows.
     """
-    _require_usable(model, adapter_names)
+    modules = list(model.modules())
+    _require_usable(model, modules, adapter_names)
     with ExitStack() as undo:
-        for module in model.modules():
+        for module in modules:
             if isinstance(module, RandLoraLayer):
-                known = set(module.randlora_lambda)
+                if not module.computes_rows:  # refused unless no row changes it
+                    continue
+                known: Container[str] = module.r
             elif isinstance(module, AuxiliaryTrainingWrapper):
-                known = set(module._adapters)
-                undo.enter_context(_heeding_names(module))
+                known = module._adapters
             else:
                 continue
             hook = _hook([name if name in known else BASE for name in adapter_names], copies)
-            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-            undo.callback(handle.remove)
+            undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
 
@@ -76,18 +79,13 @@ def mixed_forward(layer: Any, adapter_names: Sequence[str], x: Tensor, *args: An
             f"adapter_names cannot be used while {', '.join(layer.merged_adapters)} is merged: call "
             "`unmerge_adapter()` first"
         )
-    active = layer._active_adapter
     result: Tensor | None = None
-    try:
-        for name in dict.fromkeys(adapter_names):
-            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            layer._active_adapter = [] if name == BASE else [name]
-            part = layer.forward(x.index_select(0, rows), *args, **kwargs)
-            if result is None:
-                result = part.new_empty(len(x), *part.shape[1:])
-            result = result.index_copy(0, rows, part)
-    finally:
-        layer._active_adapter = active
+    for name in dict.fromkeys(adapter_names):
+        rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+        part = layer.forward_with([] if name == BASE else [name], x.index_select(0, rows), *args, **kwargs)
+        if result is None:
+            result = part.new_empty(len(x), *part.shape[1:])
+        result = result.index_copy(0, rows, part)
     return layer.base_layer(x, *args, **kwargs) if result is None else result
 
 
@@ -98,42 +96,49 @@ def copies_per_sample(kwargs: dict[str, Any], model: nn.Module) -> int:
     return max([1, *(number for number in numbers if isinstance(number, int))])
 
 
-def _hook(names: list[str], copies: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+def _hook(names: list[str], copies: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
     repeated = [name for name in names for _ in range(copies)]
+    owner = threading.get_ident()
 
-    def add_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def add_names(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        # a call of another thread has its own names or none; a compiled model is traced with these
+        if not torch.compiler.is_compiling() and threading.get_ident() != owner:
+            return None
         rows = len(args[0]) if args else len(names)
         return args, {**kwargs, "adapter_names": repeated if rows == len(repeated) else names}
 
     return add_names
 
 
-@contextmanager
-def _heeding_names(wrapper: AuxiliaryTrainingWrapper) -> Iterator[None]:
-    """PEFT's wrapper looks at the names only while its active adapter has a module of its own."""
-    active = wrapper._active_adapter
-    wrapper._active_adapter = sorted(wrapper._adapters)[:1]
-    try:
-        yield
-    finally:
-        wrapper._active_adapter = active
-
-
-def _require_usable(model: nn.Module, adapter_names: Sequence[str]) -> None:
+def _require_usable(model: nn.Module, modules: list[nn.Module], adapter_names: Sequence[str]) -> None:
     if model.training:
         raise AdapterNamesError("adapter_names cannot be used in training mode: call `model.eval()` first")
     if isinstance(adapter_names, str):
         raise AdapterNamesError(f"adapter_names={adapter_names!r} must be a list with one name for each sample")
-    for path, module in model.named_modules():
-        if isinstance(module, RandLoraLayer) and not module.computes_rows and set(adapter_names) & set(module.r):
-            raise AdapterNamesError(
-                f"adapter_names cannot be used with an adapter of {path!r}: its module has one weight for all "
-                "samples. Run the adapters one after another, with `set_adapter`"
-            )
-    known = {name for m in model.modules() if isinstance(m, RandLoraLayer) for name in m.randlora_lambda}
-    unknown = sorted(set(adapter_names) - known - {BASE})
+    layers = [module for module in modules if isinstance(module, RandLoraLayer)]
+    _require_rows(model, layers, adapter_names)
+    unknown = sorted({name for name in adapter_names if not any(name in layer.r for layer in layers)} - {BASE})
     if unknown:
+        known = sorted({name for layer in layers for name in layer.r})
         raise AdapterNamesError(
             f"adapter_names has {', '.join(map(repr, unknown))}, but the adapters of the model are "
-            f"{', '.join(map(repr, sorted(known)))}; {BASE!r} stands for none"
+            f"{', '.join(map(repr, known))}; {BASE!r} stands for none"
         )
+
+
+def _require_rows(model: nn.Module, layers: Sequence[RandLoraLayer], adapter_names: Sequence[str]) -> None:
+    """A weight that serves all rows must be that of the base model, for rows of other adapters too."""
+    for layer in layers:
+        if layer.computes_rows or layer.disable_adapters:
+            continue
+        shaping = [*adapter_names, *layer.merged_adapters, *layer.active_adapters]
+        changing = sorted({name for name in shaping if name in layer.r})
+        if changing:
+            path = next(path for path, module in model.named_modules() if module is layer)
+            raise AdapterNamesError(
+                f"adapter_names cannot be used while {', '.join(map(repr, changing))} is named or active and adapts "
+                f"{path!r}: its module has one weight for all samples. Run the adapters one after another, with "
+                "`set_adapter`"
+            )

@@ -38,7 +38,11 @@ class _Conv(nn.Module, RandLoraLayer):
             self.unmerge()
         if "adapter_names" in kwargs:
             return mixed_forward(self, kwargs.pop("adapter_names"), x, *args, **kwargs)
-        names = [name for name in self.active_adapters if name in self.randlora_lambda]
+        return self.forward_with(self.active_adapters, x, *args, **kwargs)
+
+    def forward_with(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output as if ``adapters`` were the active ones."""
+        names = [name for name in adapters if name in self.r]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
 

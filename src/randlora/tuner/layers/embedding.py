@@ -38,12 +38,16 @@ class Embedding(nn.Module, RandLoraLayer):
             self.unmerge()
         if "adapter_names" in kwargs:
             return mixed_forward(self, kwargs.pop("adapter_names"), x, *args, **kwargs)
+        return self.forward_with(self.active_adapters, x, *args, **kwargs)
+
+    def forward_with(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output as if ``adapters`` were the active ones."""
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
         scale = self._get_embed_scale()
-        for name in self.active_adapters:
-            if name in self.randlora_lambda:
+        for name in adapters:
+            if name in self.r:
                 rows = self._rows(name, x, result.dtype)
                 result = result + (rows if scale is None else rows * scale.to(rows.dtype))
         return result
