@@ -211,7 +211,7 @@ class TestPush:
         assert str(tmp_path) not in card
         assert 'AutoModelForSequenceClassification.from_pretrained("' in card
         assert ", num_labels=2)" in card
-        assert "learning_rate: 0.01" in card
+        assert "learning_rate: 0.003" in card
         assert "alpha: 160" in card
 
     def test_each_task_has_its_class_and_pipeline(self, run, tmp_path):

@@ -60,10 +60,10 @@ def test_bases_lie_as_the_kernels_read_them(monkeypatch, sparsity):
     bases = basis.operands(CPU, torch.bfloat16, 6, 9, 2)
     assert isinstance(bases, GroupedBases)
     assert bases.B.dtype == (torch.bfloat16 if sparsity is None else torch.int8)
-    plain = basis.stored(CPU, 6, 9, 2)
+    plain = basis.stored(CPU, 6, 9, 2).ready(torch.bfloat16)
     assert torch.equal(bases.A, plain.A)
     for b in range(2):
-        assert torch.equal(bases.B[:, 4 * b : 4 * b + 4], plain.B.view(9, 4, 2)[:, :, b])
+        assert torch.equal(bases.B[:, 4 * b : 4 * b + 4].bfloat16(), plain.B.view(9, 4, 2)[:, :, b])
     assert basis.operands(CPU, torch.bfloat16, 6, 17, 2).B.data_ptr() == bases.B.data_ptr()
     assert isinstance(basis.operands(CPU, torch.float32, 6, 9, 2), DenseBases)
 
