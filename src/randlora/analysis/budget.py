@@ -255,13 +255,12 @@ class _Planner:
 
     def _option(self, r: int, traced: int, traces: dict[str, Trace]) -> Option:
         count, chosen = self.count(r), self.count(traced)
-        entries = {rank: _entries(spec) for rank, spec in ((r, self._specs(r)[0]), (traced, self._specs(traced)[0]))}
-        width = 2 if self.setup.kind == "dense" else 1
+        spec = self._specs(r)[0]
         peak = cost = None
         if traces:
-            # the rest is the same: parameter, gradient and two moments, and the bases
-            peak = traces["RandLoRA"].peak_bytes + 16 * (count - chosen) + width * (entries[r] - entries[traced])
-            peak -= (2 - width) * entries[traced]  # traced with two bytes an entry
+            # the rest is the same: parameter, gradient and two moments, and the bases, traced with two bytes an entry
+            peak = traces["RandLoRA"].peak_bytes + 16 * (count - chosen)
+            peak += spec.nbytes - 2 * _entries(self._specs(traced)[0])
             cost = self._cost(r, count, traces["frozen"])
         in_file = 2 if self.setup.kind == "dense" else 4
         return Option(
@@ -270,9 +269,9 @@ class _Planner:
             bases=max(num_bases(r, layer.min_dim) for layer in self.kept),
             trainable=count,
             percent=100 * count / self.parameters,
-            bases_bytes=width * entries[r],
+            bases_bytes=spec.nbytes,
             file_bytes=4 * count,
-            file_bytes_with_bases=4 * count + in_file * entries[r],
+            file_bytes_with_bases=4 * count + in_file * _entries(spec),
             peak_bytes=peak,
             cost=cost,
         )

@@ -64,6 +64,14 @@ class BasisSpec:
         """Number of bases that some layer reads."""
         return num_bases(self.rank, self.used_min_dim)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept, in the form in which it is stored."""
+        columns = self.used_num_bases * self.rank
+        if self.sparsity is None:
+            return 2 * (self.rank * self.used_min_dim + self.used_max_dim * columns)
+        return self.rank * self.used_min_dim + self.used_max_dim * codes.bytes_of(columns)
+
     def whole(self) -> BasisSpec:
         """The same draw with nothing cut away."""
         return BasisSpec(self.rank, self.min_dim, self.max_dim, self.key, self.sparsity, self.min_dim, self.max_dim)

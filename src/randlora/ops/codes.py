@@ -16,6 +16,11 @@ _AS_ONE = {1: torch.int32, 2: torch.int64, 4: torch.complex128}
 """By the size of a number in bytes: a dtype in which four of them are copied as one, several times faster."""
 
 
+def bytes_of(columns: int) -> int:
+    """Bytes that so many numbers of a row take."""
+    return -(-columns // _PER_BYTE)
+
+
 def pack(codes: Tensor) -> Tensor:
     """Bytes (rows, ⌈columns / 4⌉), uint8, of the numbers −1, 0 and 1 in ``codes`` (rows, columns), int8."""
     filled = F.pad(codes + 1, (0, -codes.shape[1] % _PER_BYTE)).to(torch.uint8)
@@ -33,15 +38,15 @@ torch.library.define("randlora::unpack", "(Tensor packed, int columns, ScalarTyp
 
 @torch.library.impl("randlora::unpack", "CompositeExplicitAutograd")
 def _unpack(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    used = packed[..., : -(-columns // _PER_BYTE)]
+    used = packed[..., : bytes_of(columns)]
     numbers = _table(dtype, packed.device).index_select(0, used.flatten().int()).view(dtype)
     return numbers.view(*used.shape[:-1], used.shape[-1] * _PER_BYTE)[..., :columns]
 
 
 @torch.library.register_fake("randlora::unpack")
 def _(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    step = -(-columns // _PER_BYTE) * _PER_BYTE
-    return packed.new_empty(*packed.shape[:-1], step, dtype=dtype)[..., :columns]
+    filled = bytes_of(columns) * _PER_BYTE
+    return packed.new_empty(*packed.shape[:-1], filled, dtype=dtype)[..., :columns]
 
 
 @cache
