@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from randlora import CheckpointError, PeftModel, RandLoraConfig, get_peft_model
@@ -100,3 +101,12 @@ def test_rank_and_file_are_compared_before_anything_is_made(tmp_path, monkeypatc
     monkeypatch.setattr("randlora.tuner.checkpoint.get_basis", lambda spec: pytest.fail("bases were drawn"))
     with pytest.raises(CheckpointError, match="whose rank is 60000"):
         PeftModel.from_pretrained(stack(), tmp_path)
+
+
+def test_what_a_program_hands_over_itself_is_not_a_strangers_file():
+    trained = randomise(get_peft_model(stack(), RandLoraConfig(r=4, target_modules=STACK_TARGETS, bias="all"))).eval()
+    with torch.no_grad():
+        trained.base_model.model.head.bias += 1
+    other = get_peft_model(stack(), RandLoraConfig(r=4, target_modules=STACK_TARGETS)).eval()
+    set_peft_model_state_dict(other, get_peft_model_state_dict(trained))
+    assert torch.equal(output(other), output(trained))

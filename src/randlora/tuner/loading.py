@@ -67,11 +67,15 @@ def put_back_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
         raise
 
 
+def reads_a_file() -> bool:
+    """Whether an adapter's file is being loaded, rather than tensors that a program hands over."""
+    return _kept.get() is not None
+
+
 def keep_base_tensors(model: nn.Module, names: Iterable[str]) -> None:
     """To be called before a file writes into tensors of the base model: trained biases, resized embeddings."""
     kept = _kept.get()
-    if kept is None:
-        return
+    assert kept is not None
     for name in names:
         parent, _, attribute = name.rpartition(".")
         module = model.get_submodule(parent)

@@ -23,7 +23,7 @@ from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import ProjectionView, RandLoraLayer
 from randlora.tuner.layers.dispatch import kind_of
 from randlora.tuner.layers.quantized import one_rounding_warning
-from randlora.tuner.loading import keep_base_tensors
+from randlora.tuner.loading import keep_base_tensors, reads_a_file
 from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
 from randlora.tuner.withdraw import withdraw_adapter
 
@@ -308,7 +308,7 @@ class RandLoraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Binds the file's bases and hands on the parameters, if the file holds what it should and nothing else."""
+        """Binds the bases and hands on the parameters; of a file, only if it holds what it should and nothing else."""
         if not isinstance(config, RandLoraConfig):
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         require_sound_values(state_dict)
@@ -316,7 +316,8 @@ class RandLoraModel(BaseTuner):
         content = checkpoint.take_projections(state_dict, model, config, adapter_name)
         content = checkpoint.unfold_scaling(content, layers, config, adapter_name)
         content = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, content)
-        keep_base_tensors(model, require_own_tensors(content, model, config, adapter_name))
+        if reads_a_file():
+            keep_base_tensors(model, require_own_tensors(content, model, config, adapter_name))
         return content
 
 
