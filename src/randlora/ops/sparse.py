@@ -137,7 +137,8 @@ class SparseBases(NamedTuple):
 
 def _joined(blocks: list[Tensor]) -> Tensor:  # (k, t) each -> (T, k)
     # each turned by itself: torch turns a whole contiguous matrix several times faster than a part of one
-    return torch.cat([block.T.contiguous() for block in blocks])
+    turned = [block.T.contiguous() for block in blocks]
+    return turned[0] if len(turned) == 1 else torch.cat(turned)
 
 
 def _compress(matrix: Tensor) -> Csr:
