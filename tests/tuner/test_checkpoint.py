@@ -530,15 +530,6 @@ class TestRefused:
             model(features())
 
 
-class TestConfigIsReused:
-    def test_the_config_object_of_a_trained_adapter_serves_a_model_of_another_size(self, tmp_path):
-        config = RandLoraConfig(r=4, target_modules=["q_proj"])
-        get_peft_model(llama(), config).save_pretrained(tmp_path)
-        assert config.basis_fingerprint is None
-        other = get_peft_model(llama(hidden_size=24), config)
-        assert output(other).isfinite().all()
-
-
 def test_bases_from_a_file_are_shared_by_all_layers_and_adapters(tmp_path):
     saved_by_peft(tmp_path, change=TestFromPeft.other_bases, target_modules=CUT)
     model = load(tmp_path)

@@ -238,20 +238,26 @@ class TestFiles:
 
 
 class TestUse:
-    def test_one_config_serves_models_of_different_sizes(self):
-        config = RandLoraConfig(r=4, target_modules=["0"], very_sparse=True)
-        before = config.to_dict()
-        small = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 8)), config)
-        large = get_peft_model(torch.nn.Sequential(torch.nn.Linear(60, 80)), config)
-        assert config.to_dict() == before
-        assert small.peft_config["default"] is not large.peft_config["default"]
-        found = [layers_of(model)["base_model.model.0"].randlora_A["default"].shape for model in (small, large)]
-        assert found == [(4, 1, 6), (4, 1, 60)]
+    def test_a_model_keeps_the_config_it_was_given(self):
+        config = RandLoraConfig(r=4, target_modules=["0"])
+        model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 8)), config)
+        assert model.peft_config["default"] is config
 
-    def test_a_config_with_a_fingerprint_is_copied_with_it(self):
-        config = RandLoraConfig.adopt(RandLoraConfig(basis_fingerprint="cd" * 32, rank_pattern={"a": 2}))
-        assert config.basis_fingerprint == "cd" * 32
-        assert config.rank_pattern == {"a": 2}
+    def test_one_config_serves_models_of_different_sizes(self, tmp_path):
+        config = RandLoraConfig(r=4, target_modules=["0"], very_sparse=True, randlora_scaling="paper")
+        saved = []
+        for sizes in ((6, 8), (60, 80)):
+            model = randomise(get_peft_model(torch.nn.Sequential(torch.nn.Linear(*sizes)), config))
+            assert layers_of(model)["base_model.model.0"].randlora_A["default"].shape == (4, 1, sizes[0])
+            model.save_pretrained(tmp_path / str(sizes))
+            saved.append(RandLoraConfig.from_pretrained(tmp_path / str(sizes)).basis_fingerprint)
+        assert None not in saved
+        assert saved[0] != saved[1]
+
+    def test_a_fingerprint_that_was_given_is_not_forgotten(self):
+        config = RandLoraConfig(basis_fingerprint="cd" * 32)
+        config.record("ef" * 32)
+        assert RandLoraConfig.adopt(config).basis_fingerprint == "ef" * 32
 
     def test_adopting_pefts_own(self):
         theirs = TheirConfig(r=5, target_modules=["tall"], projection_prng_key=9, sparse=True, task_type="CAUSAL_LM")

@@ -110,6 +110,7 @@ class RandLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.read_from_file = self.peft_type is not None  # a file names its type, whoever writes code does not
+        self.recorded = False  # whether the fingerprint is that of a model that was saved
         self.peft_type = PeftType.RANDLORA
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
@@ -123,17 +124,26 @@ class RandLoraConfig(PeftConfig):
 
     @classmethod
     def adopt(cls, config: PeftConfig) -> RandLoraConfig:
-        """A config of this class with the values of ``config``, which may be PEFT's own RandLora config.
+        """``config`` itself, as PEFT has it, or one of this class with the values of PEFT's own RandLora config.
 
-        Always a new object, so that one config can be used for several models.
+        One config may serve several models: what saving another one has recorded in it is forgotten.
         """
+        if isinstance(config, cls):
+            if config.recorded:
+                config.basis_fingerprint, config.recorded = None, False
+            return config
         known = {f.name for f in fields(cls) if f.init}
         adopted = cls(**{name: value for name, value in vars(config).items() if name in known})
-        adopted.read_from_file = getattr(config, "read_from_file", config.inference_mode)
+        adopted.read_from_file = config.inference_mode
         for name in ("auto_mapping", "peft_version"):
             if hasattr(config, name):
                 setattr(adopted, name, getattr(config, name))
         return adopted
+
+    def record(self, fingerprint: str) -> None:
+        """Takes down the fingerprint of the bases of a model that is being saved."""
+        self.recorded = self.recorded or self.basis_fingerprint is None
+        self.basis_fingerprint = fingerprint
 
     def ternary_sparsity(self, min_dim: int) -> float | None:
         """The number s of the bases' distribution, ``None`` for dense ones; ``min_dim`` is m as drawn."""

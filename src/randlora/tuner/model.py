@@ -298,7 +298,7 @@ class RandLoraModel(BaseTuner):
         layers = checkpoint.adapter_layers(model, adapter_name)
         if not layers or not isinstance(config, RandLoraConfig):
             return content
-        config.basis_fingerprint = checkpoint.fingerprint(layers, adapter_name)
+        config.record(checkpoint.fingerprint(layers, adapter_name))
         content = checkpoint.fold_scaling(content, layers, config, adapter_name)
         prefix = "base_model." if any(key.startswith("base_model.model.") for key in content) else ""
         projections = checkpoint.projections_to_save(layers, config, adapter_name)
