@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from randlora.analysis import spectrum as module
 from randlora.analysis.spectrum import spectrum, spectrum_of_product
+from randlora.errors import ConfigError
 
 sizes = st.integers(1, 40)
 
@@ -76,3 +77,17 @@ def test_the_estimate_survives_a_low_rank_and_zero(monkeypatch):
     assert 1 <= low.effective_rank <= 6
     assert low.values[-1] <= 1e-3 * low.values[0]
     assert spectrum([torch.zeros(300, 200)]).effective_rank == 0
+
+
+@pytest.mark.parametrize("limit", [10, 2048], ids=["estimated", "computed"])
+def test_values_whose_squares_float32_does_not_hold(monkeypatch, limit):
+    monkeypatch.setattr(module, "LARGEST_EXACT", limit)
+    update = torch.randn(60, 50, generator=torch.Generator().manual_seed(0))
+    small, large = spectrum([update]), spectrum([update * 2.0**100])
+    assert large.values == pytest.approx([value * 2.0**100 for value in small.values], rel=1e-3)
+    assert large.effective_rank == pytest.approx(small.effective_rank, rel=1e-3)
+
+
+def test_an_update_that_is_not_finite_is_refused():
+    with pytest.raises(ConfigError, match="not finite"):
+        spectrum([torch.ones(3, 4), torch.full((3, 4), math.inf)])

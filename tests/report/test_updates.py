@@ -113,5 +113,17 @@ def test_nan_is_a_remark(tmp_path, tiny_bert, kind):
     assert "not finite" in measure_updates(tmp_path, None, str).remark
 
 
+def test_an_update_beyond_float32_is_a_remark(tmp_path, tiny_bert):
+    """λ and γ are finite, what they are multiplied to is not."""
+    model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(tiny_bert), CONFIGS["dense"])
+    layer = model.get_base_model().get_submodule(NAME)
+    torch.nn.init.constant_(layer.randlora_lambda["default"], 3e38)
+    torch.nn.init.constant_(layer.randlora_gamma["default"], 3e38)
+    model.save_pretrained(tmp_path)
+    found = measure_updates(tmp_path, None, str)
+    assert found.remark == f"{NAME}: its update is not finite: λ times γ is more than float32 holds"
+    assert [one.name for one in found.layers if one.spectrum is None] == [NAME]
+
+
 def test_layer_ten_comes_after_layer_two():
     assert sorted(["h.10.q", "h.2.q", "h.2.k", "a"], key=natural) == ["a", "h.2.k", "h.2.q", "h.10.q"]

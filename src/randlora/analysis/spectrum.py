@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from randlora.errors import ConfigError
+
 LARGEST_EXACT = 2048
 """The smaller dimension up to which all singular values are computed."""
 
@@ -44,10 +46,16 @@ def spectrum(updates: Iterable[Tensor]) -> Spectrum:
     Up to a smaller dimension of ``LARGEST_EXACT`` from the eigenvalues of the smaller Gram matrix in float64: values
     below 1e-8 of the largest are lost, and float32 has none. Beyond by stochastic Lanczos quadrature (Ubaru, Chen &
     Saad, 2017), which needs products with ΔW only.
+
+    Raises:
+        ConfigError: if an update is not finite.
     """
     nodes, weights, exact, squares = [], [], True, 0.0
     for update in updates:
-        squares += float(torch.linalg.vector_norm(update, dtype=torch.float64)) ** 2
+        norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
+        if not math.isfinite(norm):
+            raise ConfigError("its update is not finite: λ times γ is more than float32 holds")
+        squares += norm**2
         few = min(update.shape) <= LARGEST_EXACT
         values, counts = _computed(update) if few else _estimated(update)
         nodes.append(values)
@@ -100,7 +108,8 @@ def _computed(update: Tensor) -> tuple[Tensor, Tensor]:
 
 def _estimated(update: Tensor) -> tuple[Tensor, Tensor]:
     """Nodes and weights of the quadrature: Lanczos from random signs, each new vector made orthogonal to all."""
-    tall = update if update.shape[0] >= update.shape[1] else update.T
+    largest = float(update.abs().max()) or 1.0  # squares of what float32 holds may be more than it holds
+    tall = (update if update.shape[0] >= update.shape[1] else update.T) / largest
     size = tall.shape[1]
     draw = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (size, _PROBES), generator=draw).to(tall.dtype) * 2 - 1
@@ -119,4 +128,4 @@ def _estimated(update: Tensor) -> tuple[Tensor, Tensor]:
         vectors = torch.cat([vectors, (new / length.masked_fill(ends, torch.inf)).unsqueeze(0)])
     eigenvalues, eigenvectors = torch.linalg.eigh(tridiagonal)
     weights = eigenvectors[:, 0].square() * (size / _PROBES)
-    return eigenvalues.clamp(min=0).sqrt().flatten(), weights.flatten()
+    return eigenvalues.clamp(min=0).sqrt().flatten() * largest, weights.flatten()

@@ -89,7 +89,10 @@ def _of_randlora(adapter: Path, base: Path | None, tick: Callable[[str], None]) 
             remark = f"λ or γ of {name} is not finite"
         elif name in shapes and layer.rank in bases:
             there = shapes[name]
-            found = spectrum(layer.updates(bases[layer.rank], there.out_features, there.in_features))
+            try:
+                found = spectrum(layer.updates(bases[layer.rank], there.out_features, there.in_features))
+            except ConfigError as error:
+                remark = f"{name}: {error}"
         layers.append(LayerUpdate(name, found, _column_means(layer.lam.mT), _column_means(layer.gamma)))
     return Updates(tuple(layers), remark)
 

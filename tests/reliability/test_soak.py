@@ -1,0 +1,167 @@
+"""An hour of all that a process does with adapters; memory stays flat.
+
+`RANDLORA_SOAK_SECONDS` sets another length.
+"""
+
+import copy
+import ctypes
+import gc
+import io
+import os
+import random
+import resource
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from randlora import PeftModel, RandLoraConfig, get_peft_model, hotswap_adapter
+from tuner.helpers import LLAMA_TARGETS, llama, randomise, tokens
+
+KINDS = [
+    {},
+    {"sparse": True},
+    {"very_sparse": True},
+    {"sparsity": 2.5, "randlora_scaling": "paper"},
+    {"save_projection": False, "randlora_dropout": 0.1},
+    {"modules_to_save": ["lm_head"]},
+]
+CACHES = 1000
+"""Objects by which the bounded caches of Python, torch and Transformers may still fill in an hour."""
+NOISE = 4 * 2**20
+"""Bytes by which the memory of a process that leaks nothing may differ."""
+
+
+class Sample(NamedTuple):
+    """What the process held at a moment.
+
+    Attributes:
+        rounds: done so far.
+        resident: bytes of memory.
+        tensors: that are alive.
+        objects: that are alive, of those that the garbage collector knows.
+    """
+
+    rounds: int
+    resident: int
+    tensors: int
+    objects: int
+
+
+def sample(rounds: int) -> Sample:
+    gc.collect()
+    with suppress(AttributeError, OSError):  # another C library than glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    objects = gc.get_objects()
+    return Sample(rounds, resident, sum(issubclass(type(o), torch.Tensor) for o in objects), len(objects))
+
+
+def soak(seconds: float, samples: int, one_round: Callable[[], object]) -> list[Sample]:
+    """Rounds for so long, and a sample now and then."""
+    found, rounds, start = [], 0, time.monotonic()
+    while len(found) < samples:
+        one_round()
+        rounds += 1
+        if time.monotonic() - start >= seconds * len(found) / samples:
+            found.append(sample(rounds))
+            print(f"{time.monotonic() - start:7.0f} s  {found[-1]}", flush=True)
+    return found
+
+
+def growth(samples: list[Sample]) -> dict[str, int]:
+    """By how much the least of the last third exceeds the most of the second third; the first third is warming up."""
+    third = len(samples) // 3
+    before, after = samples[third:-third], samples[-third:]
+    return {
+        name: min(getattr(s, name) for s in after) - max(getattr(s, name) for s in before)
+        for name in ("resident", "tensors", "objects")
+    }
+
+
+def require_flat(samples: list[Sample]) -> None:
+    found = growth(samples)
+    assert found["tensors"] <= 0, found
+    assert found["objects"] <= CACHES, found
+    assert found["resident"] <= NOISE, found
+
+
+def train(model, steps: int) -> None:
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(steps):
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def logits(model, **options) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens(), **options).logits
+
+
+def life(folder: Path) -> Callable[[], None]:
+    """A model with an adapter that stays. In each round another one comes, of any kind, and goes."""
+    draw = random.Random(0)
+    model = randomise(get_peft_model(llama(), RandLoraConfig(r=4, target_modules=LLAMA_TARGETS), "host"), "host")
+
+    def one_round() -> None:
+        kind = draw.choice(KINDS)
+        targets = draw.sample(LLAMA_TARGETS, draw.randint(1, len(LLAMA_TARGETS)))
+        key = draw.randrange(2**32)
+        config = RandLoraConfig(r=draw.randint(1, 9), target_modules=targets, projection_prng_key=key, **kind)
+        model.add_adapter("guest", config)
+        model.set_adapter("guest")
+        train(model, draw.randint(1, 3))
+        model.save_pretrained(folder, selected_adapters=["guest"])
+        expected = logits(model)
+
+        train(model, 1)
+        hotswap_adapter(model, folder / "guest", "guest")
+        model.merge_adapter()
+        torch.testing.assert_close(logits(model), expected)
+        model.unmerge_adapter()
+        torch.testing.assert_close(logits(model), expected)
+        model.generate(input_ids=tokens(), max_new_tokens=3, do_sample=False, pad_token_id=0)
+        mixed = logits(model, adapter_names=["guest", "host", "__base__"])
+        torch.testing.assert_close(mixed[0], expected[0])
+
+        twin = copy.deepcopy(model)
+        torch.save(twin, io.BytesIO())
+        plain = twin.merge_and_unload()
+        torch.testing.assert_close(logits(plain), expected)
+
+        model.delete_adapter("guest")
+        model.load_adapter(folder / "guest", "guest")
+        model.set_adapter("guest")
+        torch.testing.assert_close(logits(model), expected)
+        model.base_model.add_weighted_adapter(["guest"], [0.5], "weighted")
+        model.base_model.set_adapter(["weighted", "host"])
+        with model.disable_adapter():
+            logits(model)
+        model.delete_adapter("weighted")
+        model.set_adapter("host")
+        model.delete_adapter("guest")
+        torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), folder / "guest").eval()), expected)
+        train(model, 1)
+
+    return one_round
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an adapter is deleted while it is active; ranks above the smaller dimension
+        yield
+
+
+@pytest.mark.slow
+def test_an_hour_of_everything_leaves_nothing_behind(tmp_path):
+    seconds = float(os.environ.get("RANDLORA_SOAK_SECONDS", "3600"))
+    require_flat(soak(seconds, max(30, int(seconds / 5)), life(tmp_path)))
