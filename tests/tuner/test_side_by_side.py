@@ -21,7 +21,7 @@ from .helpers import STACK_TARGETS, assert_close, layers_of, output, randomise, 
 ADAPTERS = {
     "u": {"r": 4, "randlora_alpha": 8, "target_modules": STACK_TARGETS},
     "v": {"r": 7, "randlora_alpha": 3, "target_modules": ["tall"], "projection_prng_key": 5, "sparse": True},
-    "w": {"r": 2, "target_modules": ["wide"], "save_projection": False, "sparsity": 2.5, "randlora_dropout": 0.3},
+    "w": {"r": 2, "target_modules": ["tall", "wide"], "save_projection": False, "sparsity": 2.5, "randlora_dropout": 0.3},
     "x": {"r": 4, "randlora_alpha": 2, "target_modules": STACK_TARGETS, "save_projection": False},  # the bases of u
     "y": {"r": 3, "target_modules": ["square", "head"], "very_sparse": True, "randlora_scaling": "paper"},
     "z": {"r": 5, "target_modules": ["tall", "head"], "rank_pattern": {"head": 2}, "alpha_pattern": {"tall": 7}},
@@ -124,6 +124,18 @@ def test_loading_into_an_adapter_that_is_there_replaces_it(saved):
     assert not torch.equal(output(model), before)
     model.load_adapter(folder / "u", "u")
     assert torch.equal(output(model), before)
+
+
+def test_another_key_or_density_means_other_bases():
+    model = alone("u")
+    changes = {"key": {"projection_prng_key": 1}, "sparse": {"sparse": True}, "very_sparse": {"very_sparse": True}}
+    for name, change in changes.items():
+        model.add_adapter(name, RandLoraConfig(**ADAPTERS["u"], **change))
+    for layer in layers_of(model).values():
+        assert len({layer.bases[name].fingerprint for name in ("u", *changes)}) == 4
+        zeros = [float((layer.randlora_B[name] == 0).float().mean()) for name in ("u", *changes)]
+        assert zeros[0] == zeros[1] == 0
+        assert 0.5 < zeros[2] < zeros[3]
 
 
 def test_dropout_of_one_adapter_leaves_the_others():

@@ -45,9 +45,6 @@ class QuantizedLinear(Linear):
         self.quantization_backend = backend
         self._unmerged: _Kept | None = None
 
-    def _can_take_weight(self, name: str, x: Tensor, dtype: torch.dtype) -> bool:
-        return False
-
     def _dense_base_weight(self) -> Tensor:
         backend = self._backend()
         if not backend.supports_merge:
