@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from randlora.ops.codes import pack, unpack
+from randlora.ops.units import in_units
 
 DTYPES = [torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -21,7 +22,7 @@ def test_the_numbers_come_back(columns, dtype):
     assert packed.shape == (7, -(-columns // 4))
     found = unpack(packed, columns, dtype)
     assert found.dtype == dtype
-    assert torch.equal(found, numbers.to(dtype))
+    assert torch.equal(found, in_units(numbers, dtype))
 
 
 def test_the_first_columns_of_some_rows():

@@ -19,6 +19,7 @@ from randlora.ops.linear import adapted_linear, can_fuse, delta_weight
 from randlora.ops.operands import DenseBases
 from randlora.ops.plan import Plan, force
 from randlora.ops.sparse import sparse_bases
+from randlora.ops.units import in_units
 
 WAYS = ("token", "weight", "fused")
 PLANS = [Plan(*ways) for ways in itertools.product(WAYS, WAYS, WAYS[:2])]
@@ -72,8 +73,8 @@ class Case:
         if self.kind == "codes":
             return DenseBases(self.A.to(torch.int8), pack(self.B.to(torch.int8)))
         if self.kind == "grouped":
-            return GroupedBases(self.A, grouped(self.B, len(self.A)))
-        return DenseBases(self.A, self.B.bfloat16() if self.kind == "split" else self.B)
+            return GroupedBases(self.A, grouped(in_units(self.B, self.dtype), len(self.A)))
+        return DenseBases(self.A, self.B.bfloat16() if self.kind == "split" else in_units(self.B, self.dtype))
 
     def run(self, leaves, summed=None):
         return adapted_linear(

@@ -19,6 +19,7 @@ from randlora.ops.linear import adapted_linear
 from randlora.ops.operands import DenseBases
 from randlora.ops.plan import Plan, force
 from randlora.ops.triton_tiles import interpreting
+from randlora.ops.units import in_units
 
 DEVICE = torch.device("cpu" if interpreting else "cuda")
 EPS = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -187,6 +188,25 @@ class TestLayers:
         for name, value in expected.items():
             error = (found[name].double() - value).norm() / value.norm()
             assert error < 0.03, f"{name}: {error:.1e}"
+
+    @pytest.mark.parametrize("plan", WAYS[:2], ids=["token", "weight"])
+    @pytest.mark.parametrize(("out", "in_"), [(50, 39), (39, 50)], ids=["tall", "wide"])
+    @pytest.mark.parametrize("codes", [False, True])
+    def test_float16_takes_b_in_its_unit(self, out, in_, plan, codes):
+        """x B would leave float16's range, and Ã alone be coarse in it; what they make is neither."""
+        m, M, r = min(out, in_), max(out, in_), 6
+        d = Draw(1, m, M, r, torch.float16, codes)
+        tensors = (d.random(5, in_) * 4000, d.lam * 1e-5, d.gamma)
+        weight, grad = torch.zeros_like(d.random(out, in_)), d.random(5, out)
+        B = grouped(d.B, r)
+        with force(plan):
+            bases = GroupedBases(d.A, B if codes else in_units(B, torch.float16))
+            found = results(bases, tensors, weight, None, grad)
+            exact = DenseBases(d.A.double(), d.B.double())
+            expected = results(exact, [t.double() for t in tensors], weight.double(), None, grad.double())
+        for name, value in expected.items():
+            error = (found[name].double() - value).norm() / value.norm()
+            assert error < 0.01, f"{name}: {error:.1e}"
 
     def test_parameters_in_half_precision(self):
         d = Draw(5, 20, 27, 6)

@@ -150,3 +150,8 @@ def test_settings_that_the_model_refuses(tmp_path, tiny_bert, tiny_llama, review
 def test_a_diverging_run_says_so(tmp_path, tiny_bert, reviews):
     with pytest.raises(FloatingPointError, match="learning_rate"):
         train(settings(tiny_bert, reviews, tmp_path, method="full", learning_rate=1e30, max_steps=6, warmup_fraction=0))
+
+
+def test_a_diverging_adapter_is_told_by_its_layer(tmp_path, tiny_bert, reviews):
+    with pytest.raises(FloatingPointError, match=r"Not finite: λ of adapter 'default' in .*layer\.0\."):
+        train(settings(tiny_bert, reviews, tmp_path, learning_rate=1e30, max_steps=6, warmup_fraction=0))

@@ -22,6 +22,7 @@ from randlora.ops import bf16, codes, dispatch
 from randlora.ops.grouped import GroupedBases, grouped
 from randlora.ops.operands import DenseBases
 from randlora.ops.sparse import SparseBases, sparse_bases
+from randlora.ops.units import in_units
 
 _WORDS_PER_CHUNK = 1 << 22  # bounds the scratch memory of a draw to about 100 MB
 _SHORT_DTYPES = (torch.bfloat16, torch.float16)
@@ -215,8 +216,8 @@ class Basis:
             return a, b
         if (device, dtype) not in self._held:
             with torch.inference_mode(False), torch.no_grad():
-                a, b = (t.to(device, dtype) for t in self._compact)
-            self._held[device, dtype] = (a, b)
+                a, b = (t.to(device) for t in self._compact)
+                self._held[device, dtype] = (a, b) if dtype is None else (a.to(dtype), in_units(b, dtype))
         return self._held[device, dtype]  # type: ignore[return-value]
 
     def _grouped(self, device: torch.device, dtype: torch.dtype, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,7 +228,7 @@ class Basis:
                 dispatch.kernels(device, torch.bfloat16)  # imported now, before a compiled step needs them
                 a, b = self._numbers()
                 b = grouped(b[:, :columns], self.rank)
-                self._held[key] = (a.to(device, dtype), b.to(device, dtype))
+                self._held[key] = (a.to(device, dtype), in_units(b, dtype).to(device))
         return self._held[key]  # type: ignore[return-value]
 
     def _compressed(self, dtype: torch.dtype, min_dim: int, max_dim: int, columns: int) -> SparseBases:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from randlora.ops.units import in_units
+
 _PER_BYTE = 4
 _AS_ONE = {1: torch.int32, 2: torch.int64, 4: torch.complex128}
 """By the size of a number in bytes: a dtype in which four of them are copied as one, several times faster."""
@@ -29,7 +31,7 @@ def pack(codes: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """The first ``columns`` numbers of each row of ``packed`` (..., bytes), in ``dtype``."""
+    """The first ``columns`` numbers of each row of ``packed`` (..., bytes), in ``dtype`` and its unit."""
     return torch.ops.randlora.unpack(packed, columns, dtype)
 
 
@@ -54,6 +56,6 @@ def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The four numbers of each byte, side by side."""
     with torch.inference_mode(False):
         shifts = 2 * torch.arange(_PER_BYTE, device=device)
-        numbers = ((torch.arange(256, device=device).unsqueeze(1) >> shifts & 3) - 1).to(dtype)  # (256, 4)
+        numbers = in_units((torch.arange(256, device=device).unsqueeze(1) >> shifts & 3) - 1, dtype)  # (256, 4)
         as_one = _AS_ONE.get(dtype.itemsize)
         return numbers if as_one is None else numbers.view(as_one).view(-1)

@@ -21,7 +21,7 @@ class GroupedBases(NamedTuple):
 
     Attributes:
         A: (r, ≥ m), half precision or int8 codes.
-        B: (M, q), over (n, r), likewise.
+        B: (M, q), over (n, r), likewise; in float16 in its unit (``units.py``), and codes count in it.
     """
 
     A: Tensor

@@ -22,6 +22,7 @@ from randlora.ops.grouped import Adapted, GroupedBases
 from randlora.ops.operands import DenseBases, product
 from randlora.ops.plan import Plan, Problem, choose
 from randlora.ops.sparse import Csr, SparseBases
+from randlora.ops.units import unit
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -50,7 +51,8 @@ def adapted_linear(
     tokens = x.numel() // max(x.shape[-1], 1)
     problem = problem_of(bases, x.dtype, tokens, out_features, x.shape[-1], lam.shape, fusible, x.requires_grad)
     tensors = (*bases[:2], *bases.places, *bases.B) if isinstance(bases, SparseBases) else bases
-    call = _Call(scaling, out_features, choose(problem), isinstance(bases, GroupedBases))
+    dtype = bases.values.dtype if isinstance(bases, SparseBases) else x.dtype
+    call = _Call(scaling / unit(dtype), out_features, choose(problem), isinstance(bases, GroupedBases))
     seed = rounding.new_seed(x.device) if stochastic else None
     compute = _AdaptedLinear.apply if _is_watched(x, lam, gamma, bias) else _AdaptedLinear.forward
     return compute(x, lam, gamma, weight, bias, call, summed, seed, *tensors)
@@ -115,7 +117,7 @@ def _is_watched(*inputs: Tensor | None) -> bool:
 
 
 class _Call(NamedTuple):
-    """What a call is besides its tensors."""
+    """What a call is besides its tensors; ``scaling`` makes up for the unit of B."""
 
     scaling: float
     out_features: int

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from randlora.ops import bf16, codes
+from randlora.ops.units import in_units
 
 _IN_CACHE = 1 << 17  # numbers of a temporary that stays in a core's cache
 
@@ -22,7 +23,7 @@ class DenseBases(NamedTuple):
     """Bases as matrices, in one of three dtypes.
 
     That of the products; or bfloat16 for products in float32, which are exact (``bf16.py``); or ternary codes, of which
-    a product takes a temporary copy in its own dtype.
+    a product takes a temporary copy in its own dtype. For products in float16, B stands in its unit (``units.py``).
 
     Attributes:
         A: (r, m); codes are int8.
@@ -36,7 +37,11 @@ class DenseBases(NamedTuple):
         """The same numbers such that products in ``dtype`` can take them."""
         if self.B.is_floating_point():
             return self
-        return DenseBases(self.A, codes.unpack(self.B, self.columns, self.product_dtype(dtype)))
+        return DenseBases(self.A, self.matrix(self.product_dtype(dtype)))
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """B as it is stored, (M, q), in ``dtype`` and its unit."""
+        return self._numbers(self.B, dtype)
 
     def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """That of B in products of ``dtype``."""
@@ -45,9 +50,13 @@ class DenseBases(NamedTuple):
         return torch.bfloat16 if bf16.splits(self.B.shape[0] * self.columns, self.B.device, dtype) else dtype
 
     def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of B, (*indices, q)."""
-        found = F.embedding(indices, self.B)
-        return found.to(dtype) if found.is_floating_point() else codes.unpack(found, self.columns, dtype)
+        """Rows of B as it is stored, (*indices, q), in ``dtype`` and its unit."""
+        return self._numbers(F.embedding(indices, self.B), dtype)
+
+    def _numbers(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        if stored.is_floating_point():
+            return in_units(stored, dtype)
+        return codes.unpack(stored, self.columns, dtype)
 
     @property
     def columns(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from randlora.ops import rounding
+from randlora.ops.units import in_units
 
 
 def scaled(A: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def times_scaled(
     seed: Tensor | None = None,  # (1,), int32
 ) -> Tensor:  # (T, m)
     """X Ã (+ base) (+ a b) (+ bias) in ``dtype``, rounded stochastically where there is a seed."""
-    total = x.to(lam.dtype) @ scaled(A, lam, gamma).to(dtype).to(lam.dtype)
+    total = _numbers(x, dtype).to(lam.dtype) @ scaled(A, lam, gamma).to(dtype).to(lam.dtype)
     if base is not None:
         total = total + base
     if a is not None and b is not None:
@@ -60,9 +61,9 @@ def sum_of_products(
 ) -> Tensor:  # (T, j)
     """A b (+ c d) (+ bias) in the dtype of a."""
     wide = torch.promote_types(a.dtype, torch.float32)
-    total = a.to(wide) @ b.to(wide)
+    total = a.to(wide) @ _numbers(b, a.dtype).to(wide)
     if c is not None and d is not None:
-        total = total + c.to(wide) @ d.to(wide)
+        total = total + c.to(wide) @ _numbers(d, a.dtype).to(wide)
     return (total if bias is None else total + bias).to(a.dtype)
 
 
@@ -74,6 +75,13 @@ def scaling_gradients(
     gamma: Tensor,  # (n, m)
 ) -> tuple[Tensor, Tensor]:  # (r, n), (n, m)
     """dλ and dγ of dÃ = leftᵀ right, in the dtype of λ."""
-    gradient = (left.to(lam.dtype).T @ right.to(lam.dtype)).unflatten(0, lam.T.shape)  # (n, r, m)
+    gradient = (_numbers(left, right.dtype).to(lam.dtype).T @ right.to(lam.dtype)).unflatten(
+        0, lam.T.shape
+    )  # (n, r, m)
     weighted = gradient * A[:, : gamma.shape[1]].to(lam.dtype)
     return (weighted * gamma.unsqueeze(1)).sum(-1).T, (weighted * lam.T.unsqueeze(-1)).sum(1)
+
+
+def _numbers(B: Tensor, dtype: torch.dtype) -> Tensor:
+    """What products in ``dtype`` read B as: codes count in its unit."""
+    return B if B.is_floating_point() else in_units(B, dtype)

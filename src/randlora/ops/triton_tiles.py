@@ -16,10 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
+from randlora.ops.units import unit
+
 interpreting: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, on tensors of the CPU: TRITON_INTERPRET=1 before the first import."""
 
 _INTERPRETING = tl.constexpr(interpreting)
+_UNIT = tl.constexpr(unit(torch.float16))
 
 # ROWS are tokens, or rows of B where ΔW is formed; the smallest tiles are for few of them.
 CONFIGS: dict[str, list[dict[str, int]]] = {
@@ -95,9 +98,11 @@ def basis(start, rows, columns, row_step, column_step, row_end, valid, dtype: tl
 
 @triton.jit
 def converted(values, dtype: tl.constexpr):
-    """``values`` in ``dtype``: codes as numbers, float32 rounded to nearest."""
+    """``values`` in ``dtype``: codes as numbers, in float16 those of B in its unit; float32 rounded to nearest."""
     if values.dtype == dtype:
         return values
+    if values.dtype == tl.int8 and dtype == tl.float16:
+        return (values.to(tl.float32) * _UNIT).to(dtype)
     values = values.to(tl.float32)
     if _INTERPRETING and dtype == tl.bfloat16:  # which cuts bits off
         bits = values.to(tl.uint32, bitcast=True)

@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from randlora.analysis import first_not_finite
+
 
 class CheckpointOnInterrupt(TrainerCallback):
     """At Ctrl-C, finishes the step and writes a checkpoint; at a second one, ends at once.
@@ -63,9 +65,10 @@ class StopIfDiverged(TrainerCallback):
         """
         loss = kwargs["logs"].get("loss", 0.0)
         if not math.isfinite(loss):
+            found = first_not_finite(kwargs["model"])
             raise FloatingPointError(
                 f"the training loss of step {state.global_step} is {loss}: lower "
-                f"learning_rate={self._learning_rate} or alpha"
+                f"learning_rate={self._learning_rate} or alpha" + (f". Not finite: {found}" if found else "")
             )
 
 

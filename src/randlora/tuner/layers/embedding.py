@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from randlora.errors import UnsupportedLayerError
+from randlora.ops.units import unit
 from randlora.tuner.layers.base import RandLoraLayer, innermost, without_autocast
 from randlora.tuner.mixed_batch import mixed_forward
 
@@ -58,16 +59,16 @@ class Embedding(nn.Module, RandLoraLayer):
         bases = self._stored(name, ids.device)
         with without_autocast(ids.device):
             lam, gamma = self.randlora_lambda[name].to(ids.device), self.randlora_gamma[name].to(ids.device)
-            At = bases.scaled(lam * self._scaling(name), gamma, dtype)
+            At = bases.scaled(lam * (self._scaling(name) / unit(dtype)), gamma, dtype)
             wide = self.out_features < self.in_features
             if base.scale_grad_by_freq or ids.numel() >= base.num_embeddings:
-                B = bases.ready(dtype).B.to(dtype)
+                B = bases.matrix(dtype)
                 table = B @ At if wide else At.T @ B.T
                 rows = F.embedding(ids, table, scale_grad_by_freq=base.scale_grad_by_freq)
             elif wide:
                 rows = bases.rows(ids, dtype) @ At
             else:
-                rows = F.embedding(ids, At.T) @ bases.ready(dtype).B.T.to(dtype)
+                rows = F.embedding(ids, At.T) @ bases.matrix(dtype).T
         if base.padding_idx is not None:
             rows = rows.masked_fill((ids == base.padding_idx).unsqueeze(-1), 0)
         return rows

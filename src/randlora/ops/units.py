@@ -1,0 +1,24 @@
+"""The unit in which B stands in products of float16, whose numbers end at 65504 and grow coarse below 6e-5.
+
+Entries of B are about 1, so that sums over its M rows or q columns are about √M times what they sum, and leave float16
+early; those of Ã = s·λ·A·γ are as much smaller than what they make, and fall out at the other end. A power of two
+between the two costs nothing and puts both where inputs and outputs are: √M is 64 at a width of 4096, and within a
+factor of 8 of that for all widths from 64 to 262144.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FLOAT16 = 2.0**-6
+
+
+def unit(dtype: torch.dtype) -> float:
+    """What B is multiplied with in products of ``dtype``, and Ã divided by: 1 but in float16."""
+    return _FLOAT16 if dtype == torch.float16 else 1.0
+
+
+def in_units(B: Tensor, dtype: torch.dtype) -> Tensor:
+    """B times its unit in ``dtype``, rounded once."""
+    return B.to(dtype) if unit(dtype) == 1 else (B.float() * unit(dtype)).to(dtype)
