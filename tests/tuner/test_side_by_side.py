@@ -21,7 +21,13 @@ from .helpers import STACK_TARGETS, assert_close, layers_of, output, randomise, 
 ADAPTERS = {
     "u": {"r": 4, "randlora_alpha": 8, "target_modules": STACK_TARGETS},
     "v": {"r": 7, "randlora_alpha": 3, "target_modules": ["tall"], "projection_prng_key": 5, "sparse": True},
-    "w": {"r": 2, "target_modules": ["tall", "wide"], "save_projection": False, "sparsity": 2.5, "randlora_dropout": 0.3},
+    "w": {
+        "r": 2,
+        "target_modules": ["tall", "wide"],
+        "save_projection": False,
+        "sparsity": 2.5,
+        "randlora_dropout": 0.3,
+    },
     "x": {"r": 4, "randlora_alpha": 2, "target_modules": STACK_TARGETS, "save_projection": False},  # the bases of u
     "y": {"r": 3, "target_modules": ["square", "head"], "very_sparse": True, "randlora_scaling": "paper"},
     "z": {"r": 5, "target_modules": ["tall", "head"], "rank_pattern": {"head": 2}, "alpha_pattern": {"tall": 7}},
