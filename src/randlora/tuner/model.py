@@ -19,6 +19,7 @@ from randlora.errors import ConfigError
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
 from randlora.tuner import arithmetic, checkpoint
 from randlora.tuner.admission import require_own_tensors, require_sound_values
+from randlora.tuner.apart import apart
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import ProjectionView, RandLoraLayer
 from randlora.tuner.layers.dispatch import kind_of
@@ -90,7 +91,8 @@ class RandLoraModel(BaseTuner):
         """Adds the adapter's layers, then their bases; on failure the model is as it was."""
         config = self.peft_config[adapter_name] = RandLoraConfig.adopt(self.peft_config[adapter_name])
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            with apart(model, adapter_name):
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             layers = checkpoint.adapter_layers(model, adapter_name)
             if layers:
                 self._bind_bases(layers, config, adapter_name)

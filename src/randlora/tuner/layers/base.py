@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -66,6 +66,7 @@ class RandLoraLayer(ScaledLayer):
         self.initial_scaling: dict[str, float] = {}
         self.gamma_factor: dict[str, float] = {}
         self._disable_adapters = False
+        self._may_train: set[str] = set()  # whether active or not, since `set_requires_grad` has said so
         self.merged_adapters: list[str] = []
         self._unmerged_weight: tuple[nn.Parameter] | None = None  # in a tuple it is no parameter of this module
 
@@ -104,7 +105,8 @@ class RandLoraLayer(ScaledLayer):
         self.r[adapter_name], self.num_bases[adapter_name] = r, n
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = scaling
         self.gamma_factor[adapter_name] = gamma_factor
-        self.randlora_dropout[adapter_name] = nn.Dropout(randlora_dropout) if randlora_dropout > 0 else nn.Identity()
+        if randlora_dropout > 0:  # whatever walks over the model meets every module
+            self.randlora_dropout[adapter_name] = nn.Dropout(randlora_dropout)
         self.randlora_lambda[adapter_name] = nn.Parameter(torch.randn(*self.stack, r, n, dtype=torch.float32))
         self.randlora_gamma[adapter_name] = nn.Parameter(
             torch.full((*self.stack, n, self.min_dim), gamma_factor / self.max_dim, dtype=torch.float32)
@@ -112,7 +114,31 @@ class RandLoraLayer(ScaledLayer):
         if init_weights:
             self.reset_randlora_parameters(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._require_grad([adapter_name], False)  # until it is active
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Makes adapters the active ones, and those that train, unless ``inference_mode``: no other does.
+
+        The time that it takes does not depend on how many adapters there are.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._require_grad([*self.active_adapters, *self._may_train], False)
+        self._require_grad(names, not inference_mode)
+        self._active_adapter = names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Lets adapters train or not, active or not, until others become active."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._require_grad(names, requires_grad)
+        self._may_train.update(names)
+
+    def _require_grad(self, adapter_names: Iterable[str], requires_grad: bool) -> None:
+        for name in adapter_names:
+            for parameters in (self.randlora_lambda, self.randlora_gamma):
+                parameter = parameters.get(name, None)
+                if parameter is not None and parameter.is_leaf:  # not so below FSDP
+                    parameter.requires_grad_(requires_grad)
 
     def reset_randlora_parameters(self, adapter_name: str) -> None:
         """λ = 0 and γ = 1 / max(n, m), as the authors' code and PEFT do."""
@@ -270,12 +296,15 @@ class RandLoraLayer(ScaledLayer):
             return None
         if base._backward_hooks or base._backward_pre_hooks:
             return None
-        dropout = self.randlora_dropout[adapter_name]
-        if isinstance(dropout, nn.Dropout) and dropout.training:
+        if adapter_name in self.randlora_dropout and self.randlora_dropout[adapter_name].training:
             return None
         weight = cast("Tensor", base.weight)
         plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype in _FLOATING and weight.device == x.device
         return weight if plain else None
+
+    def _own_input(self, adapter_name: str, x: Tensor) -> Tensor:
+        """What the adapter sees of the layer's input."""
+        return self.randlora_dropout[adapter_name](x) if adapter_name in self.randlora_dropout else x
 
     def _to_weight_layout(self, update: Tensor) -> Tensor:
         """(out, in) to the layout in which the base layer stores its weight."""

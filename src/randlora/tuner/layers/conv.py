@@ -54,7 +54,7 @@ class _Conv(nn.Module, RandLoraLayer):
             result = self.base_layer(x, *args, **kwargs)
         for name in names:
             dtype = compute_dtype(x)
-            dropped = self.randlora_dropout[name](x).to(dtype)
+            dropped = self._own_input(name, x).to(dtype)
             result = result + base._conv_forward(dropped, self._update(name, dtype), None).to(result.dtype)
         return result
 

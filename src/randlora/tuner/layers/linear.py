@@ -157,7 +157,7 @@ class Linear(nn.Module, RandLoraLayer):
         summed: Tensor | None = None,
     ) -> Tensor:
         return ops.adapted_linear(
-            self.randlora_dropout[name](x).to(dtype),
+            self._own_input(name, x).to(dtype),
             self._cheaper_operands(name, x.numel() // max(x.shape[-1], 1), x.device, dtype),
             self.randlora_lambda[name],
             self.randlora_gamma[name],
