@@ -54,3 +54,13 @@ def test_only_the_active_adapter_trains(model):
     layer.set_requires_grad(["a"])
     layer.set_adapter("c")
     assert {n for n, p in layer.randlora_lambda.items() if p.requires_grad} == {"c"}
+
+
+def test_what_was_let_train_is_frozen_by_the_next_switch_also_after_an_addition(model):
+    model.set_adapter("b")
+    layer = next(iter(layers_of(model).values()))
+    layer.set_requires_grad("a")
+    model.add_adapter("d", RandLoraConfig(**CONFIG))
+    model.set_adapter("c")
+    assert {n for n, p in layer.randlora_lambda.items() if p.requires_grad} == {"c"}
+    assert not layer._may_train

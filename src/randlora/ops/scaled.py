@@ -75,9 +75,8 @@ def scaling_gradients(
     gamma: Tensor,  # (n, m)
 ) -> tuple[Tensor, Tensor]:  # (r, n), (n, m)
     """dλ and dγ of dÃ = leftᵀ right, in the dtype of λ."""
-    gradient = (_numbers(left, right.dtype).to(lam.dtype).T @ right.to(lam.dtype)).unflatten(
-        0, lam.T.shape
-    )  # (n, r, m)
+    left = _numbers(left, right.dtype).to(lam.dtype)
+    gradient = (left.T @ right.to(lam.dtype)).unflatten(0, lam.T.shape)  # (n, r, m)
     weighted = gradient * A[:, : gamma.shape[1]].to(lam.dtype)
     return (weighted * gamma.unsqueeze(1)).sum(-1).T, (weighted * lam.T.unsqueeze(-1)).sum(1)
 

@@ -59,7 +59,6 @@ def add_weighted_adapter(
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
         tuner._cast_adapter_dtype(adapter_name)
-        config = cast("RandLoraConfig", tuner.peft_config[adapter_name])
         for name, layer in layers.items():
             _bind(layer, adapter_name, bases[name], config)
             _fill(layer, adapter_name, fits[name])

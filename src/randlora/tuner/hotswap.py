@@ -61,7 +61,7 @@ def hotswap_adapter(
 def _swap(
     plain: Any, layers: Layers, path: str, adapter_name: str, torch_device: str | None, kwargs: dict[str, Any]
 ) -> None:
-    config = RandLoraConfig.adopt(RandLoraConfig.from_pretrained(path, **kwargs))
+    config = RandLoraConfig.from_pretrained(path, **kwargs)
     content = load_peft_weights(path, device=torch_device, **kwargs)
     _require_same_modules(plain.peft_config[adapter_name], config)
     _require_same_tensors(layers, content, adapter_name)

@@ -66,7 +66,7 @@ class RandLoraLayer(ScaledLayer):
         self.initial_scaling: dict[str, float] = {}
         self.gamma_factor: dict[str, float] = {}
         self._disable_adapters = False
-        self._may_train: set[str] = set()  # whether active or not, since `set_requires_grad` has said so
+        self._may_train: set[str] = set()  # without being active: `set_requires_grad` has said so
         self.merged_adapters: list[str] = []
         self._unmerged_weight: tuple[nn.Parameter] | None = None  # in a tuple it is no parameter of this module
 
@@ -124,6 +124,7 @@ class RandLoraLayer(ScaledLayer):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._require_grad([*self.active_adapters, *self._may_train], False)
+        self._may_train = {name for name in self._may_train if name not in self.randlora_lambda}  # `apart` hides these
         self._require_grad(names, not inference_mode)
         self._active_adapter = names
 
@@ -131,7 +132,8 @@ class RandLoraLayer(ScaledLayer):
         """Lets adapters train or not, active or not, until others become active."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._require_grad(names, requires_grad)
-        self._may_train.update(names)
+        if requires_grad:
+            self._may_train.update(names)
 
     def _require_grad(self, adapter_names: Iterable[str], requires_grad: bool) -> None:
         for name in adapter_names:
