@@ -1,6 +1,6 @@
-"""An hour of all that a process does with adapters leaves no tensor behind.
+"""An hour of all that a process does with adapters leaves nothing behind.
 
-`RANDLORA_SOAK_SECONDS` sets another length.
+`RANDLORA_SOAK_SECONDS` sets another length; a process warms up for minutes.
 """
 
 import copy
@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from randlora import PeftModel, RandLoraConfig, get_peft_model, hotswap_adapter
 from tuner.helpers import LLAMA_TARGETS, llama, randomise, tokens
@@ -32,8 +33,10 @@ KINDS = [
     {"save_projection": False, "randlora_dropout": 0.1},
     {"modules_to_save": ["lm_head"]},
 ]
-UNTRACED = 8 * 2**10
-"""Bytes that a round may add: 3,600 were measured, of unknown cause; a leaked tensor is seen by its number."""
+FORGOTTEN = 2 * 32
+"""Bytes that safetensors (0.4.5 to 0.8.0) never gives back of each tensor that it reads from a file: two integers."""
+UNTRACED = 2**9
+"""Bytes that a round may add beyond those, where the memory of C libraries is still being cut up."""
 CACHES = 1.0
 """Objects that a round may add, where caches of Python, torch and Transformers still fill."""
 
@@ -43,7 +46,7 @@ class Sample(NamedTuple):
 
     Attributes:
         rounds: done so far.
-        resident: bytes of memory.
+        resident: bytes of memory, without what safetensors forgets.
         tensors: that are alive.
         objects: that are alive, of those that the garbage collector knows.
     """
@@ -54,23 +57,34 @@ class Sample(NamedTuple):
     objects: int
 
 
-def sample(rounds: int) -> Sample:
+class Reader:
+    """Reads a safetensors file and counts what that leaves behind."""
+
+    forgotten = 0
+
+    def __call__(self, path: str, device: str) -> dict[str, torch.Tensor]:
+        tensors = load_file(path, device)
+        self.forgotten += FORGOTTEN * len(tensors)
+        return tensors
+
+
+def sample(rounds: int, forgotten: int) -> Sample:
     gc.collect()
     with suppress(AttributeError, OSError):  # another C library than glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     objects = gc.get_objects()
-    return Sample(rounds, resident, sum(issubclass(type(o), torch.Tensor) for o in objects), len(objects))
+    return Sample(rounds, resident - forgotten, sum(issubclass(type(o), torch.Tensor) for o in objects), len(objects))
 
 
-def soak(seconds: float, samples: int, one_round: Callable[[], object]) -> list[Sample]:
+def soak(seconds: float, samples: int, one_round: Callable[[], object], reader: Reader) -> list[Sample]:
     """Rounds for so long, and a sample now and then."""
     found, rounds, start = [], 0, time.monotonic()
     while len(found) < samples:
         one_round()
         rounds += 1
         if time.monotonic() - start >= seconds * len(found) / samples:
-            found.append(sample(rounds))
+            found.append(sample(rounds, reader.forgotten))
             print(f"{time.monotonic() - start:7.0f} s  {found[-1]}", flush=True)
     return found
 
@@ -170,6 +184,7 @@ def quiet():
 
 
 @pytest.mark.slow
-def test_an_hour_of_everything_leaves_nothing_behind(tmp_path):
+def test_an_hour_of_everything_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft.utils.save_and_load.safe_load_file", reader := Reader())
     seconds = float(os.environ.get("RANDLORA_SOAK_SECONDS", "3600"))
-    require_flat(soak(seconds, max(30, int(seconds / 5)), life(tmp_path)))
+    require_flat(soak(seconds, max(30, int(seconds / 5)), life(tmp_path), reader))
