@@ -5,8 +5,6 @@ import importlib.util
 import pkgutil
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import tomllib
 from typer.testing import CliRunner
 
+import fresh
 from randlora_cli import COMMANDS, app
 
 ROOT = Path(__file__).parents[1]
@@ -62,27 +61,12 @@ def program(text: str) -> str:
     return "\n".join(lines)
 
 
-def run_page(text: str, name: str, folder: Path) -> str:
-    """Runs the page's Python and returns the traceback of what failed, or nothing."""
-    (folder / "page.py").write_text(program(text))
-    command = f"exec(compile(open('page.py').read(), {name!r}, 'exec'), {{'__name__': '__main__'}})"
-    run = subprocess.run(
-        [sys.executable, "-c", command],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-    return run.stderr if run.returncode else ""
-
-
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_of_the_page_runs(page: Path, tmp_path: Path) -> None:
     text = page.read_text()
     if not program(text):
         pytest.skip("no Python on this page")
-    trace = run_page(text, page.name, tmp_path)
+    trace = fresh.run(program(text), page.name, tmp_path)
     assert not trace, trace
 
 
@@ -230,12 +214,12 @@ def test_links_of_the_page_lead_somewhere(page: Path) -> None:
 
 def test_later_snippets_see_earlier_ones(tmp_path: Path) -> None:
     text = "# Title\n```python\nx = 1\n```\nand\n\n```python\nassert x == 1\n```\n"
-    assert not run_page(text, "page.md", tmp_path)
+    assert not fresh.run(program(text), "page.md", tmp_path)
 
 
 def test_a_broken_snippet_fails_with_its_line(tmp_path: Path) -> None:
     text = "# Title\n```python\nx = 1\n```\nand\n\n```python\nassert x == 2\n```\n"
-    assert '"page.md", line 8' in run_page(text, "page.md", tmp_path)
+    assert '"page.md", line 8' in fresh.run(program(text), "page.md", tmp_path)
 
 
 def test_a_skipped_snippet_does_not_run() -> None:
