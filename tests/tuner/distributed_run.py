@@ -49,6 +49,9 @@ def flattened(model):
 
 def partitioned():
     """DeepSpeed ZeRO-3, with every parameter in shares however small it is."""
+    import deepspeed  # installed aside, so here only
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # is compiled for a minute, and gloo does as well
     config = {
         "train_micro_batch_size_per_gpu": "auto",
         "zero_optimization": {
