@@ -5,6 +5,8 @@ PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 pytho
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 VENV := .venv
 PY := $(VENV)/bin/python
+# Most of what is installed is never imported: Python compiles what is.
+PIP := $(PY) -m pip install --disable-pip-version-check --no-compile -q
 READY := $(VENV)/.ready
 
 # The oldest peft that pyproject.toml allows; `make test-min-peft` runs the tuner against it, but for encoder-decoder
@@ -49,7 +51,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer on PATH: install one, or name it: make PYTHON=/path/to/python"; exit 1; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "Making $(VENV) with $(PYTHON)"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
 	@echo "Installing into $(VENV): a minute or a few, torch is large"
-	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(READY)
@@ -83,15 +85,15 @@ bench: $(READY)
 
 $(MIN_PEFT_DIR)/.ready: $(READY)
 	rm -rf $(MIN_PEFT_DIR)
-	$(PY) -m pip install --disable-pip-version-check -q --no-deps --target $(MIN_PEFT_DIR) peft==$(MIN_PEFT)
+	$(PIP) --no-deps --target $(MIN_PEFT_DIR) peft==$(MIN_PEFT)
 	@touch $@
 
 $(ASIDE): $(READY) constraints-aside.txt
 	rm -rf build/timm build/deepspeed build/gptqmodel
-	$(PY) -m pip install --disable-pip-version-check -q --no-deps -c constraints-aside.txt --target build/timm timm torchvision
-	$(PY) -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -c constraints-aside.txt \
+	$(PIP) --no-deps -c constraints-aside.txt --target build/timm timm torchvision
+	$(PIP) --no-deps --no-build-isolation -c constraints-aside.txt \
 		--target build/deepspeed deepspeed hjson msgpack ninja nvidia-ml-py py-cpuinfo
-	$(PY) -m pip install --disable-pip-version-check -q --no-deps -c constraints-aside.txt \
+	$(PIP) --no-deps -c constraints-aside.txt \
 		--target build/gptqmodel gptqmodel defuser device-smi logbar optimum pypcre tokenicer
 	@touch $@
 
