@@ -64,3 +64,14 @@ def test_what_was_let_train_is_frozen_by_the_next_switch_also_after_an_addition(
     model.set_adapter("c")
     assert {n for n, p in layer.randlora_lambda.items() if p.requires_grad} == {"c"}
     assert not layer._may_train
+
+
+def test_disabling_looks_at_those_that_train_and_at_no_others(model):
+    model.base_model.set_requires_grad("b")
+    model.base_model.disable_adapter_layers()
+    assert not any(p.requires_grad for p in model.parameters())
+    layer = next(iter(layers_of(model).values()))
+    layer.randlora_lambda["c"].requires_grad_(True)  # by hand: found by whoever walks over all adapters
+    model.base_model.disable_adapter_layers()
+    model.base_model.enable_adapter_layers()
+    assert {n for n, p in layer.randlora_lambda.items() if p.requires_grad} == {"a", "c"}
