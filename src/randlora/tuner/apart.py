@@ -40,12 +40,12 @@ def apart(model: nn.Module, adapter_name: str) -> Iterator[None]:
 def without_others(state_dict: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
     """``state_dict`` of a model without λ and γ of other adapters; the model stays whole, for threads."""
     groups = tuple(f".{group}" for group in RandLoraLayer.adapter_layer_names)
-    split = {key: key.rpartition(".") for key in state_dict}
-    return {
-        key: state_dict[key]
-        for key, (owner, _, name) in split.items()
-        if name == adapter_name or not owner.endswith(groups)
-    }
+
+    def is_of_another(key: str) -> bool:
+        owner, _, name = key.rpartition(".")
+        return name != adapter_name and owner.endswith(groups)
+
+    return {key: value for key, value in state_dict.items() if not is_of_another(key)}
 
 
 def _only(entries: dict[str, Any], name: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from randlora.tuner.layers.dispatch import kind_of
 from randlora.tuner.layers.quantized import one_rounding_warning
 from randlora.tuner.loading import keep_base_tensors, reads_a_file
 from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
+from randlora.tuner.names import require_usable_name
 from randlora.tuner.withdraw import withdraw_adapter
 
 
@@ -92,6 +93,7 @@ class RandLoraModel(BaseTuner):
         config = self.peft_config[adapter_name] = RandLoraConfig.adopt(self.peft_config[adapter_name])
         try:
             with apart(model, adapter_name):
+                require_usable_name(model, adapter_name)
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             layers = checkpoint.adapter_layers(model, adapter_name)
             if layers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import KeysView
+from collections.abc import Iterator, KeysView
 from itertools import count
 from typing import cast
 
@@ -31,6 +31,9 @@ class Dropouts(nn.Module):
 
     def __getitem__(self, adapter_name: str) -> nn.Dropout:
         return self._by_adapter[adapter_name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_adapter)
 
     def __contains__(self, adapter_name: str) -> bool:
         return adapter_name in self._by_adapter
