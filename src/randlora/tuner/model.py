@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from randlora.errors import ConfigError
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
 from randlora.tuner import arithmetic, checkpoint
+from randlora.tuner.adapter_name import require_usable_name
 from randlora.tuner.admission import require_own_tensors, require_sound_values
 from randlora.tuner.apart import apart
 from randlora.tuner.config import RandLoraConfig
@@ -26,7 +27,6 @@ from randlora.tuner.layers.dispatch import kind_of
 from randlora.tuner.layers.quantized import one_rounding_warning
 from randlora.tuner.loading import keep_base_tensors, reads_a_file
 from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
-from randlora.tuner.names import require_usable_name
 from randlora.tuner.withdraw import withdraw_adapter
 
 
