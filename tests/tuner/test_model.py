@@ -325,6 +325,9 @@ class TestSeveralAdapters:
         assert twin.base_model.model.tall.bases["x"] is model.base_model.model.tall.bases["x"]
 
 
+TALL = {"r": 4, "target_modules": ["tall"]}
+
+
 class TestDropout:
     def test_it_acts_in_training_only(self):
         config = {"r": 4, "randlora_alpha": 8, "target_modules": STACK_TARGETS}
@@ -340,13 +343,25 @@ class TestDropout:
         assert torch.equal(output(model), first)
 
     def test_each_adapter_has_its_own(self):
-        config = {"r": 4, "target_modules": ["tall"]}
-        model = get_peft_model(stack(), RandLoraConfig(randlora_dropout=0.3, **config), adapter_name="x")
-        model.add_adapter("y", RandLoraConfig(**config))
+        model = get_peft_model(stack(), RandLoraConfig(randlora_dropout=0.3, **TALL), adapter_name="x")
+        model.add_adapter("y", RandLoraConfig(**TALL))
         dropout = model.base_model.model.tall.randlora_dropout
         assert isinstance(dropout["x"], nn.Dropout)
         assert dropout["x"].p == 0.3
         assert "y" not in dropout
+
+    def test_adapters_of_one_probability_share_a_module(self):
+        model = get_peft_model(stack(), RandLoraConfig(randlora_dropout=0.3, **TALL), adapter_name="x").eval()
+        for name, probability in (("y", 0.3), ("z", 0.1), ("u", 0.1)):
+            model.add_adapter(name, RandLoraConfig(randlora_dropout=probability, **TALL))
+        dropout = model.base_model.model.tall.randlora_dropout
+        assert dropout["x"] is dropout["y"] is not dropout["z"] is dropout["u"]
+        assert [kind.p for kind in dropout.children()] == [0.3, 0.1]
+        assert not dropout["z"].training  # as the model
+        for name in ("x", "z", "u"):
+            model.delete_adapter(name)
+        assert [*dropout.children()] == [dropout["y"]]
+        assert [*dropout.keys()] == ["y"]
 
 
 class TestFailedInjection:

@@ -1,7 +1,7 @@
 """One adapter of a model, as if it had no others.
 
-PEFT adds and loads an adapter in many walks over all parameters of the model, most of them other adapters' where there
-are hundreds.
+PEFT adds, loads and saves an adapter in many walks over all parameters of the model, most of them other adapters' where
+there are hundreds.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from randlora.tuner.layers.base import RandLoraLayer
 
@@ -35,6 +35,17 @@ def apart(model: nn.Module, adapter_name: str) -> Iterator[None]:
                 _with(keys, held._keys, adapter_name),
                 _with(parameters, held._parameters, adapter_name),
             )
+
+
+def without_others(state_dict: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """``state_dict`` of a model without λ and γ of other adapters; the model stays whole, for threads."""
+    groups = tuple(f".{group}" for group in RandLoraLayer.adapter_layer_names)
+
+    def is_of_another(key: str) -> bool:
+        owner, _, name = key.rpartition(".")
+        return name != adapter_name and owner.endswith(groups)
+
+    return {key: value for key, value in state_dict.items() if not is_of_another(key)}
 
 
 def _only(entries: dict[str, Any], name: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from randlora.errors import CheckpointError, RandLoraError
+from randlora.tuner.apart import apart
 from randlora.tuner.folder import require_loadable
 from randlora.tuner.layers.base import RandLoraLayer
 from randlora.tuner.withdraw import withdraw_adapter
@@ -30,16 +31,20 @@ _kept: ContextVar[_Kept | None] = ContextVar("kept", default=None)
 
 
 @contextmanager
-def taken_back_on_failure(model: nn.Module) -> Iterator[None]:
-    """Takes back the RandLoRA adapters that ``model`` has been given within the context, if it ends with an error."""
-    before, had_config = _adapters(model), hasattr(model, "peft_config")
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+def taken_back_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Takes back ``adapter`` if ``model`` has been given it within the context, and that ends with an error.
+
+    Within the context the model holds no other adapter's λ and γ.
+    """
+    was_there, had_config = _has(model, adapter), hasattr(model, "peft_config")
     try:
-        yield
+        with apart(model, adapter):
+            trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+            yield
     except Exception:
-        for name in _adapters(model) - before:
-            withdraw_adapter(model, name)
-            getattr(model, "peft_config", {}).pop(name, None)
+        if _has(model, adapter) and not was_there:
+            withdraw_adapter(model, adapter)
+            getattr(model, "peft_config", {}).pop(adapter, None)
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
         if not had_config and not getattr(model, "peft_config", True):
@@ -129,7 +134,7 @@ def from_pretrained_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
         with ExitStack() as undo:
             if _is_ours(bound):
                 undo.enter_context(named_errors(model, bound["model_id"]))
-            undo.enter_context(taken_back_on_failure(model))
+            undo.enter_context(taken_back_on_failure(model, bound.get("adapter_name", "default")))
             return load(cls, model, *args, **kwargs)
 
     return from_pretrained
@@ -146,9 +151,9 @@ def load_adapter_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
         with ExitStack() as undo:
             if _is_ours(bound):
                 undo.enter_context(named_errors(model, bound["model_id"]))
-            undo.enter_context(taken_back_on_failure(model))
+            undo.enter_context(taken_back_on_failure(model, adapter))
             undo.enter_context(base_put_back_on_failure())
-            if adapter in _adapters(model):
+            if _has(model, adapter):
                 undo.enter_context(put_back_on_failure(model, adapter))
             return load(model, *args, **kwargs)
 
@@ -161,5 +166,7 @@ def _is_ours(arguments: dict[str, Any]) -> bool:
     return require_loadable(arguments["model_id"], arguments.get("kwargs", {}).get("subfolder"), given)
 
 
-def _adapters(model: nn.Module) -> set[str]:
-    return {name for m in model.modules() if isinstance(m, RandLoraLayer) for name in m._all_available_adapter_names()}
+def _has(model: nn.Module, adapter: str) -> bool:
+    """Whether a layer has the adapter, or a part of it."""
+    layers = (module for module in model.modules() if isinstance(module, RandLoraLayer))
+    return any(adapter in getattr(x, name) for x in layers for name in x.adapter_layer_names + x.other_param_names)

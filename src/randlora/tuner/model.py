@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from randlora.errors import ConfigError
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
 from randlora.tuner import arithmetic, checkpoint
+from randlora.tuner.adapter_name import require_usable_name
 from randlora.tuner.admission import require_own_tensors, require_sound_values
 from randlora.tuner.apart import apart
 from randlora.tuner.config import RandLoraConfig
@@ -92,6 +93,7 @@ class RandLoraModel(BaseTuner):
         config = self.peft_config[adapter_name] = RandLoraConfig.adopt(self.peft_config[adapter_name])
         try:
             with apart(model, adapter_name):
+                require_usable_name(model, adapter_name)
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             layers = checkpoint.adapter_layers(model, adapter_name)
             if layers:

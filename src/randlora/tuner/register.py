@@ -7,6 +7,7 @@ directly.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
+from randlora.tuner.apart import without_others
 from randlora.tuner.atomic import write_atomically
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.folder import refuse_pickle
@@ -47,6 +49,9 @@ def register() -> None:
     files: Any = peft.utils.save_and_load
     if not hasattr(files.torch_load, "__wrapped__"):
         files.torch_load = _refuse_our_pickles(files.torch_load)
+    get_tensors = peft.peft_model.get_peft_model_state_dict
+    if not hasattr(get_tensors, "__wrapped__"):
+        peft.peft_model.get_peft_model_state_dict = _of_one_adapter(get_tensors)
     save_file = peft.peft_model.safe_save_file
     if not hasattr(save_file, "__wrapped__"):
         peft.peft_model.safe_save_file = _save_whole_or_not_at_all(save_file)
@@ -63,6 +68,22 @@ def _save_whole_or_not_at_all(save_file: Callable[..., None]) -> Callable[..., N
             save_file(tensors, filename, metadata=metadata)
 
     return save
+
+
+def _of_one_adapter(get_tensors: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """PEFT's way of gathering what it saves, which looks for the name of each other adapter in that of each tensor."""
+    signature = inspect.signature(get_tensors)
+
+    @functools.wraps(get_tensors)
+    def get_peft_model_state_dict(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        bound = signature.bind(model, *args, **kwargs)
+        bound.apply_defaults()
+        given, name = bound.arguments["state_dict"], bound.arguments["adapter_name"]
+        if isinstance(model.peft_config[name], RandLoraConfig):
+            bound.arguments["state_dict"] = without_others(model.state_dict() if given is None else given, name)
+        return get_tensors(*bound.args, **bound.kwargs)
+
+    return get_peft_model_state_dict
 
 
 def _refuse_our_pickles(load: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ def withdraw_adapter(model: nn.Module, adapter_name: str) -> None:
         if isinstance(module, RandLoraLayer):
             if adapter_name in module._all_available_adapter_names():
                 _delete_quietly(module, adapter_name)
-            inner = None if module.randlora_lambda else module.base_layer
+            inner = None if module.r else module.base_layer  # `apart` may hide what others have
         elif isinstance(module, AuxiliaryTrainingWrapper):
             if adapter_name in module._adapters:
                 active = [name for name in module.active_adapters if name != adapter_name]

@@ -15,6 +15,7 @@ from randlora.errors import MergeError
 from randlora.ops import linear as ops
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
 from randlora.ops.operands import DenseBases
+from randlora.tuner.layers.dropout import Dropouts
 from randlora.tuner.layers.scaled import ScaledLayer
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -58,7 +59,7 @@ class RandLoraLayer(ScaledLayer):
         self.out_features = out_features
         self.randlora_lambda = nn.ParameterDict({})
         self.randlora_gamma = nn.ParameterDict({})
-        self.randlora_dropout = nn.ModuleDict({})
+        self.randlora_dropout = Dropouts()
         self.bases: dict[str, Basis | AwaitedBasis] = {}
         self.r: dict[str, int] = {}
         self.num_bases: dict[str, int] = {}
@@ -105,8 +106,8 @@ class RandLoraLayer(ScaledLayer):
         self.r[adapter_name], self.num_bases[adapter_name] = r, n
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = scaling
         self.gamma_factor[adapter_name] = gamma_factor
-        if randlora_dropout > 0:  # whatever walks over the model meets every module
-            self.randlora_dropout[adapter_name] = nn.Dropout(randlora_dropout)
+        if randlora_dropout > 0:
+            self.randlora_dropout.add(adapter_name, randlora_dropout)
         self.randlora_lambda[adapter_name] = nn.Parameter(torch.randn(*self.stack, r, n, dtype=torch.float32))
         self.randlora_gamma[adapter_name] = nn.Parameter(
             torch.full((*self.stack, n, self.min_dim), gamma_factor / self.max_dim, dtype=torch.float32)
@@ -123,8 +124,7 @@ class RandLoraLayer(ScaledLayer):
         The time that it takes does not depend on how many adapters there are.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        self._require_grad([*self.active_adapters, *self._may_train], False)
-        self._may_train = {name for name in self._may_train if name not in self.randlora_lambda}  # `apart` hides these
+        self._freeze()
         self._require_grad(names, not inference_mode)
         self._active_adapter = names
 
@@ -135,10 +135,26 @@ class RandLoraLayer(ScaledLayer):
         if requires_grad:
             self._may_train.update(names)
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """Adds the updates of the active adapters again, or none; those that train no longer do."""
+        self._disable_adapters = not enabled
+        if enabled:
+            self.set_adapter(self.active_adapters)
+        else:
+            self._freeze()
+
+    def _freeze(self) -> None:
+        """No adapter trains; only those that may are looked at."""
+        self._require_grad([*self.active_adapters, *self._may_train], False)
+        if self._may_train:
+            here = self.randlora_lambda  # without those that `apart` hides
+            self._may_train = {name for name in self._may_train if name not in here}
+
     def _require_grad(self, adapter_names: Iterable[str], requires_grad: bool) -> None:
+        held = [parameters._parameters for parameters in (self.randlora_lambda, self.randlora_gamma)]
         for name in adapter_names:
-            for parameters in (self.randlora_lambda, self.randlora_gamma):
-                parameter = parameters.get(name, None)
+            for parameters in held:
+                parameter = parameters.get(name)
                 if parameter is not None and parameter.is_leaf:  # not so below FSDP
                     parameter.requires_grad_(requires_grad)
 
