@@ -26,6 +26,7 @@ from randlora.tuner.layers.dispatch import kind_of
 from randlora.tuner.layers.quantized import one_rounding_warning
 from randlora.tuner.loading import keep_base_tensors, reads_a_file
 from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
+from randlora.tuner.names import names_alone, names_in, without_biases_of_others
 from randlora.tuner.withdraw import withdraw_adapter
 
 
@@ -297,6 +298,9 @@ class RandLoraModel(BaseTuner):
         """The adapter's file: λ and γ (the scaling's share folded in), and the bases once."""
         content = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         content |= _parameters_below_fsdp(model, adapter_name, state_dict)
+        if getattr(config, "bias", "none") == "randlora_only":
+            content = without_biases_of_others(content, model, adapter_name)
+        content = names_alone(content, model, adapter_name)
         layers = checkpoint.adapter_layers(model, adapter_name)
         if not layers or not isinstance(config, RandLoraConfig):
             return content
@@ -317,6 +321,7 @@ class RandLoraModel(BaseTuner):
         layers = checkpoint.adapter_layers(model, adapter_name)
         content = checkpoint.take_projections(state_dict, model, config, adapter_name)
         content = checkpoint.unfold_scaling(content, layers, config, adapter_name)
+        content = names_in(model, content, adapter_name)
         content = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, content)
         if reads_a_file():
             keep_base_tensors(model, require_own_tensors(content, model, config, adapter_name))
