@@ -23,6 +23,7 @@ from randlora.tuner.apart import apart
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import ProjectionView, RandLoraLayer
 from randlora.tuner.layers.dispatch import kind_of
+from randlora.tuner.layers.parameter import parts_of_wrapped
 from randlora.tuner.layers.quantized import one_rounding_warning
 from randlora.tuner.loading import keep_base_tensors, reads_a_file
 from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
@@ -94,12 +95,26 @@ class RandLoraModel(BaseTuner):
         try:
             with apart(model, adapter_name):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+                if state_dict is None:
+                    self._adapt_what_peft_passes_over(model, adapter_name)
             layers = checkpoint.adapter_layers(model, adapter_name)
             if layers:
                 self._bind_bases(layers, config, adapter_name)
         except Exception:
             withdraw_adapter(model, adapter_name)
             raise
+
+    def _adapt_what_peft_passes_over(self, model: nn.Module, adapter_name: str) -> None:
+        """Targets inside of modules of which earlier adapters have wrapped a parameter: PEFT looks into no layer."""
+        config = self.peft_config[adapter_name]
+        for path, part in parts_of_wrapped(model):
+            adapted = isinstance(part, RandLoraLayer) and adapter_name in part.randlora_lambda
+            plain = path.replace(".base_layer", "")
+            if not adapted and self._check_target_module_exists(config, plain):
+                parent, _, name = path.rpartition(".")
+                self._create_and_replace(config, adapter_name, part, name, model.get_submodule(parent), plain)
+                layer = cast("RandLoraLayer", model.get_submodule(path))
+                layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _bind_bases(self, layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> None:
         checkpoint.bind_defined_bases(layers, config, adapter_name)
