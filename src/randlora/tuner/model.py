@@ -13,6 +13,7 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from randlora.errors import ConfigError
@@ -97,6 +98,8 @@ class RandLoraModel(BaseTuner):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
                 if state_dict is None:
                     self._adapt_what_peft_passes_over(model, adapter_name)
+            if adapter_name not in self.active_adapters:
+                _freeze_copies(model, adapter_name)
             layers = checkpoint.adapter_layers(model, adapter_name)
             if layers:
                 self._bind_bases(layers, config, adapter_name)
@@ -352,6 +355,13 @@ def _parameters_below_fsdp(model: nn.Module, adapter_name: str, state_dict: dict
     ]
     keys = [f"{name}.{group}.{adapter_name}" for name in names for group in RandLoraLayer.adapter_layer_names]
     return {key: state_dict[key] for key in keys if key in state_dict}
+
+
+def _freeze_copies(model: nn.Module, adapter_name: str) -> None:
+    """An adapter's copies of modules that it trains in full; PEFT copies too that the bias of the original trains."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            module.modules_to_save[adapter_name].requires_grad_(False)
 
 
 def _warn_of_single_bases(layers: list[RandLoraLayer], adapter_name: str) -> None:
