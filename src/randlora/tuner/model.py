@@ -29,7 +29,7 @@ from randlora.tuner.layers.quantized import one_rounding_warning
 from randlora.tuner.loading import keep_base_tensors, reads_a_file
 from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
 from randlora.tuner.names import names_alone, names_in, without_biases_of_others
-from randlora.tuner.withdraw import withdraw_adapter
+from randlora.tuner.withdraw import delete_copies, withdraw_adapter
 
 
 class RandLoraModel(BaseTuner):
@@ -142,6 +142,9 @@ class RandLoraModel(BaseTuner):
         """
         active = [name for name in self.active_adapters if name != adapter_name]
         was_active = adapter_name in self.active_adapters
+        layers = checkpoint.adapter_layers(self.model, adapter_name)
+        if not any(adapter_name in layer.merged_adapters for layer in layers):  # else PEFT refuses
+            delete_copies(self.model, adapter_name)
         super().delete_adapter(adapter_name)
         following = active or sorted(self.peft_config)[:1]
         if was_active and following:
