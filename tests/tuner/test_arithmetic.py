@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from torch import nn
 
 from randlora import CombinationError, RandLoraConfig, get_peft_model
 
@@ -23,9 +24,18 @@ from .helpers import (
     snapshot,
     stack,
 )
+from .test_attention import encoder, x
 
 WEIGHTS = st.floats(-3, 3).filter(lambda weight: abs(weight) > 0.05)
 SHARED = st.sampled_from(["lambda", "gamma"])
+
+
+class Experts(nn.Module):
+    """Three matrices in one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 7, 5))
 
 
 def adapted(count=2, share=None, build=stack, targets=STACK_TARGETS, **config):
@@ -160,6 +170,29 @@ class TestLinear:
         model.set_adapter("sum")
         model.save_pretrained(tmp_path, selected_adapters=["sum"])
         assert torch.equal(output(PeftModel.from_pretrained(stack(), tmp_path / "sum")), output(model))
+
+    @pytest.mark.parametrize("first", [{}, {"target_modules": []}])
+    def test_parameters_and_what_is_inside_of_their_modules(self, first, tmp_path):
+        targets = {"target_modules": ["out_proj"], "target_parameters": ["in_proj_weight"]}
+        model = get_peft_model(encoder(), RandLoraConfig(r=4, **targets | first), "p")
+        model.add_adapter("q", RandLoraConfig(r=4, **targets))
+        randomise(randomise(model, "p", seed=1), "q", seed=2)
+        for layer in layers_of(model).values():
+            if "p" in layer.r and "q" in layer.r:
+                layer.randlora_gamma["q"].data = layer.randlora_gamma["p"].data.clone()
+        model.base_model.add_weighted_adapter(["p", "q"], [0.5, 2.0], "sum")
+        assert_is_sum(model, "sum", {"p": 0.5, "q": 2.0})
+        model.set_adapter("sum")
+        model.save_pretrained(tmp_path, selected_adapters=["sum"])
+        alone = PeftModel.from_pretrained(encoder(), tmp_path / "sum").eval()
+        assert_close(alone(x()).detach(), model.eval()(x()).detach(), 1e-5)
+
+    def test_experts_are_summed_one_by_one(self):
+        targets = {"target_modules": [], "target_parameters": ["experts.weight"]}
+        model = get_peft_model(nn.ModuleDict({"experts": Experts()}), RandLoraConfig(r=2, **targets), "p")
+        randomise(model, "p", seed=1)
+        model.base_model.add_weighted_adapter(["p"], [-0.5], "sum")
+        assert_is_sum(model, "sum", {"p": -0.5})
 
     def test_modules_to_save_are_combined_as_updates(self):
         model = adapted(2, "gamma", modules_to_save=["head"])

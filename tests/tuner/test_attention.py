@@ -27,12 +27,13 @@ def adapted(**targets):
     return randomise(get_peft_model(encoder(), RandLoraConfig(r=4, randlora_alpha=4, **(targets or TARGETS)))).eval()
 
 
-def dense(model):
+def dense(model, adapter="default"):
     plain = encoder()
     with torch.no_grad():
         for name, layer in layers_of(model.get_base_model()).items():
-            module = plain.get_submodule(name.replace(".base_layer", ""))
-            getattr(module, layer.parameter_name).add_(layer.get_delta_weight("default"))
+            if adapter in layer.randlora_lambda:
+                module = plain.get_submodule(name.replace(".base_layer", ""))
+                getattr(module, layer.parameter_name).add_(layer.get_delta_weight(adapter))
     return plain
 
 
@@ -100,3 +101,27 @@ def test_the_whole_module_is_refused_with_what_to_target_instead():
 def test_dropout_of_the_output_projection_is_refused():
     with pytest.raises(UnsupportedLayerError, match=r"randlora_dropout=0\.1 cannot be applied"):
         ours(encoder(), target_modules=["out_proj"], randlora_dropout=0.1)
+
+
+def test_a_second_adapter_of_both_parameters():
+    """PEFT passes over out_proj, which is inside of the module that the first adapter has wrapped."""
+    model = adapted()
+    model.add_adapter("second", RandLoraConfig(r=3, **TARGETS))
+    randomise(model, "second", seed=8)
+    found = {name: set(layer.randlora_lambda) for name, layer in layers_of(model).items()}
+    assert len(found) == 4
+    assert all(names == {"default", "second"} for names in found.values()), found
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith(".second"))
+    model.set_adapter("second")
+    assert_close(model.eval()(x()).detach(), dense(model, "second")(x()).detach(), 1e-5)
+
+
+def test_an_adapter_inside_of_what_another_has_wrapped():
+    model = adapted(**{**TARGETS, "target_modules": []})
+    model.add_adapter("second", RandLoraConfig(r=3, target_modules=["self_attn.out_proj", "linear2"]))
+    model.set_adapter("second")
+    randomise(model, "second", seed=8)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 8
+    assert all(name.endswith(".second") for name in trained)
+    assert_close(model.eval()(x()).detach(), dense(model, "second")(x()).detach(), 1e-5)

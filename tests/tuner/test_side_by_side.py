@@ -188,6 +188,19 @@ def test_deleting_an_inactive_adapter_changes_nothing_else():
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_deleting_an_adapter_with_a_module_while_several_others_are_active():
+    """PEFT fails half-way, when the updates and the config are gone."""
+    model = alone("u")
+    model.add_adapter("v", RandLoraConfig(**ADAPTERS["v"]))
+    model.add_adapter("heads", RandLoraConfig(r=3, target_modules=["tall"], modules_to_save=["head"]))
+    model.base_model.set_adapter(["u", "v"])
+    before = output(model)
+    model.delete_adapter("heads")
+    assert torch.equal(output(model), before)
+    assert not [name for name, _ in model.named_parameters() if "heads" in name]
+    assert model.active_adapters == ["u", "v"]
+
+
 class TestBases:
     def test_the_same_numbers_are_shared_however_they_came(self, saved):
         """Drawn, loaded with the file, and loaded without."""

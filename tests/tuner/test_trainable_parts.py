@@ -19,6 +19,7 @@ from .helpers import (
     output,
     randomise,
     snapshot,
+    stack,
     tokens,
 )
 
@@ -198,6 +199,14 @@ class TestWhatTrains:
         )
         assert all(any(kind in name for kind in kinds) for name in trainable)
         assert all(any(kind in name for name in trainable) for kind in kinds)
+
+
+def test_a_second_adapter_trains_nothing_before_it_is_active():
+    """Its copy of the head is one of a module whose bias trains; PEFT would let the copy's train too."""
+    values = {"r": 4, "target_modules": ["tall"], "modules_to_save": ["head"]}
+    model = get_peft_model(stack(), RandLoraConfig(bias="all", **values))
+    model.add_adapter("second", RandLoraConfig(**values))
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and ".second" in name]
 
 
 def test_an_adapter_with_biases_stays_the_only_one_of_that_kind():

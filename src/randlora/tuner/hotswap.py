@@ -19,6 +19,7 @@ from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.folder import require_loadable
 from randlora.tuner.layers.base import RandLoraLayer
 from randlora.tuner.loading import base_put_back_on_failure, named_errors, put_back_on_failure
+from randlora.tuner.names import names_in
 
 Layers = dict[str, RandLoraLayer]
 """The adapter's layers by their path in the base model."""
@@ -64,7 +65,7 @@ def _swap(
     config = RandLoraConfig.from_pretrained(path, **kwargs)
     content = load_peft_weights(path, device=torch_device, **kwargs)
     _require_same_modules(plain.peft_config[adapter_name], config)
-    _require_same_tensors(layers, content, adapter_name)
+    _require_same_tensors(layers, names_in(plain, content, adapter_name), adapter_name)
 
     with put_back_on_failure(plain, adapter_name), _config_in_place(plain, adapter_name, config):
         for name, layer in layers.items():

@@ -13,6 +13,7 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from randlora.errors import ConfigError
@@ -24,10 +25,12 @@ from randlora.tuner.apart import apart
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import ProjectionView, RandLoraLayer
 from randlora.tuner.layers.dispatch import kind_of
+from randlora.tuner.layers.parameter import parts_of_wrapped
 from randlora.tuner.layers.quantized import one_rounding_warning
 from randlora.tuner.loading import keep_base_tensors, reads_a_file
 from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
-from randlora.tuner.withdraw import withdraw_adapter
+from randlora.tuner.names import names_alone, names_in, without_biases_of_others
+from randlora.tuner.withdraw import delete_copies, withdraw_adapter
 
 
 class RandLoraModel(BaseTuner):
@@ -95,12 +98,28 @@ class RandLoraModel(BaseTuner):
             with apart(model, adapter_name):
                 require_usable_name(model, adapter_name)
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+                if state_dict is None:
+                    self._adapt_what_peft_passes_over(model, adapter_name)
+            if adapter_name not in self.active_adapters:
+                _freeze_copies(model, adapter_name)
             layers = checkpoint.adapter_layers(model, adapter_name)
             if layers:
                 self._bind_bases(layers, config, adapter_name)
         except Exception:
             withdraw_adapter(model, adapter_name)
             raise
+
+    def _adapt_what_peft_passes_over(self, model: nn.Module, adapter_name: str) -> None:
+        """Targets inside of modules of which earlier adapters have wrapped a parameter: PEFT looks into no layer."""
+        config = self.peft_config[adapter_name]
+        for path, part in parts_of_wrapped(model):
+            adapted = isinstance(part, RandLoraLayer) and adapter_name in part.randlora_lambda
+            plain = path.replace(".base_layer", "")
+            if not adapted and self._check_target_module_exists(config, plain):
+                parent, _, name = path.rpartition(".")
+                self._create_and_replace(config, adapter_name, part, name, model.get_submodule(parent), plain)
+                layer = cast("RandLoraLayer", model.get_submodule(path))
+                layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _bind_bases(self, layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> None:
         checkpoint.bind_defined_bases(layers, config, adapter_name)
@@ -125,6 +144,9 @@ class RandLoraModel(BaseTuner):
         """
         active = [name for name in self.active_adapters if name != adapter_name]
         was_active = adapter_name in self.active_adapters
+        layers = checkpoint.adapter_layers(self.model, adapter_name)
+        if not any(adapter_name in layer.merged_adapters for layer in layers):  # else PEFT refuses
+            delete_copies(self.model, adapter_name)
         super().delete_adapter(adapter_name)
         following = active or sorted(self.peft_config)[:1]
         if was_active and following:
@@ -299,6 +321,9 @@ class RandLoraModel(BaseTuner):
         """The adapter's file: λ and γ (the scaling's share folded in), and the bases once."""
         content = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         content |= _parameters_below_fsdp(model, adapter_name, state_dict)
+        if getattr(config, "bias", "none") == "randlora_only":
+            content = without_biases_of_others(content, model, adapter_name)
+        content = names_alone(content, model, adapter_name)
         layers = checkpoint.adapter_layers(model, adapter_name)
         if not layers or not isinstance(config, RandLoraConfig):
             return content
@@ -319,6 +344,7 @@ class RandLoraModel(BaseTuner):
         layers = checkpoint.adapter_layers(model, adapter_name)
         content = checkpoint.take_projections(state_dict, model, config, adapter_name)
         content = checkpoint.unfold_scaling(content, layers, config, adapter_name)
+        content = names_in(model, content, adapter_name)
         content = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, content)
         if reads_a_file():
             keep_base_tensors(model, require_own_tensors(content, model, config, adapter_name))
@@ -334,6 +360,13 @@ def _parameters_below_fsdp(model: nn.Module, adapter_name: str, state_dict: dict
     ]
     keys = [f"{name}.{group}.{adapter_name}" for name in names for group in RandLoraLayer.adapter_layer_names]
     return {key: state_dict[key] for key in keys if key in state_dict}
+
+
+def _freeze_copies(model: nn.Module, adapter_name: str) -> None:
+    """An adapter's copies of modules that it trains in full; PEFT copies too that the bias of the original trains."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            module.modules_to_save[adapter_name].requires_grad_(False)
 
 
 def _warn_of_single_bases(layers: list[RandLoraLayer], adapter_name: str) -> None:

@@ -22,8 +22,8 @@ class Fit(NamedTuple):
     """Parameters of a layer, and how much of the sum they miss.
 
     Attributes:
-        lam: λ (r, n), the factor of the update included.
-        gamma: γ (n, m).
+        lam: λ (r, n), or a stack of them, the factor of the update included.
+        gamma: γ (n, m), or a stack of them.
         residual: norm of what the coefficients miss, relative to that of the terms.
     """
 
@@ -40,9 +40,11 @@ def fit(layer: RandLoraLayer, weights: dict[str, float]) -> Fit:
         weights: the adapters that it carries, and their weights.
     """
     factors = {name: weight * layer.scaling[name] for name, weight in weights.items()}
-    # by basis, one column for each adapter: the coefficients of basis b are columns[b] @ rows[b]
-    columns = torch.stack([f * layer.randlora_lambda[name].detach().double().T for name, f in factors.items()], dim=2)
-    rows = torch.stack([layer.randlora_gamma[name].detach().double() for name in factors], dim=1)
+    # by basis, one column for each adapter: the coefficients of basis b are columns[b] @ rows[b]; of a stack of
+    # matrices, each has bases of its own
+    lams = {name: layer.randlora_lambda[name].detach().double().mT.flatten(0, -2) for name in factors}
+    columns = torch.stack([factor * lams[name] for name, factor in factors.items()], dim=2)
+    rows = torch.stack([layer.randlora_gamma[name].detach().double().flatten(0, -2) for name in factors], dim=1)
     left, small_left = torch.linalg.qr(columns)  # (n, r, k), (n, k, N)
     right, small_right = torch.linalg.qr(rows.mT)  # (n, m, l), (n, l, N)
     U, S, Vh = torch.linalg.svd(small_left @ small_right.mT, full_matrices=False)
@@ -53,8 +55,11 @@ def fit(layer: RandLoraLayer, weights: dict[str, float]) -> Fit:
     size = torch.where(size > 0, size, torch.ones_like(size))
     size = torch.where((v * like).sum(1) < 0, -size, size)
     nothing = (sigma == 0).unsqueeze(1)
-    lam = torch.where(nothing, 0.0, u * (sigma / size).unsqueeze(1)).T
+    lam = torch.where(nothing, 0.0, u * (sigma / size).unsqueeze(1))
     gamma = torch.where(nothing, like, v * size.unsqueeze(1))
     terms = (columns.square().sum(1) * rows.square().sum(2)).sum()  # not of the sum, in which terms may cancel
     missed = S[:, 1:].square().sum()
-    return Fit(lam, gamma, float((missed / terms).sqrt()) if terms > 0 else 0.0)
+    residual = float((missed / terms).sqrt()) if terms > 0 else 0.0
+    return Fit(
+        lam.reshape(*layer.stack, -1, lam.shape[1]).mT, gamma.reshape(*layer.stack, -1, gamma.shape[1]), residual
+    )

@@ -22,14 +22,28 @@ def withdraw_adapter(model: nn.Module, adapter_name: str) -> None:
             inner = None if module.r else module.base_layer  # `apart` may hide what others have
         elif isinstance(module, AuxiliaryTrainingWrapper):
             if adapter_name in module._adapters:
-                active = [name for name in module.active_adapters if name != adapter_name]
-                module.delete_adapter(adapter_name, active or None)
+                _delete_copy(module, adapter_name)
             inner = None if module._adapters else module.original_module
         else:
             continue
         if inner is not None:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, inner)
+
+
+def delete_copies(model: nn.Module, adapter_name: str) -> None:
+    """Deletes the adapter's copies of modules that it trains in full.
+
+    PEFT names all active adapters to such a module and fails where they are several, half-way through a deletion.
+    """
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            _delete_copy(module, adapter_name)
+
+
+def _delete_copy(module: AuxiliaryTrainingWrapper, adapter_name: str) -> None:
+    active = [name for name in module.active_adapters if name != adapter_name]
+    module.delete_adapter(adapter_name, active or None)
 
 
 def _delete_quietly(layer: RandLoraLayer, adapter_name: str) -> None:

@@ -119,6 +119,21 @@ class ParamWrapper(nn.Module, RandLoraLayer):
         return "randlora." + super().__repr__()
 
 
+def parts_of_wrapped(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What is inside of modules of which a parameter is wrapped, by path; of adapted layers, not what is inside."""
+    parts: list[tuple[str, nn.Module]] = []
+    for path, wrapper in model.named_modules():
+        if not isinstance(wrapper, ParamWrapper) or isinstance(wrapper.base_layer, ParamWrapper):
+            continue
+        layers: list[str] = []
+        for name, part in list(wrapper.base_layer.named_modules(prefix=f"{path}.base_layer"))[1:]:
+            if not any(name.startswith(f"{layer}.") for layer in layers):
+                parts.append((name, part))
+            if isinstance(part, RandLoraLayer):
+                layers.append(name)
+    return parts
+
+
 def stacked_shape(module: nn.Module, parameter_name: str, name: str) -> tuple[int, int, int]:
     """(number of matrices, in, out) of a parameter.
 
