@@ -237,8 +237,9 @@ def _available() -> bool:
     supports = getattr(torch.cpu, "_is_amx_tile_supported", None)
     if supports is None or not supports() or _gemm() is None:
         return False
-    a, b = torch.tensor([[1.0, 2**-9]]).bfloat16(), torch.tensor([[1.0], [1.0]]).bfloat16()
-    out = torch.ones(1, 1)
+    with torch.device("cpu"):
+        a, b = torch.tensor([[1.0, 2**-9]]).bfloat16(), torch.tensor([[1.0], [1.0]]).bfloat16()
+        out = torch.ones(1, 1, dtype=torch.float32)
     _gemm_into(out, a, b, adds=True)
     return out.item() == 2 + 2**-9  # not rounded to bfloat16
 
