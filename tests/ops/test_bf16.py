@@ -28,11 +28,20 @@ def views(matrix):
     return matrix.contiguous(), matrix.T.contiguous().T, wider[:i, :k], wider.T.contiguous().T[:i, :k], strided[:, ::2]
 
 
-@pytest.fixture(params=["units", "reference"])
+def gemm_into(out, a, b, adds):
+    """What the matrix units do."""
+    out.copy_(a.float() @ b.float() + (out if adds else 0))
+
+
+@pytest.fixture(params=["this machine", "units", "torch's own", "float32"])
 def anywhere(request, monkeypatch):
-    """With this machine's matrix units, where it has them, and without."""
-    if request.param == "reference":
-        monkeypatch.setattr(bf16, "available", False)
+    """On this machine and on others."""
+    if request.param == "this machine":
+        return
+    monkeypatch.setattr(bf16, "available", request.param == "units")
+    monkeypatch.setattr(bf16, "_slow", dict.fromkeys(bf16._slow, request.param == "float32"))
+    if request.param == "units":
+        monkeypatch.setattr(bf16, "_gemm_into", gemm_into)
 
 
 class TestSplit:
@@ -98,6 +107,16 @@ class TestSumOfProducts:
         assert ((found.double() - exact).abs() <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-5).all()
 
     @pytest.mark.usefixtures("anywhere")
+    @pytest.mark.parametrize("addend", [True, False])
+    def test_block_by_block(self, monkeypatch, addend):
+        monkeypatch.setattr(bf16, "_BLOCK", 4)
+        a, b = draw(10, 9).bfloat16(), draw(9, 5, seed=1).bfloat16()
+        plus = draw(5, 10, seed=2).float().T if addend else None
+        exact = a.double() @ b.double() + (0 if plus is None else plus.double())
+        torch.testing.assert_close(sum_of_products([(a, b)], None, plus), exact.bfloat16())
+        assert sum_of_products([(a[:0], b)], None, None if plus is None else plus[:0]).shape == (0, 5)
+
+    @pytest.mark.usefixtures("anywhere")
     def test_small_updates_are_not_lost(self):
         """The update is a fifth of half a unit of the base's output: rounded twice, none of it would be left."""
         torch.manual_seed(0)
@@ -110,3 +129,13 @@ class TestSumOfProducts:
         assert (moved * expected).sum() / expected.square().sum() == pytest.approx(1, abs=0.01)
         twice = torch.addmm(frozen, x, update).double() - frozen.double()
         assert (twice * expected).sum() / expected.square().sum() < 0.5
+
+
+def test_what_is_written_to_is_float32_whatever_the_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            start = bf16._start(None, 2, 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (start.dtype, start.device.type) == (torch.float32, "cpu")

@@ -165,8 +165,8 @@ def _places(columns: Tensor, dtype: torch.dtype, min_dim: int) -> Csr:
     """The matrix (m, r·P) with a one at (columns[j], j) for each j."""
     flat = columns.flatten()
     offsets = torch.cat([flat.new_zeros(1), torch.bincount(flat, minlength=min_dim).cumsum(0)])
-    order, every = torch.argsort(flat, stable=True), torch.arange(flat.numel() + 1)
-    ones = torch.ones(flat.numel(), dtype=dtype)  # twice: Dynamo takes no tensor in two places
+    order, every = torch.argsort(flat, stable=True), torch.arange(flat.numel() + 1, device=flat.device)
+    ones = torch.ones(flat.numel(), dtype=dtype, device=flat.device)  # twice: Dynamo takes no tensor in two places
     return Csr(offsets.int(), order.int(), ones, every.int(), flat.int(), ones.clone())
 
 

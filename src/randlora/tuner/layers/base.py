@@ -108,7 +108,8 @@ class RandLoraLayer(ScaledLayer):
         self.gamma_factor[adapter_name] = gamma_factor
         if randlora_dropout > 0:
             self.randlora_dropout.add(adapter_name, randlora_dropout)
-        self.randlora_lambda[adapter_name] = nn.Parameter(torch.randn(*self.stack, r, n, dtype=torch.float32))
+        initial = torch.zeros if init_weights else torch.randn  # nobody's generator is asked without need
+        self.randlora_lambda[adapter_name] = nn.Parameter(initial(*self.stack, r, n, dtype=torch.float32))
         self.randlora_gamma[adapter_name] = nn.Parameter(
             torch.full((*self.stack, n, self.min_dim), gamma_factor / self.max_dim, dtype=torch.float32)
         )
