@@ -338,7 +338,8 @@ class _Planner:
 
     def _with_lora(self, rank: int) -> nn.Module:
         names = list(self.layers)
-        return get_peft_model(cast("Any", self._base()), LoraConfig(r=rank, target_modules=names))
+        with torch.device("meta"):
+            return get_peft_model(cast("Any", self._base()), LoraConfig(r=rank, target_modules=names))
 
     def _batch(self) -> dict[str, Tensor]:
         ids = torch.zeros(self.setup.batch_size, self.setup.length, dtype=torch.long)
