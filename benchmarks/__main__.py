@@ -23,6 +23,7 @@ NAMES = (
     "memory",
     "files",
     "bases",
+    "switching",
     "decode",
     "scaling",
     "plan",

@@ -28,6 +28,7 @@ from randlora.analysis import budget
 from randlora.analysis.budget import Budget, Setup, choose_r, plan_training
 from randlora.analysis.trace import _FLOPS
 from randlora.ops import plan as planner
+from reliability.limits import bounded
 
 LLAMA = LlamaConfig(
     hidden_size=128,
@@ -222,3 +223,12 @@ def test_an_r_beyond_all_layers_is_noted(tmp_path):
 def test_mistakes_are_named(budget_values, setup_values, expected, tmp_path):
     with pytest.raises(ConfigError, match=expected):
         plan_training(setup_of(LLAMA, tmp_path, **setup_values), Budget(**budget_values))
+
+
+def test_a_plan_for_layers_of_any_size_takes_no_memory_of_their_size(tmp_path):
+    size = 2**20  # γ of r = 1 would be 4 TB
+    config = LlamaConfig(hidden_size=size, intermediate_size=size, num_hidden_layers=1, num_attention_heads=4)
+    with bounded():
+        found = plan_training(setup_of(config, tmp_path), Budget(r=64))
+    assert found.chosen.trainable == 7 * (size // 64) * (64 + size)
+    assert not found.remark

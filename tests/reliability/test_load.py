@@ -1,15 +1,101 @@
-"""Many threads on one model."""
+"""A thousand adapters on one model, ten thousand switches, and many threads."""
 
+import gc
 import threading
+import tracemalloc
+from typing import NamedTuple
 
+import pytest
 import torch
 
 from randlora import RandLoraConfig, get_peft_model
-from tuner.helpers import LLAMA_TARGETS, assert_close, llama, randomise, tokens
+from reliability.children import SLOW
+from tuner.helpers import LLAMA_TARGETS, assert_close, layers_of, llama, randomise, tokens
+
+ADAPTERS, SWITCHES = (1_000, 10_000) if SLOW else (60, 500)
+OVERHEAD = 2_500
+"""Bytes of Python's memory for an adapter in a layer, beside λ and γ: two parameters and their names in nine dicts."""
 
 THREADS = 100
 BASE = "__base__"
 NAMES = ["a", "b", "c", BASE]
+
+
+class Held(NamedTuple):
+    """What the process holds at a moment.
+
+    Attributes:
+        tensors: bytes of the storages of all parameters and bases, each once.
+        objects: that the garbage collector knows.
+        memory: bytes that Python has allocated.
+        modules: of the model.
+    """
+
+    tensors: int
+    objects: int
+    memory: int
+    modules: int
+
+    def __sub__(self, before):
+        return Held(*(now - then for now, then in zip(self, before, strict=True)))
+
+
+def held(model):
+    gc.collect()
+    bases = [t for layer in layers_of(model).values() for b in layer.bases.values() for t in b.projections()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *bases]}
+    return Held(
+        sum(storages.values()), len(gc.get_objects()), tracemalloc.get_traced_memory()[0], len([*model.modules()])
+    )
+
+
+@pytest.fixture(scope="module")
+def thousand():
+    """A model with that many adapters, and what it held with 10, 20, ten less and all of them."""
+    config = {"r": 4, "target_modules": LLAMA_TARGETS, "randlora_dropout": 0.1}
+    tracemalloc.start()
+    model, found = get_peft_model(llama(num_hidden_layers=1), RandLoraConfig(**config), "0th"), {}
+    for number in range(1, ADAPTERS):
+        if number in (10, 20, ADAPTERS - 10):
+            found[number] = held(model)
+        model.add_adapter(f"{number}th", RandLoraConfig(**config))
+    found[ADAPTERS] = held(model)
+    yield model, found
+    tracemalloc.stop()
+
+
+def test_an_adapter_takes_its_lambda_and_gamma_and_a_thousand_take_a_thousand_times_that(thousand):
+    model, found = thousand
+    layers = layers_of(model).values()
+    own = sum(p["0th"].numel() * p["0th"].element_size() for x in layers for p in (x.randlora_lambda, x.randlora_gamma))
+    for first, last in ((found[10], found[20]), (found[ADAPTERS - 10], found[ADAPTERS])):
+        added = last - first
+        assert added.tensors == 10 * own
+        assert added.modules == 0
+        assert added.memory <= 10 * OVERHEAD * len(layers)
+    early, late = found[20] - found[10], found[ADAPTERS] - found[ADAPTERS - 10]
+    assert abs(late.objects - early.objects) <= 10  # of dicts, parameters and configs alike
+    assert {id(layer.bases[name]) for layer in layers for name in layer.bases} == {id(next(iter(layers)).bases["0th"])}
+
+
+def test_ten_thousand_switches_leave_nothing_behind(thousand):
+    model, _ = thousand
+
+    def switch(times):
+        for number in range(times):
+            model.set_adapter(f"{number * 7 % ADAPTERS}th")
+            if number % (SWITCHES // 10) == 0:
+                assert {
+                    n for x in layers_of(model).values() for n, p in x.randlora_lambda.items() if p.requires_grad
+                } == {model.active_adapter}
+
+    switch(10)  # caches fill
+    before = held(model)
+    switch(SWITCHES)
+    added = held(model) - before
+    assert added.tensors == added.modules == 0
+    assert added.objects <= 20
+    assert added.memory <= 2**14  # less than two bytes for each of ten thousand
 
 
 def served():

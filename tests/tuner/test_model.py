@@ -37,6 +37,9 @@ def adapted(model: nn.Module) -> list[str]:
     return sorted(name.removeprefix("model.") for name in layers_of(model))
 
 
+TALL = {"r": 4, "target_modules": ["tall"]}
+
+
 class TestTargets:
     @pytest.mark.parametrize(
         ("targets", "expected"),
@@ -288,6 +291,18 @@ class TestSeveralAdapters:
         model.base_model.enable_adapter_layers()
         assert torch.equal(output(model), before)
 
+    def test_what_is_added_while_all_are_disabled_is_disabled_too(self):
+        model, plain = get_peft_model(stack(), RandLoraConfig(**TALL), adapter_name="x"), output(stack())
+        model.base_model.disable_adapter_layers()
+        model.add_adapter("y", RandLoraConfig(r=4, target_modules=STACK_TARGETS, modules_to_save=["head"]))
+        randomise(model, "y")
+        model.set_adapter("y")
+        with torch.no_grad():
+            model.base_model.model.head.modules_to_save["y"].weight.add_(1)
+        assert torch.equal(output(model), plain)
+        model.base_model.enable_adapter_layers()
+        assert not torch.allclose(output(model), plain)
+
     def test_they_share_a_basis_only_if_it_is_the_same(self):
         model = get_peft_model(stack(), RandLoraConfig(r=4, target_modules=STACK_TARGETS), adapter_name="x")
         same = {"r": 4, "target_modules": ["tall", "wide", "square"], "randlora_alpha": 3}
@@ -323,9 +338,6 @@ class TestSeveralAdapters:
         randomise(model, "x", seed=99)
         assert torch.equal(output(twin), before)
         assert twin.base_model.model.tall.bases["x"] is model.base_model.model.tall.bases["x"]
-
-
-TALL = {"r": 4, "target_modules": ["tall"]}
 
 
 class TestDropout:

@@ -25,7 +25,7 @@ from randlora.ops.bases import BasisSpec, num_bases
 from randlora.ops.plan import Problem
 from randlora.tuner.base_model import empty_base, model_config
 from randlora.tuner.checkpoint import define_bases
-from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.config import MAX_RANK, RandLoraConfig
 from randlora.tuner.layers.base import RandLoraLayer
 from randlora.tuner.shapes import adapted_layers, unbound_model
 
@@ -226,7 +226,7 @@ class _Planner:
         )
 
     def _r(self, budget: Budget) -> int:
-        largest = max(layer.min_dim for layer in self.kept)
+        largest = min(MAX_RANK, max(layer.min_dim for layer in self.kept))
         if budget.r is not None:
             return budget.r
         if budget.match_lora is not None:
@@ -338,7 +338,8 @@ class _Planner:
 
     def _with_lora(self, rank: int) -> nn.Module:
         names = list(self.layers)
-        return get_peft_model(cast("Any", self._base()), LoraConfig(r=rank, target_modules=names))
+        with torch.device("meta"):
+            return get_peft_model(cast("Any", self._base()), LoraConfig(r=rank, target_modules=names))
 
     def _batch(self) -> dict[str, Tensor]:
         ids = torch.zeros(self.setup.batch_size, self.setup.length, dtype=torch.long)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
@@ -25,6 +27,11 @@ AUTO_CLASSES = {
 """Transformers' class by PEFT's name of the task."""
 
 
+MAX_MODULES = 10_000
+"""Layers, or experts of a layer: no model has so many."""
+_COUNTED = re.compile(r"(layers?|experts?|depth)$")
+
+
 def base_path_of(config: PeftConfig, base_model_path: str | os.PathLike[str] | None = None) -> str:
     """Where the base model of an adapter is: as given, or as its config says.
 
@@ -41,15 +48,28 @@ def model_config(source: str | os.PathLike[str], trust_remote_code: bool = False
     """The Transformers config of a model; its weights are not looked at.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is none, or it asks for an impossible model.
     """
     try:
-        return transformers.AutoConfig.from_pretrained(os.fspath(source), trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(os.fspath(source), trust_remote_code=trust_remote_code)
+    except StrictDataclassError as error:
+        raise ConfigError(f"the config of {os.fspath(source)!r} is faulty: {' '.join(str(error).split())}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{os.fspath(source)!r} is neither a folder with a Transformers model nor a model of the hub within reach: "
             f"{str(error).strip().splitlines()[0]}"
         ) from None
+    _require_possible_counts(config.to_dict(), os.fspath(source))
+    return config
+
+
+def _require_possible_counts(values: dict[str, Any], source: str) -> None:
+    """Even without weights, a billion layers fill the memory."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _require_possible_counts(value, source)
+        elif _COUNTED.search(str(name)) and isinstance(value, int) and value > MAX_MODULES:
+            raise ConfigError(f"the config of {source!r} has {name}={value}, more than any model has: it is damaged")
 
 
 def model_class(task_type: Any, config: Any) -> Any:
@@ -112,6 +132,10 @@ def empty_base(
     try:
         with torch.device("meta"):
             return build(config, **({} if dtype is None else {"dtype": dtype}))
+    except (RuntimeError, TypeError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"no model can be made of the config of {os.fspath(source)!r}: {str(error).strip().splitlines()[0]}"
+        ) from None
     except ValueError:
         raise ConfigError(
             f"{os.fspath(source)!r} is of type {config.model_type!r}, for which Transformers has no "

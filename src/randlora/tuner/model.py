@@ -94,6 +94,8 @@ class RandLoraModel(BaseTuner):
     ) -> None:
         """Adds the adapter's layers, then their bases; on failure the model is as it was."""
         config = self.peft_config[adapter_name] = RandLoraConfig.adopt(self.peft_config[adapter_name])
+        there = [module for module in model.modules() if isinstance(module, RandLoraLayer)]
+        disabled = bool(there) and all(layer.disable_adapters for layer in there)
         try:
             with apart(model, adapter_name):
                 require_usable_name(model, adapter_name)
@@ -105,6 +107,8 @@ class RandLoraModel(BaseTuner):
             layers = checkpoint.adapter_layers(model, adapter_name)
             if layers:
                 self._bind_bases(layers, config, adapter_name)
+            if disabled:  # what is new to the model is not
+                self._enable_adapter_layers(False)
         except Exception:
             withdraw_adapter(model, adapter_name)
             raise
