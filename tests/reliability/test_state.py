@@ -328,6 +328,7 @@ class States(RuleBasedStateMachine):
 
     def arrived(self, name, config, seed=None):
         """Has the reference know an adapter that has come; with a seed, as one that was trained."""
+        self.model.eval()  # as in PEFT, what is new is in training mode
         if seed is not None:
             randomise(self.model, name, seed)
             if (classifier := self.classifier(name)) is not None:
