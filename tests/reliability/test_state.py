@@ -44,7 +44,9 @@ counted: Counter[str] = Counter()
 def figures() -> Iterator[None]:
     gc.collect()
     gc.freeze()  # what is imported need not be searched each time
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PeftModel, "create_or_update_model_card", lambda *_: None)  # slow, and PEFT's
+        yield
     gc.unfreeze()
     print(f"\nsequences of operations: {dict(counted)}")
 
@@ -389,7 +391,8 @@ def output(model: nn.Module) -> torch.Tensor:
 
 
 def generators(draws: bool) -> tuple[object, ...]:
-    return random.getstate(), str(np.random.get_state()), None if draws else torch.get_rng_state().tolist()
+    numpy = [np.asarray(part).tobytes() for part in np.random.get_state()]
+    return random.getstate(), numpy, None if draws else torch.get_rng_state().numpy().tobytes()
 
 
 def assert_gone(held: list[weakref.ref]) -> None:
