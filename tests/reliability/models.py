@@ -129,9 +129,10 @@ def configs(draw: st.DrawFn, model: Mixed, bias: bool) -> RandLoraConfig:
         "save_projection": draw(st.booleans()),
         "randlora_scaling": draw(st.sampled_from(["peft", "paper"])),
         "rank_pattern": draw(st.sampled_from([{}, {chosen[0]: 4}])),
+        "alpha_pattern": draw(st.sampled_from([{}, {chosen[-1]: 3}])),
     }
-    kind = draw(st.sampled_from(["dense", "sparse", "very_sparse"]))
-    return RandLoraConfig(**values, **({} if kind == "dense" else {kind: True}))
+    density = draw(st.sampled_from([{}, {"sparse": True}, {"very_sparse": True}, {"sparsity": 2.5}]))
+    return RandLoraConfig(**values, **density)
 
 
 def _targets(model: Mixed) -> tuple[list[str], list[str]]:

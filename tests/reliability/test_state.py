@@ -341,7 +341,7 @@ class States(RuleBasedStateMachine):
         """Has the reference know new values of λ and γ."""
         adapter, layers = self.reference.adapters[name], self.layers
         for path, part in adapter.parts.items():
-            new = Part.of(layers[path], name, adapter.config)
+            new = Part.of(layers[path], name, path, adapter.config)
             part.lam, part.gamma = new.lam, new.gamma
 
     def note_training(self):
