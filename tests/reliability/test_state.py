@@ -89,6 +89,7 @@ class States(RuleBasedStateMachine):
                 return
             self.model.delete_adapter(name)
             self.reference.delete(name)
+        self.follow()
         assert_gone(held)
 
     @precondition(lambda self: self.free and self.reference.enabled)
@@ -155,6 +156,7 @@ class States(RuleBasedStateMachine):
                 return
             self.model.base_model.set_adapter(names, inference_mode=not trains)
             self.reference.activate(names, trains)
+        self.follow()
 
     @rule(enabled=st.booleans())
     def enable(self, enabled):
@@ -336,6 +338,10 @@ class States(RuleBasedStateMachine):
             if (classifier := self.classifier(name)) is not None:
                 classifier.weight.data += 0.25
         self.reference.add(name, config, self.layers, self.classifier(name))
+
+    def follow(self):
+        """PeftModel has a note of its own of the active adapter, which is not kept where there are several."""
+        self.model.active_adapter = self.reference.active[0]
 
     def note_values(self, name):
         """Has the reference know new values of λ and γ."""
