@@ -66,6 +66,7 @@ class States(RuleBasedStateMachine):
             self.arrived("u", config, seed=1)
             self.reference.adapters["u"].trains = True
         self.first = self.reference.adapters["u"]
+        self.add(data, seed=2)
 
     # Adapters come and go
 
@@ -415,6 +416,6 @@ def plain_name(name: str) -> str:
 
 
 States.TestCase.settings = settings(
-    max_examples=1000 if SLOW else 25, stateful_step_count=30 if SLOW else 12, suppress_health_check=list(HealthCheck)
+    max_examples=1000 if SLOW else 50, stateful_step_count=30 if SLOW else 20, suppress_health_check=list(HealthCheck)
 )
 TestStates = States.TestCase
