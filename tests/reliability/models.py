@@ -13,7 +13,7 @@ from randlora import RandLoraConfig
 IDS, CLASSES = 13, 3
 KINDS = ("linear", "conv1d", "conv2d", "experts", "attention", "shared")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-_keys = itertools.count(10**6)  # no other test has drawn bases of these keys
+KEYS = itertools.count(10**6, 2)  # no other model has bases of these keys: they can be seen to be freed
 
 
 class Experts(nn.Module):
@@ -107,8 +107,8 @@ RECIPES = st.builds(
 
 
 @st.composite
-def configs(draw: st.DrawFn, model: Mixed, bias: bool) -> RandLoraConfig:
-    """An adapter for ``model``; ``bias`` says whether it may train biases, as one adapter of a model may."""
+def configs(draw: st.DrawFn, model: Mixed, key: int, bias: bool = False) -> RandLoraConfig:
+    """An adapter for ``model``, of ``key`` or the next; with ``bias`` it may train biases, as one of a model may."""
     modules, parameters = _targets(model)
     whole = bool(parameters) and draw(st.booleans())
     # never the inside of an attention alone: where its in_proj_weight is adapted, PEFT would find no target
@@ -120,7 +120,7 @@ def configs(draw: st.DrawFn, model: Mixed, bias: bool) -> RandLoraConfig:
     values: dict[str, Any] = {
         "r": rank,
         "randlora_alpha": rank * draw(st.sampled_from([0.5, 2, 7])),
-        "projection_prng_key": draw(st.sampled_from([next(_keys), 10**5])),
+        "projection_prng_key": key + draw(st.integers(0, 1)),
         "randlora_dropout": draw(st.sampled_from([0.0, 0.3])) if inputs_can_be_dropped else 0.0,
         "target_modules": chosen,
         "target_parameters": parameters if whole else None,
@@ -129,9 +129,10 @@ def configs(draw: st.DrawFn, model: Mixed, bias: bool) -> RandLoraConfig:
         "save_projection": draw(st.booleans()),
         "randlora_scaling": draw(st.sampled_from(["peft", "paper"])),
         "rank_pattern": draw(st.sampled_from([{}, {chosen[0]: 4}])),
+        "alpha_pattern": draw(st.sampled_from([{}, {chosen[-1]: 3}])),
     }
-    kind = draw(st.sampled_from(["dense", "sparse", "very_sparse"]))
-    return RandLoraConfig(**values, **({} if kind == "dense" else {kind: True}))
+    density = draw(st.sampled_from([{}, {"sparse": True}, {"very_sparse": True}, {"sparsity": 2.5}]))
+    return RandLoraConfig(**values, **density)
 
 
 def _targets(model: Mixed) -> tuple[list[str], list[str]]:

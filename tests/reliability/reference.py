@@ -32,11 +32,12 @@ class Part:
     scale: float  # now
 
     @classmethod
-    def of(cls, layer: RandLoraLayer, name: str, config: RandLoraConfig) -> "Part":
+    def of(cls, layer: RandLoraLayer, name: str, path: str, config: RandLoraConfig) -> "Part":
         lam, gamma = (held[name].detach().clone() for held in (layer.randlora_lambda, layer.randlora_gamma))
         bases = (layer.randlora_A[name].squeeze(1), layer.randlora_B[name].flatten(1))
         rank, count = lam.shape[-2:]
-        scale = config.randlora_alpha / (rank * (math.sqrt(count) if config.randlora_scaling == "paper" else 1))
+        alpha = next((a for key, a in config.alpha_pattern.items() if path.endswith(key)), config.randlora_alpha)
+        scale = alpha / (rank * (math.sqrt(count) if config.randlora_scaling == "paper" else 1))
         return cls(lam, gamma, bases, (layer.out_features, layer.in_features), scale, scale)
 
     def update(self, scale: float) -> Tensor:
@@ -76,7 +77,7 @@ class Reference:
     ) -> None:
         """Notes an adapter that has just come. As in PEFT, that unmerges what was merged, and makes nothing active."""
         self.unmerge()
-        parts = {p: Part.of(layer, name, config) for p, layer in layers.items() if name in layer.randlora_lambda}
+        parts = {p: Part.of(layer, name, p, config) for p, layer in layers.items() if name in layer.randlora_lambda}
         self.adapters[name] = Adapter(config, parts, copy.deepcopy(classifier))
         self.wrapped |= parts.keys()
 

@@ -117,11 +117,12 @@ def test_a_second_adapter_of_both_parameters():
 
 
 def test_an_adapter_inside_of_what_another_has_wrapped():
-    model = adapted(**{**TARGETS, "target_modules": []})
+    model = adapted(**{**TARGETS, "target_modules": []}, bias="all")
+    biases = {name for name, p in encoder().named_parameters() if name.endswith(".bias")}
     model.add_adapter("second", RandLoraConfig(r=3, target_modules=["self_attn.out_proj", "linear2"]))
     model.set_adapter("second")
     randomise(model, "second", seed=8)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trained) == 8
-    assert all(name.endswith(".second") for name in trained)
+    assert sum(name.endswith(".bias") for name in trained) == len(biases)
+    assert sum(name.endswith(".second") for name in trained) == len(trained) - len(biases) == 8
     assert_close(model.eval()(x()).detach(), dense(model, "second")(x()).detach(), 1e-5)

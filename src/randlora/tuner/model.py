@@ -121,7 +121,10 @@ class RandLoraModel(BaseTuner):
             plain = path.replace(".base_layer", "")
             if not adapted and self._check_target_module_exists(config, plain):
                 parent, _, name = path.rpartition(".")
+                trainable = [(parameter, parameter.requires_grad) for parameter in part.parameters()]
                 self._create_and_replace(config, adapter_name, part, name, model.get_submodule(parent), plain)
+                for parameter, requires_grad in trainable:
+                    parameter.requires_grad_(requires_grad)
                 layer = cast("RandLoraLayer", model.get_submodule(path))
                 layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
