@@ -36,6 +36,14 @@ def another_fingerprint(folder):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"basis_fingerprint": "0" * 64}))
 
 
+def bases_of_another_key(folder):
+    """Refused while the adapter is injected: there are no bases in the file to wait for."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"save_projection": False, "projection_prng_key": 8}))
+    content = load_file(folder / WEIGHTS)
+    save_file({k: v for k, v in content.items() if "randlora_A" not in k and "randlora_B" not in k}, folder / WEIGHTS)
+
+
 def half_a_basis(folder):
     content = load_file(folder / WEIGHTS)
     save_file({k: v for k, v in content.items() if "randlora_A" not in k}, folder / WEIGHTS)
@@ -54,7 +62,7 @@ def gone(folder):
     (folder / WEIGHTS).unlink()
 
 
-DAMAGE = [another_fingerprint, half_a_basis, another_shape, truncated, gone]
+DAMAGE = [another_fingerprint, bases_of_another_key, half_a_basis, another_shape, truncated, gone]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)

@@ -213,21 +213,17 @@ def _require_plain_config(folder: Path) -> None:
         raise CheckpointError(f"{file} is no adapter's config: it names no method of PEFT as its peft_type")
 
 
-def require_loadable(
-    path: str | os.PathLike[str], subfolder: str | None = None, config: PeftConfig | None = None
-) -> bool:
+def require_loadable(folder: Path, config: PeftConfig | None = None) -> bool:
     """Whether PEFT is to load an adapter of RandLoRA from a folder. No tensor is read.
 
     Args:
-        path: a folder; of anything else, such as a name on the hub, nothing is known yet.
-        subfolder: of ``path``, as PEFT's.
+        folder: of anything else, such as a name on the hub, nothing is known yet.
         config: instead of the folder's own.
 
     Raises:
         CheckpointError: if the folder holds one that cannot be loaded, whatever the model, or that would take memory
             which its file does not account for.
     """
-    folder = Path(path) / (subfolder or "")
     if not folder.is_dir():
         return False
     config = config or read_config(folder)

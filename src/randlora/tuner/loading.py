@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from peft import PeftConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from randlora.errors import CheckpointError, RandLoraError
+from randlora.errors import BasisMismatchError, CheckpointError, RandLoraError
 from randlora.tuner.apart import apart
-from randlora.tuner.folder import require_loadable
+from randlora.tuner.checkpoint import adapter_layers, fingerprint
+from randlora.tuner.folder import read_config, require_loadable
 from randlora.tuner.layers.base import RandLoraLayer
 from randlora.tuner.withdraw import withdraw_adapter
 
@@ -42,9 +44,10 @@ def taken_back_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
             trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
             yield
     except Exception:
-        if _has(model, adapter) and not was_there:
-            withdraw_adapter(model, adapter)
-            getattr(model, "peft_config", {}).pop(adapter, None)
+        if not was_there:
+            if _has(model, adapter):  # else what was injected has been withdrawn
+                withdraw_adapter(model, adapter)
+                getattr(model, "peft_config", {}).pop(adapter, None)
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
         if not had_config and not getattr(model, "peft_config", True):
@@ -149,21 +152,44 @@ def load_adapter_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
         bound = signature.bind(model, *args, **kwargs).arguments
         adapter = bound["adapter_name"]
         with ExitStack() as undo:
-            if _is_ours(bound):
+            if ours := _is_ours(bound):
                 undo.enter_context(named_errors(model, bound["model_id"]))
             undo.enter_context(taken_back_on_failure(model, adapter))
             undo.enter_context(base_put_back_on_failure())
-            if _has(model, adapter):
-                undo.enter_context(put_back_on_failure(model, adapter))
-            return load(model, *args, **kwargs)
+            if not _has(model, adapter):
+                return load(model, *args, **kwargs)
+            undo.enter_context(put_back_on_failure(model, adapter))
+            result = load(model, *args, **kwargs)
+            if ours:
+                _require_bases_of(_folder(bound), model, adapter)
+            return result
 
     return load_adapter
+
+
+def _require_bases_of(folder: Path, model: nn.Module, adapter: str) -> None:
+    """What was loaded into an adapter that was there, whose config PEFT has kept.
+
+    Raises:
+        BasisMismatchError: if it was trained with other bases.
+    """
+    expected = getattr(read_config(folder), "basis_fingerprint", None)
+    found = fingerprint(adapter_layers(model, adapter), adapter)
+    if expected not in (None, found):
+        raise BasisMismatchError(
+            f"the adapter in {str(folder)!r} was trained with bases of fingerprint {expected}, {adapter!r} has "
+            f"those of {found}: load it under another name, or call hotswap_adapter, which takes over its config"
+        )
 
 
 def _is_ours(arguments: dict[str, Any]) -> bool:
     """Whether PEFT is to load an adapter of RandLoRA; a folder that cannot be one is refused at once."""
     given: PeftConfig | None = arguments.get("config")
-    return require_loadable(arguments["model_id"], arguments.get("kwargs", {}).get("subfolder"), given)
+    return require_loadable(_folder(arguments), given)
+
+
+def _folder(arguments: dict[str, Any]) -> Path:
+    return Path(arguments["model_id"]) / (arguments.get("kwargs", {}).get("subfolder") or "")
 
 
 def _has(model: nn.Module, adapter: str) -> bool:
