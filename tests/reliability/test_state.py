@@ -61,7 +61,7 @@ class States(RuleBasedStateMachine):
         self.key = next(KEYS)
         config = data.draw(configs(self.pristine, self.key, bias=True))
         counted["sequences"] += 1
-        with self.step("begin", draws=True):
+        with self.step("begin"):
             self.model = get_peft_model(self.model, config, "u").eval()
             self.reference.activate(["u"])
             self.arrived("u", config, seed=1)
@@ -75,7 +75,7 @@ class States(RuleBasedStateMachine):
     @rule(data=st.data(), seed=st.integers(1, 99))
     def add(self, data, seed):
         config = data.draw(configs(self.pristine, self.key))
-        with self.step("add", draws=True):
+        with self.step("add"):
             self.model.add_adapter(self.free[0], config)
             self.arrived(self.free[0], config, seed)
 
@@ -100,7 +100,7 @@ class States(RuleBasedStateMachine):
         source, name = self.picked(pick)[0], self.free[0]
         adapter = self.reference.adapters[source]
         expected = {path: weight * self.reference.update(source, path) for path in adapter.parts}
-        with self.step("add_weighted_adapter", draws=True):
+        with self.step("add_weighted_adapter"):
             if adapter.config.bias != "none":
                 with pytest.raises(ValueError, match="bias"):
                     self.model.base_model.add_weighted_adapter([source], [weight], name)
@@ -114,7 +114,7 @@ class States(RuleBasedStateMachine):
     def save_and_load(self, pick):
         """In a model of its own, and beside itself under another name: it is the same adapter."""
         name = self.picked(pick)[0]
-        with self.saved(name) as folder, self.step("load", draws=True):
+        with self.saved(name) as folder, self.step("load"):
             self.assert_names(name, set(load_file(folder / "adapter_model.safetensors")))
             config = self.reference.adapters[name].config
             plain = self.reference.plain if config.bias == "none" else self.pristine
@@ -301,7 +301,7 @@ class States(RuleBasedStateMachine):
 
     @contextmanager
     def step(self, kind: str, draws: bool = False) -> Iterator[None]:
-        """Something that leaves all global generators alone; or all but torch's, for dropout and PEFT's init."""
+        """Something that leaves all global generators alone; or all but torch's, which dropout draws from."""
         counted["steps"] += 1
         counted[kind] += 1
         before = generators(draws)
