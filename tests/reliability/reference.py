@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from randlora import RandLoraConfig, RandLoraLayer
 from randlora.ops import naive
 
-from .models import Mixed, ids
+from .models import Mixed
 
-# of an output: λ, γ and updates are float32 where the model is float64
+# of updates, which are float32 where the model is float64
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 0.1}
 
 
@@ -124,8 +124,8 @@ class Reference:
         weight = self.plain.get_parameter(weight_of(path))
         return (update.T if path.startswith(("embedding", "conv1d")) else update).reshape(weight.shape)
 
-    def output(self) -> Tensor:
-        """Of the model as it is. A disabled one unmerges."""
+    def dense(self) -> Mixed:
+        """The model as it is, of dense weights. A disabled one unmerges."""
         if not self.enabled:
             self.unmerge()
             return self._dense({}, None)
@@ -133,8 +133,8 @@ class Reference:
         classifiers = [self.adapters[name].classifier for name in self.active if self.adapters[name].classifier]
         return self._dense(updates, classifiers[0] if classifiers else None, everywhere=self.merged)
 
-    def output_alone(self, name: str) -> Tensor:
-        """Of the one adapter, as it is saved, in a model of its own."""
+    def dense_alone(self, name: str) -> Mixed:
+        """The one adapter, as it is saved, in a model of its own."""
         adapter = self.adapters[name]
         updates = {path: {name: self.update(name, path, as_saved=True)} for path in adapter.parts}
         return self._dense(updates, adapter.classifier)
@@ -144,8 +144,8 @@ class Reference:
 
     def _dense(
         self, updates: dict[str, dict[str, Tensor]], classifier: nn.Module | None, everywhere: Collection[str] = ()
-    ) -> Tensor:
-        """Of dense weights, none of which is tied to another.
+    ) -> Mixed:
+        """The plain model with updates in its weights, none of which is tied to another, in float64.
 
         Of a module at two places PEFT wraps the first. But its merged weight is ``everywhere``.
         """
@@ -162,8 +162,7 @@ class Reference:
                 setattr(module, weight, total)
                 if "shared" in path and path in everywhere:
                     dense.again.weight = total
-        with torch.no_grad():
-            return dense(ids())
+        return dense
 
 
 def weight_of(path: str) -> str:

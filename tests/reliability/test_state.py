@@ -120,7 +120,7 @@ class States(RuleBasedStateMachine):
             plain = self.reference.plain if config.bias == "none" else self.pristine
             alone = PeftModel.from_pretrained(copy.deepcopy(plain), folder).eval()
             assert not [n for n, p in alone.named_parameters() if p.requires_grad and ".bias" not in n]
-            assert_close(output(alone), self.reference.output_alone(name), self.tolerance, name)
+            self.assert_computes(alone, self.reference.dense_alone(name), name)
             if self.free and self.reference.enabled and config.bias == "none":
                 new = self.free[0]
                 self.model.load_adapter(folder, new)
@@ -238,12 +238,12 @@ class States(RuleBasedStateMachine):
             reference.unmerge()
             if merges:
                 reference.merge(reference.active)
-                plain, expected = self.model.merge_and_unload(), reference.output()
+                plain, expected = self.model.merge_and_unload(), reference.dense()
             else:
                 reference.wrapped = set()
-                plain, expected = self.model.unload(), reference.output()
+                plain, expected = self.model.unload(), reference.dense()
         assert [name for name, _ in plain.named_modules()] == [name for name, _ in reference.plain.named_modules()]
-        assert_close(output(plain), expected, self.tolerance, "unloaded")
+        self.assert_computes(plain, expected, "unloaded")
         self.assert_base_weights(plain, but=("classifier.weight", "classifier.bias"))
         del self.model, plain, self.first
         assert_gone(held)
@@ -252,14 +252,21 @@ class States(RuleBasedStateMachine):
 
     @invariant()
     def state(self):
-        found = output(self.model)
-        assert_close(found, self.reference.output(), self.tolerance, str(self.reference.active))
+        self.assert_computes(self.model, self.reference.dense(), str(self.reference.active))
         self.assert_base_weights(self.model.base_model.model)
         self.assert_adapters()
         wrong = {
             name for name, p in self.model.base_model.model.named_parameters() if p.requires_grad != self.trains(name)
         }
         assert not wrong, wrong
+
+    def assert_computes(self, model, dense, name):
+        """What dense weights compute in float64; in bfloat16 as nearly as dense weights do in bfloat16."""
+        exact, tolerance = output(dense), self.tolerance
+        if self.reference.dtype == torch.bfloat16:  # deep models of large updates lose all digits of it
+            rounded = output(dense.bfloat16()).double()
+            tolerance += 4 * float((rounded - exact).norm() / exact.norm())
+        assert_close(output(model), exact, tolerance, f"{name} {self.reference.dtype}")
 
     def assert_base_weights(self, model, but=()):
         """Bit for bit, but where they are merged; a module at two places is merged at both."""
