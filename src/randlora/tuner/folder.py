@@ -213,22 +213,29 @@ def _require_plain_config(folder: Path) -> None:
         raise CheckpointError(f"{file} is no adapter's config: it names no method of PEFT as its peft_type")
 
 
-def require_loadable(folder: Path, config: PeftConfig | None = None) -> bool:
-    """Whether PEFT is to load an adapter of RandLoRA from a folder. No tensor is read.
+def require_loadable(
+    path: str | os.PathLike[str], subfolder: str | None = None, config: PeftConfig | None = None
+) -> RandLoraConfig | None:
+    """The config of an adapter of RandLoRA that PEFT is to load from a folder. No tensor is read.
 
     Args:
-        folder: of anything else, such as a name on the hub, nothing is known yet.
+        path: a folder; of anything else, such as a name on the hub, nothing is known yet.
+        subfolder: of ``path``, as PEFT's.
         config: instead of the folder's own.
+
+    Returns:
+        The config; ``None`` where nothing is known, and of other methods.
 
     Raises:
         CheckpointError: if the folder holds one that cannot be loaded, whatever the model, or that would take memory
             which its file does not account for.
     """
+    folder = Path(path) / (subfolder or "")
     if not folder.is_dir():
-        return False
+        return None
     config = config or read_config(folder)
     if not isinstance(config, RandLoraConfig):
-        return False
+        return None
     weights = _weights_of(folder)
     with _damage_named(weights), safe_open(weights, "pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a dictionary
@@ -237,7 +244,7 @@ def require_loadable(folder: Path, config: PeftConfig | None = None) -> bool:
             rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r)
             if name.endswith(_LAMBDA) and (len(shape) < 2 or shape[-2] != rank):
                 raise CheckpointError(f"{weights} holds {shape} values of λ for {module!r}, whose rank is {rank}")
-    return True
+    return config
 
 
 def refuse_pickle(path: str | os.PathLike[str]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
@@ -55,7 +54,7 @@ def hotswap_adapter(
     """
     plain: Any = getattr(model, "_orig_mod", model)
     layers = _layers(plain, adapter_name)
-    require_loadable(Path(model_name_or_path) / (kwargs.get("subfolder") or ""))
+    require_loadable(model_name_or_path, kwargs.get("subfolder"))
     with named_errors(plain, model_name_or_path), base_put_back_on_failure():
         _swap(plain, layers, model_name_or_path, adapter_name, torch_device, kwargs)
 

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 from randlora.errors import BasisMismatchError, CheckpointError, RandLoraError
 from randlora.tuner.apart import apart
 from randlora.tuner.checkpoint import adapter_layers, fingerprint
-from randlora.tuner.folder import read_config, require_loadable
+from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.folder import require_loadable
 from randlora.tuner.layers.base import RandLoraLayer
 from randlora.tuner.withdraw import withdraw_adapter
 
@@ -135,7 +135,7 @@ def from_pretrained_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(cls: type, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(cls, model, *args, **kwargs).arguments
         with ExitStack() as undo:
-            if _is_ours(bound):
+            if _config_of(bound):
                 undo.enter_context(named_errors(model, bound["model_id"]))
             undo.enter_context(taken_back_on_failure(model, bound.get("adapter_name", "default")))
             return load(cls, model, *args, **kwargs)
@@ -152,7 +152,7 @@ def load_adapter_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
         bound = signature.bind(model, *args, **kwargs).arguments
         adapter = bound["adapter_name"]
         with ExitStack() as undo:
-            if ours := _is_ours(bound):
+            if config := _config_of(bound):
                 undo.enter_context(named_errors(model, bound["model_id"]))
             undo.enter_context(taken_back_on_failure(model, adapter))
             undo.enter_context(base_put_back_on_failure())
@@ -160,36 +160,31 @@ def load_adapter_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
                 return load(model, *args, **kwargs)
             undo.enter_context(put_back_on_failure(model, adapter))
             result = load(model, *args, **kwargs)
-            if ours:
-                _require_bases_of(_folder(bound), model, adapter)
+            if config:
+                _require_bases_of(config, bound["model_id"], model, adapter)
             return result
 
     return load_adapter
 
 
-def _require_bases_of(folder: Path, model: nn.Module, adapter: str) -> None:
-    """What was loaded into an adapter that was there, whose config PEFT has kept.
+def _require_bases_of(config: RandLoraConfig, path: str | os.PathLike[str], model: nn.Module, adapter: str) -> None:
+    """What was loaded from ``path`` into an adapter that was there, whose config PEFT has kept.
 
     Raises:
         BasisMismatchError: if it was trained with other bases.
     """
-    expected = getattr(read_config(folder), "basis_fingerprint", None)
-    found = fingerprint(adapter_layers(model, adapter), adapter)
+    expected, found = config.basis_fingerprint, fingerprint(adapter_layers(model, adapter), adapter)
     if expected not in (None, found):
         raise BasisMismatchError(
-            f"the adapter in {str(folder)!r} was trained with bases of fingerprint {expected}, {adapter!r} has "
+            f"the adapter in {os.fspath(path)!r} was trained with bases of fingerprint {expected}, {adapter!r} has "
             f"those of {found}: load it under another name, or call hotswap_adapter, which takes over its config"
         )
 
 
-def _is_ours(arguments: dict[str, Any]) -> bool:
-    """Whether PEFT is to load an adapter of RandLoRA; a folder that cannot be one is refused at once."""
+def _config_of(arguments: dict[str, Any]) -> RandLoraConfig | None:
+    """The config of the adapter of RandLoRA that PEFT is to load; a folder that cannot be one is refused at once."""
     given: PeftConfig | None = arguments.get("config")
-    return require_loadable(_folder(arguments), given)
-
-
-def _folder(arguments: dict[str, Any]) -> Path:
-    return Path(arguments["model_id"]) / (arguments.get("kwargs", {}).get("subfolder") or "")
+    return require_loadable(arguments["model_id"], arguments.get("kwargs", {}).get("subfolder"), given)
 
 
 def _has(model: nn.Module, adapter: str) -> bool:
