@@ -20,6 +20,7 @@ from peft.tuners.randlora import RandLoraConfig as PeftConfig
 from peft.tuners.randlora import RandLoraModel as PeftModel
 from torch import nn
 
+from process_wide import default_dtype, generators
 from randlora.errors import BasisMismatchError
 from randlora.ops import bases, bf16
 from randlora.ops.bases import Basis, BasisSpec, basis_from_projections, get_basis, num_bases
@@ -231,11 +232,8 @@ class TestIndependence:
     def test_of_the_default_dtype(self, sparsity, dtype):
         spec = spec_of(6, 20, 30, key=32, sparsity=sparsity)
         expected = redrawn(spec)
-        torch.set_default_dtype(dtype)
-        try:
+        with default_dtype(dtype):
             assert redrawn(spec) == expected
-        finally:
-            torch.set_default_dtype(torch.float32)
 
     def test_of_the_default_device(self, sparsity):
         spec = spec_of(6, 20, 30, key=33, sparsity=sparsity)
@@ -262,11 +260,9 @@ class TestIndependence:
             torch.manual_seed(seed)
             np.random.seed(seed)
             random.seed(seed)
-            before = torch.get_rng_state(), str(np.random.get_state()), random.getstate()
+            before = generators()
             found.add(redrawn(spec))
-            after = torch.get_rng_state(), str(np.random.get_state()), random.getstate()
-            assert torch.equal(before[0], after[0])
-            assert before[1:] == after[1:]
+            assert generators() == before
         assert len(found) == 1
 
 

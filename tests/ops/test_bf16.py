@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from process_wide import default_dtype
 from randlora.ops import bf16
 from randlora.ops.bf16 import split_mm, sum_of_products
 
@@ -132,10 +133,6 @@ class TestSumOfProducts:
 
 
 def test_what_is_written_to_is_float32_whatever_the_default():
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.device("meta"):
-            start = bf16._start(None, 2, 3)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with default_dtype(torch.float64), torch.device("meta"):
+        start = bf16._start(None, 2, 3)
     assert (start.dtype, start.device.type) == (torch.float32, "cpu")

@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import random
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ import torch
 from torch import nn
 
 from ops.test_bases import GOLDEN
+from process_wide import default_dtype, generators
 from randlora import PeftModel, RandLoraConfig, get_peft_model
 from randlora.ops import bases
 from tuner.helpers import LLAMA_TARGETS, llama, randomise, tokens
@@ -116,16 +115,6 @@ def test_thread_counts_and_seeds_change_outputs_by_no_more_than_rounding():
     torch.testing.assert_close(*found)
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 @pytest.mark.parametrize("default", [lambda: default_dtype(torch.float64), lambda: torch.device("meta")])
 @pytest.mark.parametrize("variant", ["dense", "sparse", "very sparse", "bf16"])
 def test_defaults_of_dtype_and_device_change_no_step(variant, default):
@@ -150,21 +139,18 @@ def test_defaults_of_dtype_and_device_change_no_step(variant, default):
 
 
 def test_nobodys_generator_is_touched(tmp_path):
-    def state():
-        return [torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()]
-
     model, again = llama(), llama()
-    before = state()
+    before = generators()
     model = get_peft_model(model, RandLoraConfig(r=4, target_modules=LLAMA_TARGETS))
     model.add_adapter("other", RandLoraConfig(r=3, sparse=True, target_modules=["q_proj"]))
-    assert state() == before
+    assert generators() == before
     model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
     model.save_pretrained(tmp_path)
     model.load_adapter(tmp_path / "other", "again")
     model.merge_adapter()
     model.unmerge_adapter()
     PeftModel.from_pretrained(again, tmp_path)
-    assert state() == before
+    assert generators() == before
 
 
 class TestByteOrder:
