@@ -30,6 +30,7 @@ from randlora.tuner.layers.quantized import one_rounding_warning
 from randlora.tuner.loading import keep_base_tensors, reads_a_file
 from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
 from randlora.tuner.names import names_alone, names_in, without_biases_of_others
+from randlora.tuner.switch import switch
 from randlora.tuner.withdraw import delete_copies, withdraw_adapter
 
 
@@ -143,6 +144,16 @@ class RandLoraModel(BaseTuner):
                     f"target_parameters={sorted(wanted)} differ from those of the adapter {name!r}, {sorted(there)}: "
                     "all adapters of a model that target parameters must target the same ones"
                 )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes adapters the active ones, and those that train.
+
+        Args:
+            adapter_name: name of the adapter, or several.
+            inference_mode: let none train.
+        """
+        switch(self.model, adapter_name, inference_mode)
+        self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was the only active one, the first of the others becomes active in all layers.

@@ -152,7 +152,8 @@ class RandLoraLayer(ScaledLayer):
             self._may_train = {name for name in self._may_train if name not in here}
 
     def _require_grad(self, adapter_names: Iterable[str], requires_grad: bool) -> None:
-        held = [parameters._parameters for parameters in (self.randlora_lambda, self.randlora_gamma)]
+        # as attributes they would take longer to look up than all that is done with them
+        held = [cast("Any", self._modules[group])._parameters for group in self.adapter_layer_names]
         for name in adapter_names:
             for parameters in held:
                 parameter = parameters.get(name)
