@@ -153,7 +153,7 @@ class RandLoraLayer(ScaledLayer):
 
     def _require_grad(self, adapter_names: Iterable[str], requires_grad: bool) -> None:
         # as attributes they would take longer to look up than all that is done with them
-        held = [cast("Any", self._modules[group])._parameters for group in self.adapter_layer_names]
+        held = [cast("Any", self)._modules[group]._parameters for group in self.adapter_layer_names]
         for name in adapter_names:
             for parameters in held:
                 parameter = parameters.get(name)
