@@ -1,16 +1,17 @@
 """Many adapters on one model: what one more costs, and a switch to another, while 10, 100 or 1,000 are there.
 
-Each method runs in a process of its own, as in `files`. The peers are measured with up to 100 adapters: with more of
-them, adding all takes them many minutes.
+Each method has a process of its own, as in `files`, which keeps its model; they are measured in turn, round after
+round. The peers are measured with up to 100 adapters: with more of them, adding all takes them many minutes.
 """
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from itertools import cycle, pairwise
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import cycle
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 
@@ -33,50 +34,64 @@ COLUMNS = (
 ARCHITECTURE = Llama(hidden=256, intermediate=704, layers=4, heads=4, vocab=512)
 CASES = {"LoRA": (10, 100), "PEFT RandLora": (10, 100), "randlora": (10, 100, 1_000)}
 QUICK = {case: (2, 4) for case in CASES}
-REPEATS, SWITCHES = 5, 100
+ROUNDS, SWITCHES = 7, 100
 
 
 def run(quick: bool) -> Iterator[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    with fresh_processes() as processes:
-        for case, counts in (QUICK if quick else CASES).items():
-            rows += processes.submit(grow, case, counts).result()
-    yield from sorted(rows, key=lambda row: row["adapters"])  # methods in their order: sorting is stable
+    cases = QUICK if quick else CASES
+    with ExitStack() as stack:
+        workers = {case: stack.enter_context(fresh_processes(tasks=None)) for case in cases}
+        for count in sorted({count for counts in cases.values() for count in counts}):
+            there = {case: worker for case, worker in workers.items() if count in cases[case]}
+            sizes = {case: worker.submit(grow, case, count).result() for case, worker in there.items()}
+            history = [{case: w.submit(measure, case).result() for case, w in there.items()} for _ in range(ROUNDS)]
+            for case in there:
+                times = {name: median(times[case][name] for times in history) for name in history[0][case]}
+                yield {"adapters": count, "method": case, **times, **sizes[case]}
 
 
-def grow(case: str, counts: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Rows of one method for so many adapters."""
-    prepare(case)
-    base, rows = ARCHITECTURE.build(), []
-    rank = matched_lora_rank(base, ARCHITECTURE.targets, ARCHITECTURE.rank)
-    model: Any = peft.get_peft_model(base, config_of(case, rank), adapter_name="n0")
+class Held(NamedTuple):
+    """What a process keeps between its tasks."""
+
+    model: Any
+    lora_rank: int
+    adapters: int
+
+
+held: list[Held] = []
+
+
+def grow(case: str, count: int) -> dict[str, float]:
+    """Gives the model of this process so many adapters, and makes it first; kB of what one of them takes."""
+    model, lora_rank, before = held.pop() if held else first(case)
+    start = resident()
+    for number in range(before, count):
+        model.add_adapter(f"n{number}", config_of(case, lora_rank))
+    held.append(Held(model, lora_rank, count))
     own = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return {"adapter kB": own / 1e3, "resident kB": (resident() - start) / (count - before) / 1e3}
+
+
+def first(case: str) -> Held:
+    prepare(case)
+    base = ARCHITECTURE.build()
+    lora_rank = matched_lora_rank(base, ARCHITECTURE.targets, ARCHITECTURE.rank)
+    return Held(peft.get_peft_model(base, config_of(case, lora_rank), adapter_name="n0"), lora_rank, 1)
+
+
+def measure(case: str) -> dict[str, float]:
+    """Each operation once, and many switches; afterwards the model has the adapters that it had."""
+    [(model, lora_rank, count)] = held
+    config, names = config_of(case, lora_rank), cycle(f"n{number}" for number in range(count))
+    times = {}
     with tempfile.TemporaryDirectory() as folder:
-        for before, count in pairwise((1, *counts)):
-            start = resident()
-            for number in range(before, count):
-                model.add_adapter(f"n{number}", config_of(case, rank))
-            held = (resident() - start) / (count - before)
-            times = measure(model, lambda: config_of(case, rank), count, folder)
-            rows.append(
-                {"adapters": count, "method": case, **times, "adapter kB": own / 1e3, "resident kB": held / 1e3}
-            )
-    return rows
-
-
-def measure(model: Any, new_config: Callable[[], peft.PeftConfig], count: int, folder: str) -> dict[str, float]:
-    """Medians; afterwards the model has the adapters that it had."""
-    names = cycle(f"n{number}" for number in range(count))
-    times: dict[str, list[float]] = {"add ms": [], "save ms": [], "delete ms": [], "load ms": [], "switch µs": []}
-    for _ in range(REPEATS):
-        config = new_config()
-        times["add ms"].append(seconds(lambda config=config: model.add_adapter("more", config)))  # type: ignore[misc]
-        times["save ms"].append(seconds(lambda: model.save_pretrained(folder, selected_adapters=["more"])))
-        times["delete ms"].append(seconds(lambda: model.delete_adapter("more")))
-        times["load ms"].append(seconds(lambda: model.load_adapter(Path(folder) / "more", "more")))
+        times["add ms"] = seconds(lambda: model.add_adapter("more", config)) * 1e3
+        times["save ms"] = seconds(lambda: model.save_pretrained(folder, selected_adapters=["more"])) * 1e3
+        times["delete ms"] = seconds(lambda: model.delete_adapter("more")) * 1e3
+        times["load ms"] = seconds(lambda: model.load_adapter(Path(folder) / "more", "more")) * 1e3
         model.delete_adapter("more")
-        times["switch µs"].append(seconds(lambda: [model.set_adapter(next(names)) for _ in range(SWITCHES)]) / SWITCHES)
-    return {name: median(found) * (1e6 if name.endswith("µs") else 1e3) for name, found in times.items()}
+    switches = seconds(lambda: [model.set_adapter(next(names)) for _ in range(SWITCHES)])
+    return times | {"switch µs": switches / SWITCHES * 1e6}
 
 
 def config_of(case: str, lora_rank: int) -> peft.PeftConfig:
