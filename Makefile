@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 
 # The oldest peft that pyproject.toml allows; `make test-min-peft` runs the tuner against it, but for encoder-decoder
 # models, whose class in that peft does not generate with the Transformers of constraints.txt, and for several
-# processes, which take minutes.
+# processes and calibrated models, which take minutes.
 MIN_PEFT := 0.21.0
 MIN_PEFT_DIR := build/peft-$(MIN_PEFT)
 
@@ -99,7 +99,7 @@ $(ASIDE): $(READY) constraints-aside.txt
 
 test-min-peft: $(MIN_PEFT_DIR)/.ready $(ASIDE)
 	PYTHONPATH="$(CURDIR)/$(MIN_PEFT_DIR)" $(PY) -c 'import peft; assert peft.__version__ == "$(MIN_PEFT)", peft.__version__'
-	PYTHONPATH="$(CURDIR)/$(MIN_PEFT_DIR)" $(TEST) tests/tuner --ignore tests/tuner/test_distributed.py \
+	PYTHONPATH="$(CURDIR)/$(MIN_PEFT_DIR)" $(TEST) tests/tuner --ignore tests/tuner/test_distributed.py --ignore tests/tuner/test_calibrated.py \
 		--deselect tests/tuner/test_mixed_batch.py::TestGenerate::test_an_encoder_and_a_decoder
 
 clean:
