@@ -26,7 +26,7 @@ class Held(NamedTuple):
 
     Attributes:
         tensors: bytes of the storages of all parameters and bases, each once.
-        objects: that the garbage collector knows.
+        objects: that the garbage collector knows, of those that were made for the test.
         memory: bytes that Python has allocated.
         modules: of the model.
     """
@@ -53,6 +53,8 @@ def held(model):
 def thousand():
     """A model with that many adapters, and what it held with 10, 20, ten less and all of them."""
     config = {"r": 4, "target_modules": LLAMA_TARGETS, "randlora_dropout": 0.1}
+    gc.collect()
+    gc.freeze()  # what other tests have left is not counted, so that it may go
     tracemalloc.start()
     model, found = get_peft_model(llama(num_hidden_layers=1), RandLoraConfig(**config), "0th"), {}
     for number in range(1, ADAPTERS):
@@ -62,6 +64,7 @@ def thousand():
     found[ADAPTERS] = held(model)
     yield model, found
     tracemalloc.stop()
+    gc.unfreeze()
 
 
 def test_an_adapter_takes_its_lambda_and_gamma_and_a_thousand_take_a_thousand_times_that(thousand):
