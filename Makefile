@@ -5,7 +5,8 @@ PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 pytho
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 VENV := .venv
 PY := $(VENV)/bin/python
-# Most of what is installed is never imported: Python compiles what is.
+# Most of what is installed is never imported: Python compiles what is, once, also where the environment forbids it to.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(PY) -m pip install --disable-pip-version-check --no-compile -q
 READY := $(VENV)/.ready
 
@@ -20,14 +21,15 @@ MIN_PEFT_DIR := build/peft-$(MIN_PEFT)
 # asks for a newer torch than it needs.
 ASIDE := build/.ready
 
-# Two processes with one thread each: torch's own threads would fight over the cores.
-TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -m "not demo and not browser and not slow" -n 2 --dist loadfile
+# Two processes with one thread each: torch's own threads would fight over the cores. In the order of their names, since
+# files with few tests, which xdist puts last, are the longest.
+TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -m "not demo and not browser and not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 # Chromium is a package of the system, so this asks for the rights to install one; other tests need no browser.
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 BROWSER := chromium chromium-driver
 
-.PHONY: help setup demo test browser test-browser test-min-peft test-slow docs lint bench clean
+.PHONY: help setup aside demo test browser test-browser test-min-peft test-slow docs lint bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -53,6 +55,8 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): a minute or a few, torch is large"
 	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
+
+aside: $(ASIDE)
 
 demo: $(READY)
 	$(VENV)/bin/randlora demo
@@ -97,7 +101,7 @@ $(ASIDE): $(READY) constraints-aside.txt
 		--target build/gptqmodel gptqmodel defuser device-smi logbar optimum pypcre tokenicer
 	@touch $@
 
-test-min-peft: $(MIN_PEFT_DIR)/.ready $(ASIDE)
+test-min-peft: $(MIN_PEFT_DIR)/.ready
 	PYTHONPATH="$(CURDIR)/$(MIN_PEFT_DIR)" $(PY) -c 'import peft; assert peft.__version__ == "$(MIN_PEFT)", peft.__version__'
 	PYTHONPATH="$(CURDIR)/$(MIN_PEFT_DIR)" $(TEST) tests/tuner --ignore tests/tuner/test_distributed.py --ignore tests/tuner/test_calibrated.py \
 		--deselect tests/tuner/test_mixed_batch.py::TestGenerate::test_an_encoder_and_a_decoder
