@@ -106,8 +106,8 @@ RECIPES = st.builds(
 
 
 @st.composite
-def configs(draw: st.DrawFn, model: Mixed, key: int, bias: bool = False) -> RandLoraConfig:
-    """An adapter for ``model``, of ``key`` or the next; with ``bias`` it may train biases, as one of a model may."""
+def configs(draw: st.DrawFn, model: Mixed, bias: bool = False) -> RandLoraConfig:
+    """An adapter for ``model``, of ``KEY`` or the next; with ``bias`` it may train biases, as one of a model may."""
     modules, parameters = _targets(model)
     whole = bool(parameters) and draw(st.booleans())
     # never the inside of an attention alone: where its in_proj_weight is adapted, PEFT would find no target
@@ -119,7 +119,7 @@ def configs(draw: st.DrawFn, model: Mixed, key: int, bias: bool = False) -> Rand
     values: dict[str, Any] = {
         "r": rank,
         "randlora_alpha": rank * draw(st.sampled_from([0.5, 2, 7])),
-        "projection_prng_key": key + draw(st.integers(0, 1)),
+        "projection_prng_key": KEY + draw(st.integers(0, 1)),
         "randlora_dropout": draw(st.sampled_from([0.0, 0.3])) if inputs_can_be_dropped else 0.0,
         "target_modules": chosen,
         "target_parameters": parameters if whole else None,

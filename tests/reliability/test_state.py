@@ -30,7 +30,7 @@ from randlora import HotswapError, PeftModel, RandLoraLayer, get_peft_model, hot
 from tuner.helpers import assert_close, assert_same_tensors, layers_of, randomise, snapshot
 
 from .children import SLOW
-from .models import DTYPES, KEY, RECIPES, configs, ids
+from .models import DTYPES, RECIPES, configs, ids
 from .reference import TOLERANCE, Part, Reference, weight_of
 
 NAMES = ["u", "v", "w", "x"]
@@ -57,7 +57,7 @@ class States(RuleBasedStateMachine):
     def begin(self, data, recipe):
         self.model, self.pristine = recipe.model(), recipe.model()
         self.reference = Reference(recipe.model())
-        config = data.draw(configs(self.pristine, KEY, bias=True))
+        config = data.draw(configs(self.pristine, bias=True))
         counted["sequences"] += 1
         with self.step("begin"):
             self.model = get_peft_model(self.model, config, "u").eval()
@@ -72,7 +72,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.free and self.reference.enabled)
     @rule(data=st.data(), seed=st.integers(1, 99))
     def add(self, data, seed):
-        config = data.draw(configs(self.pristine, KEY))
+        config = data.draw(configs(self.pristine))
         with self.step("add"):
             self.model.add_adapter(self.free[0], config)
             self.arrived(self.free[0], config, seed)

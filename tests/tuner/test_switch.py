@@ -7,12 +7,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tuners.tuners_utils import set_adapter as their_set_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
 
 from randlora import RandLoraConfig, RandLoraLayer, get_peft_model
 from randlora.tuner.switch import switch
 
-from .helpers import llama, stack
+from .helpers import layers_of, llama, randomise, stack
 
 TARGETS = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
 
@@ -59,20 +58,14 @@ def test_refused_as_a_whole(model, names, message):
 
 
 def test_what_is_merged_is_unmerged_with_a_warning(model):
-    originals = {name: layer.get_base_layer().weight.clone() for name, layer in layers(model)}
-    for _, layer in layers(model):
-        if "head" in layer.randlora_lambda:
-            nn.init.normal_(layer.randlora_lambda["head"])
+    originals = {name: layer.get_base_layer().weight.clone() for name, layer in layers_of(model).items()}
+    randomise(model, "head")
     model.merge_adapter()
     with pytest.warns(UserWarning, match="Unmerging the model first"):
         model.set_adapter("plain")
-    for name, layer in layers(model):
+    for name, layer in layers_of(model).items():
         assert not layer.merged
         assert torch.equal(layer.get_base_layer().weight, originals[name])
-
-
-def layers(model):
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, RandLoraLayer)]
 
 
 def test_a_module_at_two_places_is_switched_once(monkeypatch):

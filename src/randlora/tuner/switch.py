@@ -22,7 +22,8 @@ def switch(model: nn.Module, adapter_names: str | list[str], inference_mode: boo
         inference_mode: let none train.
 
     Raises:
-        ValueError: for several adapters that train the same module in full; the model is as it was.
+        ValueError: for several adapters that train the same module in full, or for none where adapters train one so;
+            the model is as it was.
     """
     layers, wrappers = _layers_and_wrappers(model)
     for wrapper in wrappers:
@@ -39,15 +40,14 @@ def switch(model: nn.Module, adapter_names: str | list[str], inference_mode: boo
 def _layers_and_wrappers(model: nn.Module) -> tuple[list[RandLoraLayer], list[AuxiliaryTrainingWrapper]]:
     layers: list[RandLoraLayer] = []
     wrappers: list[AuxiliaryTrainingWrapper] = []
-    seen: set[nn.Module | None] = {None, model}
-    found = [model]
+    seen, found = {model}, [model]
     for module in found:  # it grows meanwhile; `Module.modules` takes longer, for names that nobody wants
         if isinstance(module, RandLoraLayer):
             layers.append(module)
         elif isinstance(module, AuxiliaryTrainingWrapper):
             wrappers.append(module)
         for child in module._modules.values():
-            if child not in seen:
+            if child is not None and child not in seen:
                 seen.add(child)
-                found.append(child)  # type: ignore[arg-type]
+                found.append(child)
     return layers, wrappers
