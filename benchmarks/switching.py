@@ -8,10 +8,11 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
 
@@ -50,39 +51,29 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
                 yield {"adapters": count, "method": case, **times, **sizes[case]}
 
 
-class Held(NamedTuple):
-    """What a process keeps between its tasks."""
-
-    model: Any
-    lora_rank: int
-    adapters: int
-
-
-held: list[Held] = []
+@cache
+def model_of(case: str) -> tuple[Any, int]:
+    """The model of this process, made with one adapter at the first call, and the rank of its peer LoRA."""
+    prepare(case)
+    base = ARCHITECTURE.build()
+    lora_rank = matched_lora_rank(base, ARCHITECTURE.targets, ARCHITECTURE.rank)
+    return peft.get_peft_model(base, config_of(case, lora_rank), adapter_name="n0"), lora_rank
 
 
 def grow(case: str, count: int) -> dict[str, float]:
-    """Gives the model of this process so many adapters, and makes it first; kB of what one of them takes."""
-    model, lora_rank, before = held.pop() if held else first(case)
-    start = resident()
+    """Gives the model so many adapters; kB of what one of them takes."""
+    model, lora_rank = model_of(case)
+    before, start = len(model.peft_config), resident()
     for number in range(before, count):
         model.add_adapter(f"n{number}", config_of(case, lora_rank))
-    held.append(Held(model, lora_rank, count))
     own = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return {"adapter kB": own / 1e3, "resident kB": (resident() - start) / (count - before) / 1e3}
 
 
-def first(case: str) -> Held:
-    prepare(case)
-    base = ARCHITECTURE.build()
-    lora_rank = matched_lora_rank(base, ARCHITECTURE.targets, ARCHITECTURE.rank)
-    return Held(peft.get_peft_model(base, config_of(case, lora_rank), adapter_name="n0"), lora_rank, 1)
-
-
 def measure(case: str) -> dict[str, float]:
     """Each operation once, and many switches; afterwards the model has the adapters that it had."""
-    [(model, lora_rank, count)] = held
-    config, names = config_of(case, lora_rank), cycle(f"n{number}" for number in range(count))
+    model, lora_rank = model_of(case)
+    config, names = config_of(case, lora_rank), cycle(list(model.peft_config))
     times = {}
     with tempfile.TemporaryDirectory() as folder:
         times["add ms"] = seconds(lambda: model.add_adapter("more", config)) * 1e3
