@@ -103,7 +103,8 @@ $(ASIDE): $(READY) constraints-aside.txt
 
 test-min-peft: $(MIN_PEFT_DIR)/.ready
 	PYTHONPATH="$(CURDIR)/$(MIN_PEFT_DIR)" $(PY) -c 'import peft; assert peft.__version__ == "$(MIN_PEFT)", peft.__version__'
-	PYTHONPATH="$(CURDIR)/$(MIN_PEFT_DIR)" $(TEST) tests/tuner --ignore tests/tuner/test_distributed.py --ignore tests/tuner/test_calibrated.py \
+	PYTHONPATH="$(CURDIR)/$(MIN_PEFT_DIR)" $(TEST) tests/tuner \
+		--ignore tests/tuner/test_distributed.py --ignore tests/tuner/test_calibrated.py \
 		--deselect tests/tuner/test_mixed_batch.py::TestGenerate::test_an_encoder_and_a_decoder
 
 clean:
