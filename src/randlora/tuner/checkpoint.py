@@ -220,5 +220,6 @@ def _verify(layers: list[RandLoraLayer], expected: str, adapter_name: str) -> No
     if found != expected:
         raise BasisMismatchError(
             f"the bases in the file have fingerprint {found}, the adapter was trained with {expected}: the file is "
-            "damaged or belongs to another config"
+            "damaged or belongs to another config. (A program that averages an adapter's tensors averages its bases "
+            "too; with save_projection=False they are not among them)"
         )
