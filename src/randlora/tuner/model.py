@@ -30,6 +30,7 @@ from randlora.tuner.layers.quantized import one_rounding_warning
 from randlora.tuner.loading import keep_base_tensors, reads_a_file
 from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
 from randlora.tuner.names import names_alone, names_in, without_biases_of_others
+from randlora.tuner.reference import fill_reference, is_reference
 from randlora.tuner.switch import switch
 from randlora.tuner.withdraw import delete_copies, withdraw_adapter
 
@@ -108,6 +109,8 @@ class RandLoraModel(BaseTuner):
             layers = checkpoint.adapter_layers(model, adapter_name)
             if layers:
                 self._bind_bases(layers, config, adapter_name)
+            if is_reference(self.peft_config, adapter_name):
+                fill_reference(model)
             if disabled:  # what is new to the model is not
                 self._enable_adapter_layers(False)
         except Exception:
