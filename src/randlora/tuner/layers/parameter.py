@@ -55,6 +55,9 @@ class ParamWrapper(nn.Module, RandLoraLayer):
             return self.base_layer(*args, **kwargs)
         return functional_call(self.base_layer, {self._path(): adapted}, args, kwargs)
 
+    def _exchanges_weight(self) -> bool:
+        return True
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW in the shape of the parameter, in float32 or wider."""
         if not self.stack:

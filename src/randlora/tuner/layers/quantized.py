@@ -45,14 +45,19 @@ class QuantizedLinear(Linear):
         self.quantization_backend = backend
         self._unmerged: _Kept | None = None
 
-    def _dense_base_weight(self) -> Tensor:
+    def require_mergeable(self) -> None:
+        """Raises :class:`MergeError` for a kind whose weight cannot be written."""
         backend = self._backend()
         if not backend.supports_merge:
             raise MergeError(
-                f"a {self.out_features}×{self.in_features} layer quantised with {backend.backend_name} cannot be "
-                "merged into: what was calibrated cannot be written back. Merge into the model as it was before "
-                "quantisation, or keep the adapter separate."
+                f"{self._where()} quantised with {backend.backend_name}, cannot be merged into: what was calibrated "
+                "cannot be written back. Merge into the model as it was before quantisation, or keep the adapter "
+                "separate."
             )
+
+    def _dense_base_weight(self) -> Tensor:
+        self.require_mergeable()
+        backend = self._backend()
         return backend.get_base_weight(self.get_base_layer())
 
     def _put_merged_weight(self, merged: Tensor) -> None:
