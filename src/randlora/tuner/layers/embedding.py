@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from randlora.errors import UnsupportedLayerError
 from randlora.ops.units import unit
 from randlora.tuner.layers.base import FLOATING, RandLoraLayer, innermost, without_autocast
+from randlora.tuner.layers.mergeable import require_exchangeable
 from randlora.tuner.mixed_batch import mixed_forward
 
 
@@ -56,6 +57,7 @@ class Embedding(nn.Module, RandLoraLayer):
 
     def _call_with_sum(self, names: list[str], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What the base layer makes of W + ΔW: whoever knows only its class knows not what it looks up."""
+        require_exchangeable(self.base_layer, self.parameter_name, self._where())
         weight = self._base_weight()
         with without_autocast(weight.device):
             total = sum((self.get_delta_weight(name).to(weight.device) for name in names), start=weight)
@@ -64,9 +66,11 @@ class Embedding(nn.Module, RandLoraLayer):
 
     def _exchanges_weight(self) -> bool:
         """Where the class has a forward of its own: it may count positions, normalise rows, or take no indices."""
-        base = self.base_layer
-        own = type(base).forward is not nn.Embedding.forward and not hasattr(base, "embed_scale")
-        return own and type(base._parameters.get(self.parameter_name)) is nn.Parameter and base.weight.dtype in FLOATING
+        base: Any = self.base_layer
+        if not isinstance(base, nn.Embedding) or hasattr(base, "embed_scale"):
+            return False
+        own = type(base).forward is not nn.Embedding.forward
+        return own and type(base.weight) in (nn.Parameter, Tensor) and base.weight.dtype in FLOATING
 
     def _scaled(self, rows: Tensor) -> Tensor:
         scale = self._get_embed_scale()

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.parametrize import is_parametrized
 
-from randlora.errors import MergeError
+from randlora.errors import MergeError, UnsupportedLayerError
 
 
 def require_stored(base: nn.Module, parameter_name: str, where: str) -> nn.Parameter:
@@ -37,6 +38,22 @@ def require_stored(base: nn.Module, parameter_name: str, where: str) -> nn.Param
             "the model unquantised, or keep the adapter unmerged. No base weight is changed."
         )
     return weight
+
+
+def require_exchangeable(base: nn.Module, parameter_name: str, where: str) -> None:
+    """Refuses a weight in whose place none can be put while the module runs: its hooks would compute it again.
+
+    Raises:
+        UnsupportedLayerError: if the weight is computed.
+    """
+    hooked = parameter_name not in base._parameters and len(base._forward_pre_hooks) > 0  # below FSDP it is none either
+    if hooked or is_parametrized(base, parameter_name):
+        raise UnsupportedLayerError(
+            f"{where} computes its {parameter_name!r} from other parameters (parametrization, weight_norm, "
+            "spectral_norm, pruning) and cannot run with W + ΔW in its place: fix the weight before adapting "
+            "(`torch.nn.utils.parametrize.remove_parametrizations`, `remove_weight_norm`, `remove_spectral_norm`, "
+            "`prune.remove`), or leave it out"
+        )
 
 
 def require_linear(
