@@ -425,5 +425,3 @@ def test_a_compiled_layer_calls_what_was_replaced():
     torch._dynamo.reset()
     compiled = torch.compile(adapted(base, trained=False), backend="aot_eager")
     assert_close(compiled(x).detach(), expected, 1e-6)
-
-

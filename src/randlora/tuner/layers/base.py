@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.errors import MergeError, UnsupportedLayerError
 from randlora.ops import linear as ops
@@ -328,8 +329,9 @@ class RandLoraLayer(ScaledLayer):
         weight = self._base_weight()
         if self._unmerged_weight is None:
             self._unmerged_weight = (weight,)
-        merged_weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
-        setattr(self.get_base_layer(), self.parameter_name, merged_weight)
+        if isinstance(weight, nn.Parameter):  # not a frozen one that `remove_parametrizations` has left
+            merged = nn.Parameter(merged, requires_grad=weight.requires_grad)
+        setattr(self.get_base_layer(), self.parameter_name, merged)
 
     def _restore_base_weight(self) -> None:
         """Puts back what ``_put_merged_weight`` has kept."""
@@ -413,6 +415,12 @@ class RandLoraLayer(ScaledLayer):
     def _scaling(self, adapter_name: str) -> float:
         """What the operands' update is multiplied with."""
         return self.scaling[adapter_name] * self.basis(adapter_name).factor
+
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device | None, torch.dtype | None]:
+        if is_parametrized(base_layer, self.parameter_name):  # a spectral norm changes each time that it is read
+            first = next(base_layer.parametrizations[self.parameter_name].parameters())
+            return first.device, first.dtype
+        return super()._get_base_layer_device_and_dtype(base_layer)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves λ and γ to the base layer's device; their dtype is the business of ``autocast_adapter_dtype``."""

@@ -13,8 +13,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from randlora.errors import MergeError, UnsupportedLayerError
 
 
-def require_stored(base: nn.Module, parameter_name: str, where: str) -> nn.Parameter:
-    """Return the weight, a parameter that the base layer holds.
+def require_stored(base: nn.Module, parameter_name: str, where: str) -> Tensor:
+    """Return the weight, a parameter or buffer that the base layer holds.
 
     Args:
         base: the base layer.
@@ -24,13 +24,13 @@ def require_stored(base: nn.Module, parameter_name: str, where: str) -> nn.Param
     Raises:
         MergeError: if the weight is computed, as ``weight_norm`` and pruning do, or of no floating dtype.
     """
-    weight = base._parameters.get(parameter_name)
+    weight = (base._buffers | base._parameters).get(parameter_name)
     if weight is None:
         raise MergeError(
             f"{where} computes its {parameter_name!r} from other parameters (parametrization, weight_norm, "
-            "spectral_norm, pruning) or holds it as no parameter, so that a merged one has no place. Fix the weight "
-            "before adapting (`torch.nn.utils.parametrize.remove_parametrizations`, `remove_weight_norm`, "
-            "`remove_spectral_norm`, `prune.remove`), or keep the adapter unmerged. No base weight is changed."
+            "spectral_norm, pruning), so that a merged one has no place. Fix the weight before adapting "
+            "(`torch.nn.utils.parametrize.remove_parametrizations`, `remove_weight_norm`, `remove_spectral_norm`, "
+            "`prune.remove`), or keep the adapter unmerged. No base weight is changed."
         )
     if not weight.is_floating_point() or weight.element_size() == 1:
         raise MergeError(

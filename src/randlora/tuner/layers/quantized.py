@@ -23,6 +23,7 @@ from peft.utils.quantization_utils import (
     resolve_quantization_backend,
 )
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.errors import MergeError
 from randlora.tuner.layers.base import innermost
@@ -50,9 +51,9 @@ class QuantizedLinear(Linear):
         backend = self._backend()
         if not backend.supports_merge:
             raise MergeError(
-                f"{self._where()} quantised with {backend.backend_name}, cannot be merged into: what was calibrated "
-                "cannot be written back. Merge into the model as it was before quantisation, or keep the adapter "
-                "separate."
+                f"{self._where()} as one quantised with {backend.backend_name} cannot be merged into: what was "
+                "calibrated cannot be written back. Merge into the model as it was before quantisation, or keep the "
+                "adapter separate."
             )
 
     def _dense_base_weight(self) -> Tensor:
@@ -112,6 +113,8 @@ def quantization_backend(base_layer: nn.Module, model: nn.Module) -> Quantizatio
         base_layer: a layer of ``model``.
         model: what Transformers has loaded knows how to quantise anew.
     """
+    if is_parametrized(base_layer, "weight"):
+        return None
     weight = getattr(base_layer, "weight", None)
     if type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1:
         return None
