@@ -332,7 +332,7 @@ def test_experts_are_merged_too(targets, parameters, tmp_path):
         plain = output(model).detach()
     save_merged(model, tmp_path / "merged")
     merged = MixtralForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    assert (expected - plain).norm() > 0.01 * plain.norm()
+    assert (expected - plain).norm() > 1e-3 * plain.norm()
     assert_close(output(merged).detach(), expected, 1e-5)
 
 

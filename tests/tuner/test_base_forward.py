@@ -233,8 +233,25 @@ class TestReplacedProducts:
     def test_a_convolution_that_no_update_has(self, other):
         base, x = made("conv2d")
         base._conv_forward = other(base._conv_forward)
+        model = adapted(base)
         with pytest.raises(UnsupportedLayerError, match=r"'0', a Conv2d.*_conv_forward.*exclude_modules"):
-            adapted(base)(x)
+            model(x)
+        with pytest.raises(MergeError, match="'0', a Conv2d"):
+            model.merge_adapter()
+
+    def test_a_replaced_function_of_torch_is_tried_before_merging(self, monkeypatch):
+        base, x = made("linear")
+        model = adapted(base)
+        before = model(x).detach()
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "linear", lambda x, weight, bias=None: x @ weight.T + bias)
+            model.merge_adapter()
+            assert_close(model(x).detach(), before, 1e-5)
+        model.unmerge_adapter()
+        plain = F.linear
+        monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: plain(x, weight.sign(), bias))
+        with pytest.raises(MergeError, match="'0', a Linear"):
+            model.merge_adapter()
 
 
 def test_the_product_of_plain_layers_is_taken():

@@ -262,7 +262,8 @@ class RandLoraLayer(ScaledLayer):
         """
         base = self.get_base_layer()
         weight = require_stored(base, self.parameter_name, self._where())
-        if not (self._exchanges_weight() or is_plain(base) or is_only_moved(base)):
+        plain = is_plain(base) and (has_plain_product(base) or type(base) is nn.Embedding)
+        if not (plain or self._exchanges_weight() or is_only_moved(base)):
             with without_autocast(weight.device):
                 x = self._probe(weight.detach())
                 require_linear(base, self.parameter_name, x, lambda change: self._product(x, change), self._where())

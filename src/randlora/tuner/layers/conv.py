@@ -91,8 +91,7 @@ class _Conv(nn.Module, RandLoraLayer):
 
     def _can_take_weight(self, name: str, x: Tensor) -> bool:
         """Whether one convolution may do both: see :meth:`RandLoraLayer._plain_weight` and ``ops.can_fuse``."""
-        plain = self._plain_weight(name, x) is not None and has_plain_convolution(self.base_layer)
-        return plain and ops.can_fuse(compute_dtype(x), self._base_weight().dtype)
+        return self._plain_weight(name, x) is not None and ops.can_fuse(compute_dtype(x), self._base_weight().dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT converts matrices of linear layers only."""

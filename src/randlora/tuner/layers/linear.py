@@ -185,7 +185,7 @@ class Linear(nn.Module, RandLoraLayer):
         return random_input((1, 4, self.in_features), weight)
 
     def _product(self, x: Tensor, update: Tensor) -> Tensor:
-        return F.linear(x, update.T if self.fan_in_fan_out else update)
+        return x @ (update if self.fan_in_fan_out else update.T)
 
     def __repr__(self) -> str:
         return "randlora." + super().__repr__()

@@ -44,8 +44,9 @@ _KINDS: tuple[type[nn.Module], ...] = (*_PRODUCTS, nn.Embedding)
 _FORWARDS: frozenset[Callable[..., Any]] = frozenset(
     kind.forward for kind in _KINDS if _written_with(kind, kind.forward)
 )
-_CONV_FORWARDS: frozenset[Callable[..., Any]] = frozenset(
-    kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if _written_with(kind, kind._conv_forward)
+_CONV_FORWARDS: frozenset[Callable[..., Any] | None] = frozenset(
+    [kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if _written_with(kind, kind._conv_forward)]
+    + [None]
 )
 _CALL = nn.Module.__call__ if _written_with(nn.Module, nn.Module.__call__) else None
 _CALL_IMPL = nn.Module._call_impl if _written_with(nn.Module, nn.Module._call_impl) else None
@@ -72,14 +73,14 @@ def is_only_moved(layer: nn.Module) -> bool:
 
 
 def has_plain_product(layer: nn.Module) -> bool:
-    """Whether the product in the forward of a linear layer or a convolution is torch's own."""
+    """Whether the product in the forward of a linear layer or a convolution, of no subclass of theirs, is torch's."""
     product = _PRODUCTS.get(type(layer))
-    return product is not None and getattr(product[0], product[1]) is product[2]
+    return product is not None and getattr(product[0], product[1]) is product[2] and has_plain_convolution(layer)
 
 
 def has_plain_convolution(layer: nn.Module) -> bool:
-    """Whether ``_conv_forward`` of a convolution is torch's own."""
-    return "_conv_forward" not in layer.__dict__ and type(layer)._conv_forward in _CONV_FORWARDS  # type: ignore[attr-defined]
+    """Whether ``_conv_forward`` is torch's own, if the layer has one."""
+    return "_conv_forward" not in layer.__dict__ and getattr(type(layer), "_conv_forward", None) in _CONV_FORWARDS
 
 
 def _has_function_mode() -> bool:
