@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 from randlora import ConfigError, MergeError, RandLoraConfig, RandLoraLayer, get_peft_model
@@ -310,3 +312,35 @@ def test_it_is_no_adapter_any_more(tmp_path):
     assert not list((tmp_path / "merged").glob("adapter*"))
     with pytest.raises(ValueError, match="adapter_config"):
         PeftModel.from_pretrained(llama(), tmp_path / "merged")
+
+
+def mixtral():
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_local_experts": 3}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 50}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], []], ids=str)
+@pytest.mark.parametrize(
+    "parameters", [["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj"], ["gate.weight"]], ids=str
+)
+def test_experts_are_merged_too(targets, parameters, tmp_path):
+    model = adapted(mixtral, targets, target_parameters=parameters)
+    expected = output(model).detach()
+    with model.disable_adapter():
+        plain = output(model).detach()
+    save_merged(model, tmp_path / "merged")
+    merged = MixtralForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert (expected - plain).norm() > 1e-3 * plain.norm()
+    assert_close(output(merged).detach(), expected, 1e-5)
+
+
+def test_what_merging_would_change_is_refused(tmp_path):
+    model = adapted()
+    layer = model.base_model.model.model.layers[1].mlp.up_proj.get_base_layer()
+    plain = layer.forward
+    layer.forward = lambda x: plain(x) / 2
+    with pytest.raises(MergeError, match=r"'model.layers.1.mlp.up_proj', a Linear.*with a merged weight"):
+        save_merged(model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

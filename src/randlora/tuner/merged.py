@@ -50,7 +50,8 @@ def merged_tensors(
         prefix: name of ``model`` in the whole, with a dot at the end.
 
     Raises:
-        MergeError: for adapters that are merged already, and layers of another method.
+        MergeError: for adapters that are merged already, layers that cannot be merged into
+            (:meth:`RandLoraLayer.require_mergeable`), and layers of another method.
     """
     if isinstance(model, RandLoraLayer):
         yield from _of_layer(model, adapter_names, prefix)
@@ -75,8 +76,10 @@ def _of_layer(layer: RandLoraLayer, adapter_names: list[str] | None, prefix: str
         )
     wanted = layer.active_adapters if adapter_names is None else adapter_names
     names = [name for name in wanted if name in layer.randlora_lambda]
+    if names:
+        layer.require_mergeable()
     for inner in merged_tensors(layer.base_layer, adapter_names, prefix):
-        if names and inner.name == f"{prefix}weight":
+        if names and inner.name == f"{prefix}{layer.parameter_name}":
             yield inner._replace(make=lambda: layer.merged_weight(names, require_finite=True), merged=True)
         else:
             yield inner

@@ -206,7 +206,8 @@ class RandLoraModel(BaseTuner):
         if isinstance(target, RandLoraLayer) and parameter_name in (None, target.parameter_name):
             target.update_layer(adapter_name, **adapter)
             return
-        layer = kind.create(target, adapter_name, **adapter)
+        layer: Any = kind.create(target, adapter_name, **adapter)
+        layer.path = current_key
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not active, hence not trained
         self._replace_module(parent, target_name, layer, target)
@@ -299,13 +300,13 @@ class RandLoraModel(BaseTuner):
         return arithmetic.add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges adapters into the base weights of all layers, or, with ``safe_merge``, of none if one is refused.
+        """Merges adapters into the base weights of all layers, or of none if one is refused.
 
         Raises:
-            MergeError: with ``safe_merge``, if a merged weight would not be finite.
+            MergeError: for a layer that cannot be merged into (:meth:`RandLoraLayer.require_mergeable`); with
+                ``safe_merge``, if a merged weight would not be finite.
         """
-        if safe_merge:
-            self._require_finite_merge(adapter_names)
+        self._require_mergeable(adapter_names, safe_merge)
         with one_rounding_warning():
             super().merge_adapter(adapter_names=adapter_names)
 
@@ -316,17 +317,21 @@ class RandLoraModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        if merge and safe_merge:
-            self._require_finite_merge(adapter_names)
+        if merge:
+            self._require_mergeable(adapter_names, safe_merge)
         with one_rounding_warning():
             return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
 
-    def _require_finite_merge(self, adapter_names: list[str] | None) -> None:
+    def _require_mergeable(self, adapter_names: list[str] | None, require_finite: bool) -> None:
         """Looks at every layer before any is changed."""
         for layer in self.model.modules():
-            if isinstance(layer, RandLoraLayer):
-                wanted = layer.active_adapters if adapter_names is None else adapter_names
-                names = [n for n in wanted if n in layer.randlora_lambda and n not in layer.merged_adapters]
+            if not isinstance(layer, RandLoraLayer):
+                continue
+            wanted = layer.active_adapters if adapter_names is None else adapter_names
+            names = [n for n in wanted if n in layer.randlora_lambda and n not in layer.merged_adapters]
+            if names:
+                layer.require_mergeable()
+            if names and require_finite:
                 with onload_layer(layer):
                     layer.merged_weight(names, require_finite=True)
 

@@ -10,15 +10,18 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from randlora.errors import MergeError
+from randlora.errors import MergeError, UnsupportedLayerError
 from randlora.ops import linear as ops
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
 from randlora.ops.operands import DenseBases
 from randlora.tuner.layers.dropout import Dropouts
+from randlora.tuner.layers.mergeable import require_linear, require_stored
+from randlora.tuner.layers.plain import has_plain_product, is_only_moved, is_plain
 from randlora.tuner.layers.scaled import ScaledLayer
 
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class RandLoraLayer(ScaledLayer):
@@ -37,11 +40,13 @@ class RandLoraLayer(ScaledLayer):
         parameter_name: name of the weight in the base layer.
         stack: leading dimensions of λ and γ, one for a weight that is a stack of matrices, each with its own.
         computes_rows: whether each row of an input can be given an adapter of its own.
+        path: name of the base layer in its model, for messages.
     """
 
     parameter_name: str = "weight"
     stack: tuple[int, ...] = ()
     computes_rows: bool = True
+    path: str = ""
     adapter_layer_names: tuple[str, ...] = ("randlora_lambda", "randlora_gamma")
     other_param_names: tuple[str, ...] = (
         "randlora_dropout",
@@ -240,13 +245,44 @@ class RandLoraLayer(ScaledLayer):
             adapter_names: adapters to merge; by default the active ones.
 
         Raises:
-            MergeError: with ``safe_merge``, if the merged weight holds NaN or infinity.
+            MergeError: as :meth:`require_mergeable`; with ``safe_merge``, if the merged weight holds NaN or infinity.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.randlora_lambda]
         if not names:
             return
+        self.require_mergeable()
         self._put_merged_weight(self.merged_weight(names, safe_merge))
         self.merged_adapters.extend(names)
+
+    def require_mergeable(self) -> None:
+        """Changes nothing.
+
+        Raises:
+            MergeError: if the base layer has no place for W + ΔW, or would not do with it what the adapter does.
+        """
+        base = self.get_base_layer()
+        weight = require_stored(base, self.parameter_name, self._where())
+        plain = is_plain(base) and (has_plain_product(base) or type(base) is nn.Embedding)
+        if not (plain or self._exchanges_weight() or is_only_moved(base)):
+            with without_autocast(weight.device):
+                x = self._probe(weight.detach())
+                require_linear(base, self.parameter_name, x, lambda change: self._product(x, change), self._where())
+
+    def _exchanges_weight(self) -> bool:
+        """Whether the base layer runs with W + ΔW in the place of W while unmerged, so that merging changes nothing."""
+        return False
+
+    def _probe(self, weight: Tensor) -> Tensor:
+        """A small input of the base layer."""
+        raise NotImplementedError
+
+    def _product(self, x: Tensor, update: Tensor) -> Tensor:
+        """What an update, in the layout of the weight, adds to the output for ``x``."""
+        raise NotImplementedError
+
+    def _where(self) -> str:
+        name = f"{self.path!r}" if self.path else f"an adapted layer of {self.out_features}×{self.in_features}"
+        return f"{name}, a {type(self.get_base_layer()).__name__},"
 
     def merged_weight(self, adapter_names: list[str], require_finite: bool = False) -> Tensor:
         """The base weight plus the updates of ``adapter_names``, summed in float32 or wider and rounded once.
@@ -294,13 +330,15 @@ class RandLoraLayer(ScaledLayer):
         weight = self._base_weight()
         if self._unmerged_weight is None:
             self._unmerged_weight = (weight,)
-        merged_weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
-        setattr(self.get_base_layer(), self.parameter_name, merged_weight)
+        if isinstance(weight, nn.Parameter):  # not a frozen one that `remove_parametrizations` has left
+            merged = nn.Parameter(merged, requires_grad=weight.requires_grad)
+        setattr(self.get_base_layer(), self.parameter_name, merged)
 
     def _restore_base_weight(self) -> None:
         """Puts back what ``_put_merged_weight`` has kept."""
         if self._unmerged_weight is not None:
-            merged, (weight,) = self._base_weight(), self._unmerged_weight
+            merged = require_stored(self.get_base_layer(), self.parameter_name, self._where())
+            (weight,) = self._unmerged_weight
             # the model may have been moved or cast in between
             weight.data = weight.data.to(device=merged.device, dtype=merged.dtype)
             setattr(self.get_base_layer(), self.parameter_name, weight)
@@ -309,18 +347,45 @@ class RandLoraLayer(ScaledLayer):
     def _plain_weight(self, adapter_name: str, x: Tensor) -> Tensor | None:
         """The base weight, if the base layer is nothing but a product with it that sees the adapter's own input.
 
-        ``None`` with hooks (offloading, for one), a quantised or sharded weight, or active dropout.
+        ``None`` where the base layer must be called (:func:`is_plain`), for a quantised or sharded weight, and with
+        active dropout.
         """
         base = self.base_layer
-        if "_hf_hook" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks:
-            return None
-        if base._backward_hooks or base._backward_pre_hooks:
+        if not (has_plain_product(base) and is_plain(base)):
             return None
         if adapter_name in self.randlora_dropout and self.randlora_dropout[adapter_name].training:
             return None
         weight = cast("Tensor", base.weight)
-        plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype in _FLOATING and weight.device == x.device
+        plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOATING and weight.device == x.device
         return weight if plain else None
+
+    def _call_base(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The base layer's own output, a tensor.
+
+        Raises:
+            UnsupportedLayerError: if it is none.
+        """
+        result = self.base_layer(x, *args, **kwargs)
+        if not isinstance(result, Tensor):
+            raise UnsupportedLayerError(
+                f"{self._where()} returns a {type(result).__name__}, to which no update can be added: add "
+                f"{self.path or 'the module'!r} to `exclude_modules`"
+            )
+        return result
+
+    def _add(self, result: Tensor, update: Tensor) -> Tensor:
+        """The sum, in the dtype of ``result``.
+
+        Raises:
+            UnsupportedLayerError: if the base layer's output has another shape than its kind gives.
+        """
+        if result.shape != update.shape:
+            raise UnsupportedLayerError(
+                f"{self._where()} gives an output of shape {tuple(result.shape)}, where its update is of shape "
+                f"{tuple(update.shape)}: its forward is another than that of its kind. Add "
+                f"{self.path or 'the module'!r} to `exclude_modules`."
+            )
+        return result + update.to(result.dtype)
 
     def _own_input(self, adapter_name: str, x: Tensor) -> Tensor:
         """What the adapter sees of the layer's input."""
@@ -351,6 +416,12 @@ class RandLoraLayer(ScaledLayer):
     def _scaling(self, adapter_name: str) -> float:
         """What the operands' update is multiplied with."""
         return self.scaling[adapter_name] * self.basis(adapter_name).factor
+
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device | None, torch.dtype | None]:
+        if is_parametrized(base_layer, self.parameter_name):  # a spectral norm changes each time that it is read
+            first = next(base_layer.parametrizations[self.parameter_name].parameters())
+            return first.device, first.dtype
+        return super()._get_base_layer_device_and_dtype(base_layer)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves λ and γ to the base layer's device; their dtype is the business of ``autocast_adapter_dtype``."""

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from randlora.errors import UnsupportedLayerError
 from randlora.ops import linear as ops
 from randlora.tuner.layers.base import RandLoraLayer, compute_dtype, innermost, without_autocast
+from randlora.tuner.layers.mergeable import random_input
+from randlora.tuner.layers.plain import has_plain_convolution
 from randlora.tuner.mixed_batch import mixed_forward
 
 ConvNd = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -51,12 +54,35 @@ class _Conv(nn.Module, RandLoraLayer):
             weight = base.weight + self._update(names.pop(0), base.weight.dtype)
             result = base._conv_forward(x, weight, base.bias)
         else:
-            result = self.base_layer(x, *args, **kwargs)
+            result = self._call_base(x, args, kwargs)
         for name in names:
             dtype = compute_dtype(x)
             dropped = self._own_input(name, x).to(dtype)
-            result = result + base._conv_forward(dropped, self._update(name, dtype), None).to(result.dtype)
+            result = self._add(result, self._product(dropped, self._update(name, dtype)))
         return result
+
+    def _product(self, x: Tensor, update: Tensor) -> Tensor:
+        """What an update, in the layout of the weight, adds to the output: its own convolution, as the base layer's.
+
+        Raises:
+            UnsupportedLayerError: if the base layer's ``_conv_forward`` is another, and none that an update has.
+        """
+        base: Any = self.get_base_layer()
+        result: Tensor = base._conv_forward(x, update, None)
+        if not has_plain_convolution(base):
+            twice = base._conv_forward(x, 2 * update, None)
+            if not torch.allclose(twice, 2 * result, rtol=1e-3, atol=1e-3 * float(result.detach().abs().max())):
+                raise UnsupportedLayerError(
+                    f"{self._where()} has a `_conv_forward` of its own, which is no convolution with the weight that "
+                    f"it is given, so that an update has none: add {self.path or 'the module'!r} to `exclude_modules`"
+                )
+        return result
+
+    def _probe(self, weight: Tensor) -> Tensor:
+        base: Any = self.get_base_layer()
+        reach = zip(base.dilation, base.kernel_size, base.stride, strict=True)
+        size = [dilation * (kernel - 1) + 2 * stride + 1 for dilation, kernel, stride in reach]
+        return random_input((1, base.in_channels, *size), weight)
 
     def _update(self, name: str, dtype: torch.dtype) -> Tensor:
         """ΔW in the layout of the weight, differentiable in λ and γ, summed in float32 or wider."""
@@ -65,15 +91,15 @@ class _Conv(nn.Module, RandLoraLayer):
 
     def _can_take_weight(self, name: str, x: Tensor) -> bool:
         """Whether one convolution may do both: see :meth:`RandLoraLayer._plain_weight` and ``ops.can_fuse``."""
-        plain = type(self.base_layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and self._plain_weight(name, x) is not None
-        return plain and ops.can_fuse(compute_dtype(x), self._base_weight().dtype)
+        return self._plain_weight(name, x) is not None and ops.can_fuse(compute_dtype(x), self._base_weight().dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT converts matrices of linear layers only."""
         return False
 
     def _to_weight_layout(self, update: Tensor) -> Tensor:
-        return update.reshape(self._base_weight().shape)
+        base: Any = self.get_base_layer()  # a computed weight is not to be computed for its shape
+        return update.reshape(base.out_channels, base.in_channels // base.groups, *base.kernel_size)
 
     def __repr__(self) -> str:
         return "randlora." + super().__repr__()

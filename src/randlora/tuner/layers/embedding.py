@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from randlora.errors import UnsupportedLayerError
 from randlora.ops.units import unit
-from randlora.tuner.layers.base import RandLoraLayer, innermost, without_autocast
+from randlora.tuner.layers.base import FLOATING, RandLoraLayer, innermost, without_autocast
+from randlora.tuner.layers.mergeable import require_exchangeable
 from randlora.tuner.mixed_batch import mixed_forward
 
 
@@ -43,15 +45,42 @@ class Embedding(nn.Module, RandLoraLayer):
 
     def forward_with(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output as if ``adapters`` were the active ones."""
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        scale = self._get_embed_scale()
-        for name in adapters:
-            if name in self.r:
-                rows = self._rows(name, x, result.dtype)
-                result = result + (rows if scale is None else rows * scale.to(rows.dtype))
+        names = [name for name in adapters if name in self.r]
+        if self.disable_adapters or self.merged or not names:
+            return self.base_layer(x, *args, **kwargs)
+        if self._exchanges_weight():
+            return self._call_with_sum(names, x, args, kwargs)
+        result = self._call_base(x, args, kwargs)
+        for name in names:
+            result = self._add(result, self._scaled(self._rows(name, x, result.dtype)))
         return result
+
+    def _call_with_sum(self, names: list[str], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the base layer makes of W + ΔW: whoever knows only its class knows not what it looks up."""
+        require_exchangeable(self.base_layer, self.parameter_name, self._where())
+        weight = self._base_weight()
+        with without_autocast(weight.device):
+            total = sum((self.get_delta_weight(name).to(weight.device) for name in names), start=weight)
+        exchanged = {self.parameter_name: total.to(weight.dtype)}
+        return cast("Tensor", functional_call(self.base_layer, exchanged, (x, *args), kwargs))
+
+    def _exchanges_weight(self) -> bool:
+        """Where the class has a forward of its own: it may count positions, normalise rows, or take no indices."""
+        base: Any = self.base_layer
+        if not isinstance(base, nn.Embedding) or hasattr(base, "embed_scale"):
+            return False
+        own = type(base).forward is not nn.Embedding.forward
+        return own and type(base.weight) in (nn.Parameter, Tensor) and base.weight.dtype in FLOATING
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        scale = self._get_embed_scale()
+        return rows if scale is None else rows * scale.to(rows.dtype)
+
+    def _probe(self, weight: Tensor) -> Tensor:
+        return torch.arange(min(4, len(weight)), device=weight.device).unsqueeze(0)
+
+    def _product(self, x: Tensor, update: Tensor) -> Tensor:
+        return self._scaled(F.embedding(x, update))
 
     def _rows(self, name: str, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows ``ids`` of ΔW, through the product of all rows where that is less work than one for each index."""

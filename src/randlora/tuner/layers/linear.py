@@ -14,6 +14,7 @@ from randlora.ops.plan import Plan, Problem, call_cost, choose, sum_cost
 from randlora.ops.sparse import SparseBases
 from randlora.tuner.layers.base import RandLoraLayer, compute_dtype, innermost
 from randlora.tuner.layers.held import HeldWeight, may_hold
+from randlora.tuner.layers.mergeable import random_input
 from randlora.tuner.mixed_batch import mixed_forward
 
 
@@ -53,7 +54,7 @@ class Linear(nn.Module, RandLoraLayer):
         dtype = compute_dtype(x)
         weight = None if args or kwargs else self._takeable_weight(names[0], x, dtype)
         if weight is None:
-            result = self.base_layer(x, *args, **kwargs)
+            result = self._call_base(x, args, kwargs)
         else:
             bias = cast("Tensor | None", self.base_layer.bias)
             summed = self._summed(names, x, dtype, weight)
@@ -62,7 +63,7 @@ class Linear(nn.Module, RandLoraLayer):
             oriented = weight.T if self.fan_in_fan_out else weight
             result = self._update(names.pop(0), x, dtype, oriented, bias, summed)
         for name in names:
-            result = result + self._update(name, x, dtype).to(result.dtype)
+            result = self._add(result, self._update(name, x, dtype))
         return result
 
     def plan(self, tokens: int, adapter_name: str | None = None, dtype: torch.dtype | None = None) -> Plan:
@@ -174,11 +175,17 @@ class Linear(nn.Module, RandLoraLayer):
         Not where the base layer is anything but a plain product with a plain frozen tensor that sees the same input:
         another adapter inside, a quantised or sharded weight, hooks (offloading, for one), active dropout.
         """
-        weight = self._plain_weight(name, x) if type(self.base_layer) in (nn.Linear, Conv1D) else None
+        weight = self._plain_weight(name, x)
         if weight is None or weight.requires_grad:
             return None
         # else the base layer says what is wrong
         return weight if weight.dtype == x.dtype or dtype != x.dtype else None
+
+    def _probe(self, weight: Tensor) -> Tensor:
+        return random_input((1, 4, self.in_features), weight)
+
+    def _product(self, x: Tensor, update: Tensor) -> Tensor:
+        return x @ (update if self.fan_in_fan_out else update.T)
 
     def __repr__(self) -> str:
         return "randlora." + super().__repr__()

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from randlora.errors import UnsupportedLayerError
 from randlora.tuner.layers.base import RandLoraLayer, innermost
+from randlora.tuner.layers.mergeable import require_exchangeable
 
 
 class ParamWrapper(nn.Module, RandLoraLayer):
@@ -50,10 +51,14 @@ class ParamWrapper(nn.Module, RandLoraLayer):
                 f"the parameter {self.parameter_name!r} is offloaded, and there is nothing to add its update to: keep "
                 "its module on a device, or merge the adapter"
             )
+        require_exchangeable(self.get_base_layer(), self.parameter_name, self._where())
         adapted = self.adapted_weight()
         if adapted is weight:
             return self.base_layer(*args, **kwargs)
         return functional_call(self.base_layer, {self._path(): adapted}, args, kwargs)
+
+    def _exchanges_weight(self) -> bool:
+        return True
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW in the shape of the parameter, in float32 or wider."""
@@ -138,8 +143,9 @@ def stacked_shape(module: nn.Module, parameter_name: str, name: str) -> tuple[in
     """(number of matrices, in, out) of a parameter.
 
     Raises:
-        UnsupportedLayerError: if it is neither a matrix nor a stack of them.
+        UnsupportedLayerError: if it is neither a matrix nor a stack of them, or computed.
     """
+    require_exchangeable(module, parameter_name, f"the module of target parameter {name!r}")
     parameter = getattr(module, parameter_name)
     shape = getattr(parameter, "ds_shape", parameter.shape)
     if len(shape) not in (2, 3) or not parameter.is_floating_point():

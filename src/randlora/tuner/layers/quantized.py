@@ -23,6 +23,7 @@ from peft.utils.quantization_utils import (
     resolve_quantization_backend,
 )
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.errors import MergeError
 from randlora.tuner.layers.base import innermost
@@ -45,14 +46,19 @@ class QuantizedLinear(Linear):
         self.quantization_backend = backend
         self._unmerged: _Kept | None = None
 
-    def _dense_base_weight(self) -> Tensor:
+    def require_mergeable(self) -> None:
+        """Raises :class:`MergeError` for a kind whose weight cannot be written."""
         backend = self._backend()
         if not backend.supports_merge:
             raise MergeError(
-                f"a {self.out_features}×{self.in_features} layer quantised with {backend.backend_name} cannot be "
-                "merged into: what was calibrated cannot be written back. Merge into the model as it was before "
-                "quantisation, or keep the adapter separate."
+                f"{self._where()} as one quantised with {backend.backend_name} cannot be merged into: what was "
+                "calibrated cannot be written back. Merge into the model as it was before quantisation, or keep the "
+                "adapter separate."
             )
+
+    def _dense_base_weight(self) -> Tensor:
+        self.require_mergeable()
+        backend = self._backend()
         return backend.get_base_weight(self.get_base_layer())
 
     def _put_merged_weight(self, merged: Tensor) -> None:
@@ -107,6 +113,8 @@ def quantization_backend(base_layer: nn.Module, model: nn.Module) -> Quantizatio
         base_layer: a layer of ``model``.
         model: what Transformers has loaded knows how to quantise anew.
     """
+    if is_parametrized(base_layer, "weight"):
+        return None
     weight = getattr(base_layer, "weight", None)
     if type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1:
         return None
