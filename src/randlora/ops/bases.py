@@ -88,8 +88,8 @@ class Basis:
 
     Kept in the smallest lossless form: bfloat16 for dense bases; for ternary ones codes, of B four to a byte, and one
     float32 factor each.
-    A basis is no part of any module: nothing broadcasts, shards, casts or copies it. Nor can anybody write into it, which
-    would change every adapter: what goes out of this package are copies.
+    A basis is no part of any module: nothing broadcasts, shards, casts or copies it. Nor may anything write into it,
+    which would change every adapter: what users are given are copies.
 
     Args:
         a: A of shape (r, m), floating point or int8 codes.

@@ -178,14 +178,15 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, lam, gamma, weight, bias, call, update, seed, *tensors = inputs
-        ctx.save_for_backward(x, lam, gamma, weight, update, seed, *tensors)
+        ctx.save_for_backward(x, lam, gamma, weight, seed, *tensors)
+        # checkpointing counts what is saved above, and finds an update held when it computes again that was not before
+        ctx.update = update
         ctx.call, ctx.bias_dtype = call, None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, lam, gamma, weight, update, seed, *tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():  # dx will be differentiated, in λ and γ too
-            update = None
+        x, lam, gamma, weight, seed, *tensors = ctx.saved_tensors
+        update = None if torch.is_grad_enabled() else ctx.update  # else dx will be differentiated, in λ and γ too
         scaling, out_features, plan, is_grouped = ctx.call
         wide = out_features < x.shape[-1]
         with _without_autocast(x.device.type):
