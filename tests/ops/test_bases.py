@@ -526,3 +526,17 @@ class TestStatistics:
 def test_number_of_bases_makes_the_update_full_rank(rank, min_dim, expected):
     assert num_bases(rank, min_dim) == expected
     assert rank * expected >= min_dim
+
+
+@pytest.mark.parametrize("kind", ["drawn", "ternary", "float32 of a file"])
+def test_writing_into_what_is_given_out_changes_no_basis(kind):
+    if kind == "float32 of a file":
+        basis = basis_from_projections(torch.randn(4, 1, 20), torch.randn(30, 5, 4))
+    else:
+        basis = get_basis(spec_of(4, 20, 30, key=46, sparsity=3.0 if kind == "ternary" else None))
+    before, fingerprint = [t.clone() for t in basis.projections()], basis.fingerprint
+    dtype = torch.bfloat16 if kind == "drawn" else torch.float32
+    for tensor in (*basis.projections(), *basis.tensors(CPU, dtype), *basis.tensors(CPU, torch.float64)):
+        tensor.data.mul_(2)
+    assert all(map(torch.equal, basis.projections(), before))
+    assert Basis(*basis._numbers(), basis._factors).fingerprint == fingerprint

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from randlora.ops import bf16, naive, operands
 from randlora.ops.codes import pack
 from randlora.ops.grouped import GroupedBases, grouped
-from randlora.ops.linear import adapted_linear, can_fuse, delta_weight
+from randlora.ops.linear import adapted_linear, can_fuse, delta_weight, with_update
 from randlora.ops.operands import DenseBases
 from randlora.ops.plan import Plan, force
 from randlora.ops.sparse import sparse_bases
@@ -76,7 +76,7 @@ class Case:
             return GroupedBases(self.A, grouped(in_units(self.B, self.dtype), len(self.A)))
         return DenseBases(self.A, self.B.bfloat16() if self.kind == "split" else in_units(self.B, self.dtype))
 
-    def run(self, leaves, summed=None):
+    def run(self, leaves, update=None):
         return adapted_linear(
             leaves["x"],
             self.bases(),
@@ -86,7 +86,7 @@ class Case:
             self.out,
             self.weight,
             leaves.get("bias") if self.weight is not None else None,
-            summed,
+            update,
         )
 
     def results(self) -> dict[str, torch.Tensor]:
@@ -498,3 +498,18 @@ def test_gradients_of_scalings_are_summed_over_blocks(monkeypatch, plan):
     monkeypatch.setattr(operands, "_IN_CACHE", 1)
     with force(plan):
         Case(9, 6, 4, (5,), torch.float64).check(TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("tokens", [5, 70], ids=["two products", "one product with the sum"])
+@pytest.mark.parametrize(("out", "in_"), [(9, 6), (6, 9)], ids=["tall", "wide"])
+def test_an_update_at_hand_gives_the_same(tokens, out, in_):
+    case = Case(out, in_, 4, batch=(tokens,))
+    update = naive.delta_weight(case.A, case.B, case.leaves["lam"], case.leaves["gamma"], SCALING, out, in_)
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in case.leaves.items()}
+    y = case.run(leaves, update)
+    y.backward(case.grad)
+    expected = case.expected()
+    torch.testing.assert_close(y, expected["y"], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(with_update(leaves["x"], case.weight, update, leaves["bias"]), y)
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad, expected[name], rtol=1e-10, atol=1e-10)

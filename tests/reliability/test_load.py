@@ -42,11 +42,10 @@ class Held(NamedTuple):
 
 def held(model):
     gc.collect()
-    bases = [t for layer in layers_of(model).values() for b in layer.bases.values() for t in b.projections()]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *bases]}
-    return Held(
-        sum(storages.values()), len(gc.get_objects()), tracemalloc.get_traced_memory()[0], len([*model.modules()])
-    )
+    bases = {basis for layer in layers_of(model).values() for basis in layer.bases.values()}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.parameters()}
+    nbytes = sum(storages.values()) + sum(basis.nbytes for basis in bases)
+    return Held(nbytes, len(gc.get_objects()), tracemalloc.get_traced_memory()[0], len([*model.modules()]))
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,8 @@ class Basis:
 
     Kept in the smallest lossless form: bfloat16 for dense bases; for ternary ones codes, of B four to a byte, and one
     float32 factor each.
-    A basis is no part of any module: nothing broadcasts, shards, casts or copies it.
+    A basis is no part of any module: nothing broadcasts, shards, casts or copies it. Nor may anything write into it,
+    which would change every adapter: what users are given are copies.
 
     Args:
         a: A of shape (r, m), floating point or int8 codes.
@@ -115,7 +116,6 @@ class Basis:
         )
         self._held: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor] | SparseBases] = {}
         self._fingerprint: str | None = None
-        self._projections: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def factor(self) -> float:
@@ -149,23 +149,19 @@ class Basis:
         return DenseBases(A[:, :min_dim], B[:max_dim, : columns if self._is_dense() else None])
 
     def tensors(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A of shape (r, m) and B of shape (M, n·r) on ``device`` in ``dtype``, as plain numbers."""
-        A, B = (tensor.to(device) for tensor in self._numbers())
+        """Copies of A, of shape (r, m), and B, of shape (M, n·r), on ``device`` in ``dtype``, as plain numbers."""
+        A, B = self._numbers()
         if self._is_dense():
-            return A.to(dtype), B.to(dtype)
+            return A.to(device, dtype, copy=True), B.to(device, dtype, copy=True)
         return tuple(  # type: ignore[return-value]
-            (numbers.float() * factor).to(dtype) for numbers, factor in zip((A, B), self._factors, strict=True)
+            (numbers.to(device).float() * factor).to(dtype)
+            for numbers, factor in zip((A, B), self._factors, strict=True)
         )
 
     def projections(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (r, 1, m) and B (M, n, r) on the CPU in the smallest dtype that a file may hold without loss."""
-        if self._projections is not None:
-            return self._projections
+        """Copies of A (r, 1, m) and B (M, n, r) on the CPU in the smallest dtype that a file may hold without loss."""
         a, b = self.tensors(torch.device("cpu"), self._compact[0].dtype if self._is_dense() else torch.float32)
-        projections = a.unsqueeze(1), b.view(self.max_dim, self.num_bases, self.rank)
-        if self._is_dense():  # views, which cost nothing to keep
-            self._projections = projections
-        return projections
+        return a.unsqueeze(1), b.view(self.max_dim, self.num_bases, self.rank)
 
     @property
     def nbytes(self) -> int:

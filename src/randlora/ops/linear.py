@@ -38,13 +38,13 @@ def adapted_linear(
     out_features: int,
     weight: Tensor | None = None,  # (out, in)
     bias: Tensor | None = None,  # (out,)
-    summed: Tensor | None = None,  # (out, in)
+    update: Tensor | None = None,  # (out, in)
 ) -> Tensor:  # (..., out)
     """X (W + ΔW)ᵀ + bias, or x ΔWᵀ alone where no ``weight`` is given, in the dtype of x.
 
     The way of computing it is the cheapest that is exact (``plan.choose``). Differentiable in x, λ, γ and bias, any
-    number of times; ``weight`` is taken as frozen. ``summed`` is W + ΔW where the caller holds it already: then that
-    is what output and dx are computed with.
+    number of times; ``weight`` is taken as frozen. ``update`` is ΔW where the caller holds it already: then it serves
+    output and dx.
     """
     stochastic = weight is not None and rounding.is_stochastic(x.dtype, weight.dtype)
     fusible = weight is not None and fuses(x.dtype, weight.dtype)
@@ -55,7 +55,7 @@ def adapted_linear(
     call = _Call(scaling / unit(dtype), out_features, choose(problem), isinstance(bases, GroupedBases))
     seed = rounding.new_seed(x.device) if stochastic else None
     compute = _AdaptedLinear.apply if _is_watched(x, lam, gamma, bias) else _AdaptedLinear.forward
-    return compute(x, lam, gamma, weight, bias, call, summed, seed, *tensors)
+    return compute(x, lam, gamma, weight, bias, call, update, seed, *tensors)
 
 
 def problem_of(
@@ -107,6 +107,21 @@ def delta_weight(
     return _oriented(bases.weight(bases.scaled(lam * scaling, gamma, lam.dtype), base), wide)
 
 
+def with_update(
+    x: Tensor,  # (..., in)
+    weight: Tensor,  # (out, in)
+    update: Tensor,  # (out, in)
+    bias: Tensor | None = None,  # (out,)
+) -> Tensor:  # (..., out)
+    """X (W + ΔW)ᵀ + bias for a ΔW that is at hand, in float32 or wider.
+
+    For few tokens two products cost less than forming the sum.
+    """
+    if x.numel() <= planner.rates.element * x.shape[-1]:
+        return F.linear(x, weight, bias) + F.linear(x, update)
+    return F.linear(x, weight + update, bias)
+
+
 def _is_watched(*inputs: Tensor | None) -> bool:
     """Whether anybody differentiates or maps what is computed from ``inputs``; else the bookkeeping is spared."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
@@ -138,12 +153,12 @@ class _AdaptedLinear(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         call: _Call,
-        summed: Tensor | None,
+        update: Tensor | None,
         seed: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
-        if summed is not None:
-            return F.linear(x, summed, bias)
+        if update is not None and weight is not None:
+            return with_update(x, weight, update, bias)
         wide = call.out_features < x.shape[-1]
         with _without_autocast(x.device.type):
             x2 = x.reshape(-1, x.shape[-1])  # (T, in)
@@ -156,26 +171,29 @@ class _AdaptedLinear(torch.autograd.Function):
             if call.plan.output == "fused" and weight is not None:
                 y = F.linear(x2, _oriented(_sum(bases, At, _oriented(weight, wide), seed), wide), bias)
             else:
-                update = _update(x2, bases, At, wide, call.plan.output)
-                y = _with_base(update, x2, weight if weight is None else weight.T, bias)
+                apart = _update(x2, bases, At, wide, call.plan.output)
+                y = _with_base(apart, x2, weight if weight is None else weight.T, bias)
         return y.reshape(*x.shape[:-1], call.out_features)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, lam, gamma, weight, bias, call, summed, seed, *tensors = inputs
-        ctx.save_for_backward(x, lam, gamma, weight, summed, seed, *tensors)
+        x, lam, gamma, weight, bias, call, update, seed, *tensors = inputs
+        ctx.save_for_backward(x, lam, gamma, weight, seed, *tensors)
+        # checkpointing counts what is saved above, and finds an update held when it computes again that was not before
+        ctx.update = update
         ctx.call, ctx.bias_dtype = call, None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, lam, gamma, weight, summed, seed, *tensors = ctx.saved_tensors
+        x, lam, gamma, weight, seed, *tensors = ctx.saved_tensors
+        update = None if torch.is_grad_enabled() else ctx.update  # else dx will be differentiated, in λ and γ too
         scaling, out_features, plan, is_grouped = ctx.call
         wide = out_features < x.shape[-1]
         with _without_autocast(x.device.type):
             g2 = grads[0].reshape(-1, out_features)  # (T, out)
             x2 = x.reshape(-1, x.shape[-1])  # (T, in)
             needs_x = ctx.needs_input_grad[0]
-            by_plan = needs_x and summed is None
+            by_plan = needs_x and update is None
             if is_grouped:
                 adapted = _adapted(tensors, lam, gamma, weight, x, ctx.call, seed)
                 dx, d_lam, d_gamma = adapted.gradients(x2, g2, plan, by_plan)
@@ -184,8 +202,8 @@ class _AdaptedLinear(torch.autograd.Function):
                 At = bases.scaled(lam * scaling, gamma, x.dtype)
                 dx, dAt = _gradients(x2, g2, bases, At, weight, wide, plan, by_plan, seed)
                 d_lam, d_gamma = bases.scaling_gradients(dAt, lam, gamma)
-            if needs_x and summed is not None:
-                dx = g2 @ summed
+            if needs_x and update is not None and weight is not None:
+                dx = with_update(g2, weight.T, update.T)
             d_bias = g2.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[4] else None
         dx = dx if dx is None else dx.reshape(x.shape)
         d_lam, d_gamma = (d_lam * scaling).to(lam.dtype), (d_gamma * scaling).to(gamma.dtype)

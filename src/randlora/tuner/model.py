@@ -69,12 +69,12 @@ class RandLoraModel(BaseTuner):
 
     @property
     def randlora_A(self) -> Mapping[str, Tensor]:
-        """Per adapter the basis A of shape (r, 1, m) that all its layers of rank ``config.r`` share."""
+        """Per adapter a copy of the basis A of shape (r, 1, m) that all its layers of rank ``config.r`` share."""
         return ProjectionView(self._bases, 0)
 
     @property
     def randlora_B(self) -> Mapping[str, Tensor]:
-        """Per adapter the basis B of shape (M, n, r) that all its layers of rank ``config.r`` share."""
+        """Per adapter a copy of the basis B of shape (M, n, r) that all its layers of rank ``config.r`` share."""
         return ProjectionView(self._bases, 1)
 
     def _bases(self) -> dict[str, Basis | AwaitedBasis]:

@@ -88,12 +88,12 @@ class RandLoraLayer(ScaledLayer):
 
     @property
     def randlora_A(self) -> Mapping[str, Tensor]:
-        """Per adapter the whole basis A of shape (r, 1, m); every layer reads a slice of it."""
+        """Per adapter a copy of the whole basis A of shape (r, 1, m); every layer reads a slice of it."""
         return ProjectionView(lambda: self.bases, 0)
 
     @property
     def randlora_B(self) -> Mapping[str, Tensor]:
-        """Per adapter the whole basis B of shape (M, n, r); every layer reads a slice of it."""
+        """Per adapter a copy of the whole basis B of shape (M, n, r); every layer reads a slice of it."""
         return ProjectionView(lambda: self.bases, 1)
 
     def update_layer(
@@ -441,7 +441,9 @@ class RandLoraLayer(ScaledLayer):
 
 
 class ProjectionView(Mapping[str, Tensor]):
-    """What PEFT's users know as ``randlora_A`` and ``randlora_B``: the bases by adapter, as they are now.
+    """What PEFT's users know as ``randlora_A`` and ``randlora_B``: copies of the bases by adapter, as they are now.
+
+    Writing into a copy changes nothing: the bases belong to all layers and adapters that use the same numbers.
 
     Args:
         bases: gives the adapters' bases.

@@ -1,22 +1,32 @@
-"""Adapted weights that layers keep between calls, within a budget of bytes.
+"""Updates ΔW that layers keep between calls, within a budget of bytes.
 
-W + ΔW depends on λ, γ and W only. While they do not change, evaluation would compute the same sum for every token;
-kept, an unmerged adapter costs what the base layer costs. In training the sum lives for one optimiser step: kept, it
-serves the backward too, and all micro-batches of gradient accumulation, for the price of a copy of the weight. So
-that training holds no copy unless asked to, its budget is 0 by default.
+ΔW depends on λ, γ, the scaling and the bases only. While they do not change, evaluation would compute the same update
+for every token; kept, it costs what a second product with a matrix of the base layer's size costs. In training it lives
+for one optimiser step: kept, it serves the backward too, and all micro-batches of gradient accumulation, for the price
+of a copy of the weight. So that training holds no copy unless asked to, its budget is 0 by default.
 
-A sum is let go when λ, γ or W change (by their version counters; writing through ``.data`` escapes these), on
-``train()``, on moves of device or dtype, on merging, and with the layer.
+A kept update is served only to what it was made from. Each call compares the bits of λ and γ, which are small, with
+copies, and the bases, which nobody can write into, as objects. Nothing is concluded from addresses, counters of
+versions or notices of optimisers: there are writers past each of these. What is kept holds nothing of W, since a
+comparison of W would cost more than the second product does.
+
+On other devices than the CPU nothing is kept: each comparison would have the host wait for the device.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from randlora.ops.bases import Basis
 
 
 @dataclass
@@ -26,12 +36,12 @@ class _Budget:
 
 
 _budget = _Budget()
-_holders: weakref.WeakSet[HeldWeight] = weakref.WeakSet()
+_holders: set[weakref.ref[HeldUpdate]] = set()  # copied in one step, while other threads add to it
 _lock = threading.Lock()
 
 
 def set_weight_cache(*, evaluation: int | None = None, training: int | None = None) -> None:
-    """Sets how many bytes all adapted layers of the process together may hold as sums W + ΔW.
+    """Sets how many bytes all adapted layers of the process together may hold as updates ΔW.
 
     What is held beyond a lowered budget is let go. Layers that find no room compute as without a cache.
 
@@ -48,14 +58,14 @@ def set_weight_cache(*, evaluation: int | None = None, training: int | None = No
         if value < 0:
             raise ValueError(f"the {name} budget is a number of bytes from 0 (hold nothing), got {value}")
         setattr(_budget, name, value)
-    for holder in list(_holders):
+    for holder in _living():
         if held_bytes() > max(_budget.evaluation, _budget.training):
             holder.release()
 
 
 def held_bytes() -> int:
-    """Bytes that all adapted layers hold as sums W + ΔW."""
-    return sum(holder.nbytes for holder in list(_holders))
+    """Bytes that all adapted layers hold: updates, and the copies of λ and γ that these were made from."""
+    return sum(holder.nbytes for holder in _living())
 
 
 def may_hold(training: bool) -> bool:
@@ -63,46 +73,110 @@ def may_hold(training: bool) -> bool:
     return (_budget.training if training else _budget.evaluation) > 0
 
 
-class HeldWeight:
-    """The place of one layer for its sum W + ΔW."""
+class Term(NamedTuple):
+    """All that the update of one adapter is made from."""
+
+    basis: Basis
+    scaling: float
+    lam: Tensor
+    gamma: Tensor
+
+
+class _Copy:
+    """A term as it was."""
+
+    def __init__(self, term: Term) -> None:
+        self._basis = weakref.ref(term.basis)  # a dead one is no other basis, whatever stands at its address
+        self._scaling = term.scaling
+        self.lam, self.gamma = (t.detach().clone(memory_format=torch.contiguous_format) for t in (term.lam, term.gamma))
+
+    def is_of(self, term: Term) -> bool:
+        """Whether the term would give the same update."""
+        if self._basis() is not term.basis or self._scaling != term.scaling:
+            return False
+        return _same_bits(self.lam, term.lam) and _same_bits(self.gamma, term.gamma)
+
+
+class _Held(NamedTuple):
+    copies: list[_Copy]
+    update: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.update.untyped_storage().nbytes() + sum(c.lam.nbytes + c.gamma.nbytes for c in self.copies)
+
+
+class HeldUpdate:
+    """The place of one layer for the update ΔW (out, in) of its adapters."""
 
     def __init__(self) -> None:
-        self._held: tuple[Hashable, Tensor] | None = None
+        self._held: _Held | None = None
         self._spent: tuple[Hashable, float] = (None, 0.0)
-        _holders.add(self)
+        _holders.add(weakref.ref(self, _holders.discard))
 
     @property
     def nbytes(self) -> int:
         """Bytes that this layer holds."""
         held = self._held
-        return 0 if held is None else held[1].untyped_storage().nbytes()
+        return 0 if held is None else held.nbytes
 
-    def get(self, key: Hashable) -> Tensor | None:
-        """The sum that was made for ``key``."""
+    def get(self, terms: Sequence[Term], dtype: torch.dtype) -> Tensor | None:
+        """The update in ``dtype`` that was made from just these terms; another one is let go."""
         held = self._held
-        return held[1] if held is not None and held[0] == key else None
+        if held is None:
+            return None
+        same = held.update.dtype == dtype and len(terms) == len(held.copies)
+        if same and all(copy.is_of(term) for copy, term in zip(held.copies, terms, strict=True)):
+            return held.update
+        self.release()
+        return None
 
-    def pays(self, key: Hashable, call: float, making: float) -> bool:
-        """Whether the calls for ``key``, this one included, have cost as much as making the sum would."""
-        spent = call + (self._spent[1] if self._spent[0] == key else 0.0)
-        self._held, self._spent = None, (key, spent)
+    def pays(self, names: Hashable, call: float, making: float) -> bool:
+        """Whether the calls with these adapters, this one included, have cost as much as making the update would."""
+        spent = call + (self._spent[1] if self._spent[0] == names else 0.0)
+        self._spent = (names, spent)
         return spent >= making
 
-    def make(self, key: Hashable, make: Callable[[], Tensor], nbytes: int, training: bool) -> Tensor | None:
-        """Makes and keeps the sum of ``nbytes`` if the budget has room."""
-        with _lock:
+    def make(
+        self, terms: Sequence[Term], make: Callable[[Sequence[Term]], Tensor], nbytes: int, training: bool
+    ) -> Tensor | None:
+        """Makes and keeps the update of ``nbytes`` if the budget has room."""
+        nbytes += sum(term.lam.nbytes + term.gamma.nbytes for term in terms)
+        with _lock, torch.inference_mode(False), torch.no_grad():
             if held_bytes() + nbytes > (_budget.training if training else _budget.evaluation):
                 return None
-            made = make()
-            self._held = (key, made)
+            copies = [_Copy(term) for term in terms]
+            # from the copies, since those are what it is known by
+            made = make([term._replace(lam=c.lam, gamma=c.gamma) for term, c in zip(terms, copies, strict=True)])
+            self._held = _Held(copies, made)
         return made
 
     def release(self) -> None:
-        """Lets the sum go."""
+        """Lets the update go."""
         self._held, self._spent = None, (None, 0.0)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> HeldWeight:
-        return HeldWeight()
+    def __deepcopy__(self, memo: dict[int, object]) -> HeldUpdate:
+        return HeldUpdate()
 
-    def __reduce__(self) -> tuple[type[HeldWeight], tuple[()]]:
-        return HeldWeight, ()
+    def __reduce__(self) -> tuple[type[HeldUpdate], tuple[()]]:
+        return HeldUpdate, ()
+
+
+def can_compare(term: Term) -> bool:
+    """Whether the bits of λ and γ can be read: plain parameters in the memory of the host."""
+    return all(type(t) is nn.Parameter and t.device.type == "cpu" and t.is_contiguous() for t in (term.lam, term.gamma))
+
+
+def _living() -> list[HeldUpdate]:
+    return [holder for ref in _holders.copy() if (holder := ref()) is not None]
+
+
+_memcmp = (ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)).memcmp
+_memcmp.argtypes, _memcmp.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_int
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    """Bit for bit, NaN included; ``torch.equal`` takes several times longer."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return _memcmp(first.data_ptr(), second.data_ptr(), first.nbytes) == 0

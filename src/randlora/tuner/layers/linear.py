@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from randlora.ops import linear as ops
 from randlora.ops.plan import Plan, Problem, call_cost, choose, sum_cost
 from randlora.ops.sparse import SparseBases
 from randlora.tuner.layers.base import RandLoraLayer, compute_dtype, innermost
-from randlora.tuner.layers.held import HeldWeight, may_hold
+from randlora.tuner.layers.held import HeldUpdate, Term, can_compare, may_hold
 from randlora.tuner.layers.mergeable import random_input
 from randlora.tuner.mixed_batch import mixed_forward
 
@@ -34,7 +34,7 @@ class Linear(nn.Module, RandLoraLayer):
         RandLoraLayer.__init__(self, base_layer, in_features, out_features)
         self.fan_in_fan_out = isinstance(inner, Conv1D)
         self._active_adapter = adapter_name
-        self._held = HeldWeight()
+        self._held = HeldUpdate()
         self.update_layer(adapter_name, **adapter)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -57,11 +57,11 @@ class Linear(nn.Module, RandLoraLayer):
             result = self._call_base(x, args, kwargs)
         else:
             bias = cast("Tensor | None", self.base_layer.bias)
-            summed = self._summed(names, x, dtype, weight)
-            if summed is not None and not torch.is_grad_enabled():
-                return F.linear(x, summed, bias)
             oriented = weight.T if self.fan_in_fan_out else weight
-            result = self._update(names.pop(0), x, dtype, oriented, bias, summed)
+            kept = self._kept_update(names, x, dtype, weight)
+            if kept is not None and not torch.is_grad_enabled():
+                return ops.with_update(x, oriented, kept, bias)
+            result = self._update(names.pop(0), x, dtype, oriented, bias, kept)
         for name in names:
             result = self._add(result, self._update(name, x, dtype))
         return result
@@ -82,7 +82,7 @@ class Linear(nn.Module, RandLoraLayer):
         return choose(self._problem(name, tokens, weight.device, dtype, fusible))
 
     def train(self, mode: bool = True) -> Linear:
-        """Sets the mode; training lets go of a held weight."""
+        """Sets the mode; training lets go of a held update."""
         if mode:
             self._held.release()
         return super().train(mode)
@@ -92,50 +92,51 @@ class Linear(nn.Module, RandLoraLayer):
         self._held.release()
         super().merge(safe_merge, adapter_names)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter, and what may have been held of it."""
+        self._held.release()
+        super().delete_adapter(adapter_name)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
-        self._held.release()  # of another device or dtype from now on
+        self._held.release()  # in another dtype or on another device it is of no use
         return super()._apply(fn, recurse)
 
-    def _summed(self, names: list[str], x: Tensor, dtype: torch.dtype, weight: Tensor) -> Tensor | None:
-        """W plus the updates of the adapters, (out, in), where the layer may and should hold it between calls."""
+    def _kept_update(self, names: list[str], x: Tensor, dtype: torch.dtype, weight: Tensor) -> Tensor | None:
+        """ΔW of the adapters together, (out, in), where the layer may and should hold it between calls."""
         training = self.training or torch.is_grad_enabled()
         if not may_hold(training) or torch.compiler.is_compiling() or (training and len(names) > 1):
             return None
-        if not ops.can_fuse(dtype, weight.dtype):
+        if not ops.can_fuse(dtype, weight.dtype) or torch.jit.is_tracing():
             return None
-        key = self._sum_key(names, weight)
-        if key is None:
+        terms = [self._term(name) for name in names]
+        if not all(map(can_compare, terms)):
             return None
-        held = self._held.get(key)
-        return self._hold(key, names, x, training) if held is None else held
+        kept = self._held.get(terms, dtype)
+        return self._hold(terms, names, x, dtype, training) if kept is None else kept
 
-    def _sum_key(self, names: list[str], weight: Tensor) -> tuple[object, ...] | None:
-        """Equal for as long as the sum of W and the adapters' updates is; ``None`` where nothing tells."""
-        lam, gamma = self.randlora_lambda, self.randlora_gamma
-        parameters: list[Tensor] = [weight]
-        key: list[object] = []
-        for name in names:
-            parameters += (lam[name], gamma[name])
-            key += (self.scaling[name], id(self.bases[name]))
-        for parameter in parameters:
-            if type(parameter) is not nn.Parameter or parameter.is_inference():
-                return None
-            key += (parameter.data_ptr(), parameter._version)
-        return tuple(key)
+    def _term(self, name: str) -> Term:
+        lam, gamma = self.randlora_lambda[name], self.randlora_gamma[name]
+        return Term(self.basis(name), self._scaling(name), lam, gamma)
 
-    def _hold(self, key: tuple[object, ...], names: list[str], x: Tensor, training: bool) -> Tensor | None:
-        """The sum, once the calls without it have cost as much as it costs to make, and if the budget has room."""
-        weight, tokens = self._base_weight(), x.numel() // max(x.shape[-1], 1)
-        problems = [self._problem(name, tokens, x.device, weight.dtype, fusible=True) for name in names]
-        if not self._held.pays(key, sum(map(call_cost, problems)), sum(map(sum_cost, problems))):
+    def _hold(
+        self, terms: list[Term], names: list[str], x: Tensor, dtype: torch.dtype, training: bool
+    ) -> Tensor | None:
+        """ΔW, once the calls without it have cost as much as it costs to make, and if the budget has room."""
+        tokens = x.numel() // max(x.shape[-1], 1)
+        problems = [self._problem(name, tokens, x.device, dtype, fusible=True) for name in names]
+        if not self._held.pays(tuple(names), sum(map(call_cost, problems)), sum(map(sum_cost, problems))):
             return None
 
-        def make() -> Tensor:
-            with torch.inference_mode(False), torch.no_grad():
-                merged = self.merged_weight(names)
-            return merged.T if self.fan_in_fan_out else merged
+        def make(copies: Sequence[Term]) -> Tensor:
+            total: Tensor | None = None
+            for name, term in zip(names, copies, strict=True):
+                bases = self._operands(name, x.device, dtype)
+                wide = self.out_features < self.in_features
+                update = ops.delta_weight(bases, term.lam.to(dtype), term.gamma.to(dtype), term.scaling, wide)
+                total = update if total is None else total + update
+            return cast("Tensor", total)
 
-        return self._held.make(key, make, weight.nbytes, training)
+        return self._held.make(terms, make, self.out_features * self.in_features * dtype.itemsize, training)
 
     def _problem(self, name: str, tokens: int, device: torch.device, dtype: torch.dtype, fusible: bool) -> Problem:
         bases, shape = self._cheaper_operands(name, tokens, device, dtype), self.randlora_lambda[name].shape
@@ -155,7 +156,7 @@ class Linear(nn.Module, RandLoraLayer):
         dtype: torch.dtype,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
-        summed: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         return ops.adapted_linear(
             self._own_input(name, x).to(dtype),
@@ -166,7 +167,7 @@ class Linear(nn.Module, RandLoraLayer):
             self.out_features,
             weight,
             bias,
-            summed,
+            kept,
         )
 
     def _takeable_weight(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor | None:
