@@ -23,6 +23,7 @@ from randlora.tuner.adapter_name import require_usable_name
 from randlora.tuner.admission import require_own_tensors, require_sound_values
 from randlora.tuner.apart import apart
 from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.experts import warn_of_experts_left_out, with_experts
 from randlora.tuner.layers.base import ProjectionView, RandLoraLayer
 from randlora.tuner.layers.dispatch import kind_of
 from randlora.tuner.layers.parameter import parts_of_wrapped
@@ -100,6 +101,9 @@ class RandLoraModel(BaseTuner):
         try:
             with apart(model, adapter_name):
                 require_usable_name(model, adapter_name)
+                if state_dict is None:
+                    config = self.peft_config[adapter_name] = with_experts(config, model)
+                    warn_of_experts_left_out(config, model)
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
                 if state_dict is None:
                     self._adapt_what_peft_passes_over(model, adapter_name)
