@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import warnings
@@ -32,6 +33,7 @@ from randlora.tuner.loading import keep_base_tensors, reads_a_file
 from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
 from randlora.tuner.names import names_alone, names_in, without_biases_of_others
 from randlora.tuner.switch import switch
+from randlora.tuner.unmatched import instead_of_peft_warnings, warn_of_unmatched
 from randlora.tuner.withdraw import delete_copies, withdraw_adapter
 
 
@@ -101,12 +103,15 @@ class RandLoraModel(BaseTuner):
         try:
             with apart(model, adapter_name):
                 require_usable_name(model, adapter_name)
+                asked = copy.copy(config)
                 if state_dict is None:
                     config = self.peft_config[adapter_name] = with_experts(config, model)
                     warn_of_experts_left_out(config, model)
-                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+                with instead_of_peft_warnings(config):
+                    super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
                 if state_dict is None:
                     self._adapt_what_peft_passes_over(model, adapter_name)
+                    warn_of_unmatched(asked, model, adapter_name)
             if adapter_name not in self.active_adapters:
                 _freeze_copies(model, adapter_name)
             layers = checkpoint.adapter_layers(model, adapter_name)
