@@ -235,7 +235,7 @@ def test_dropout_is_refused():
 
 def test_ranks_by_name_and_trained_checkpointed():
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*rank_pattern keys did not match")
+        warnings.filterwarnings("error", message=".*match")
         model = adapted(rank_pattern={"experts.down_proj": 3}).train()
     assert {layer.r["default"] for layer in layers_of(model).values()} == {3, 4}
     twin = copy.deepcopy(model)

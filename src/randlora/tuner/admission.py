@@ -5,6 +5,7 @@ PEFT copies whatever tensors of a file the model has a name for, base weights in
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from randlora.errors import CheckpointError
 from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.experts import SINGLE_EXPERTS
 from randlora.tuner.layers.base import RandLoraLayer
 
 _OURS = ("randlora_A", "randlora_B", "randlora_lambda", "randlora_gamma")
@@ -77,6 +79,11 @@ def require_own_tensors(
         raise CheckpointError(
             f"the file holds tensors that its config does not announce, or the model does not have: {_some(strange)}; "
             "an adapter brings λ, γ, its bases and what it trains in full, and changes nothing else"
+            + (
+                f". Of single experts: {SINGLE_EXPERTS}"
+                if any(re.search(r"experts\.\d+\.", n) for n in strange)
+                else ""
+            )
         )
     _warn_of_missing_biases(rest, base, config)
     return [names[name] for name in rest]

@@ -43,7 +43,8 @@ class RandLoraConfig(PeftConfig):
         r: Rank of each random basis. A layer has n = ceil(min(out, in) / r) of them, so that a *smaller* r means
             *more* trainable parameters: n·(r + min(out, in)) per layer.
         target_modules: Names (list), a regular expression (str) or ``"all-linear"``. ``None`` takes the usual
-            attention projections of the architectures that Transformers knows.
+            attention projections of the architectures that Transformers knows. Names that experts and routers had as
+            linear layers (``"w1"``, ``"gate_proj"``, ``"gate"``) mean ``target_parameters``, as for PEFT's LoRA.
         projection_prng_key: Seed of the bases; the lowest 32 bits count.
         save_projection: Whether the adapter file holds the bases. It need not: they are regenerated bit for bit on
             any machine and compared with ``basis_fingerprint``.
@@ -110,6 +111,7 @@ class RandLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.read_from_file = self.peft_type is not None  # a file names its type, whoever writes code does not
+        self.settled = self.read_from_file  # whether the targets are those of a model that was adapted
         self.recorded = False  # whether the fingerprint is that of a model that was saved
         self.peft_type = PeftType.RANDLORA
         self.rank_pattern = self.rank_pattern or {}
@@ -134,7 +136,7 @@ class RandLoraConfig(PeftConfig):
             return config
         known = {f.name for f in fields(cls) if f.init}
         adopted = cls(**{name: value for name, value in vars(config).items() if name in known})
-        adopted.read_from_file = config.inference_mode
+        adopted.read_from_file = adopted.settled = config.inference_mode
         for name in ("auto_mapping", "peft_version"):
             if hasattr(config, name):
                 setattr(adopted, name, getattr(config, name))

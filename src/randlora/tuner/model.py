@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import warnings
@@ -23,6 +24,7 @@ from randlora.tuner.adapter_name import require_usable_name
 from randlora.tuner.admission import require_own_tensors, require_sound_values
 from randlora.tuner.apart import apart
 from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.experts import warn_of_experts_left_out, with_experts
 from randlora.tuner.layers.base import ProjectionView, RandLoraLayer
 from randlora.tuner.layers.dispatch import kind_of
 from randlora.tuner.layers.parameter import parts_of_wrapped
@@ -32,6 +34,7 @@ from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
 from randlora.tuner.names import names_alone, names_in, without_biases_of_others
 from randlora.tuner.reference import fill_reference, is_reference
 from randlora.tuner.switch import switch
+from randlora.tuner.unmatched import instead_of_peft_warnings, warn_of_unmatched
 from randlora.tuner.withdraw import delete_copies, withdraw_adapter
 
 
@@ -101,9 +104,15 @@ class RandLoraModel(BaseTuner):
         try:
             with apart(model, adapter_name):
                 require_usable_name(model, adapter_name)
-                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+                asked = copy.copy(config)
+                if state_dict is None:
+                    config = self.peft_config[adapter_name] = with_experts(config, model)
+                    warn_of_experts_left_out(config, model)
+                with instead_of_peft_warnings(config):
+                    super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
                 if state_dict is None:
                     self._adapt_what_peft_passes_over(model, adapter_name)
+                    warn_of_unmatched(asked, model, adapter_name)
             if adapter_name not in self.active_adapters:
                 _freeze_copies(model, adapter_name)
             layers = checkpoint.adapter_layers(model, adapter_name)

@@ -39,8 +39,10 @@ def unbound_model(model: nn.Module, config: RandLoraConfig) -> RandLoraModel:
     for name in ("basis_fingerprint", "auto_mapping", "peft_version", "peft_type"):
         plain.pop(name, None)
     try:
+        unbound = RandLoraConfig(**plain)
+        unbound.settled = config.settled
         with torch.device("meta"):  # of r = 1 γ is as large as the weight
-            return _Unbound(model, RandLoraConfig(**plain), "default")
+            return _Unbound(model, unbound, "default")
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise ConfigError(f"the adapter does not fit {type(model).__name__}: {error}") from error
 

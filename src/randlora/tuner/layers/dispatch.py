@@ -79,7 +79,27 @@ def kind_of(
     raise UnsupportedLayerError(
         f"target module {name!r} is a {type(base_layer).__name__}, which RandLoRA cannot adapt; supported are "
         "`torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d` and `Embedding`, Transformers' `Conv1D` and quantised linear "
-        "layers. Name other modules in `target_modules`, or add this one to `exclude_modules`."
+        f"layers. {_ways_out(base_layer, name)}Name other modules in `target_modules`, or add this one to "
+        "`exclude_modules`."
+    )
+
+
+def _ways_out(module: nn.Module, name: str) -> str:
+    """What there is in a module of no kind that can be adapted: layers, or parameters of its own."""
+    leaf = name.rpartition(".")[2]
+    layers = [
+        f"{leaf}.{path}"
+        for path, part in module.named_modules()
+        if isinstance(part, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding)
+    ]
+    parameters = [
+        f"{leaf}.{path}"
+        for path, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim in (2, 3) and parameter.is_floating_point()
+    ]
+    ways = {"target_modules": layers, "target_parameters": parameters}
+    return "".join(
+        f"What is inside of it can be adapted with `{field}={names[:4]}`. " for field, names in ways.items() if names
     )
 
 
