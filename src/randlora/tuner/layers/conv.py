@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from randlora.ops import linear as ops
-from randlora.tuner.layers.base import RandLoraLayer, compute_dtype, innermost, without_autocast
+from randlora.ops.precision import compute_dtype, without_autocast
+from randlora.tuner.layers.base import RandLoraLayer, innermost
 from randlora.tuner.mixed_batch import mixed_forward
 
 ConvNd = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -60,7 +61,7 @@ class _Conv(nn.Module, RandLoraLayer):
 
     def _update(self, name: str, dtype: torch.dtype) -> Tensor:
         """ΔW in the layout of the weight, differentiable in λ and γ, summed in float32 or wider."""
-        with without_autocast(self.randlora_lambda[name].device):
+        with without_autocast(self.randlora_lambda[name].device.type):
             return self.get_delta_weight(name).to(dtype)
 
     def _can_take_weight(self, name: str, x: Tensor) -> bool:
