@@ -17,9 +17,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from randlora.analysis.counts import count_lora, count_trainable, lora_rank_of
 from randlora.analysis.trace import Trace, trace_step
 from randlora.errors import ConfigError
-from randlora.ops.bases import BasisKind, BasisSpec, num_bases, num_trainable
+from randlora.ops.bases import BasisKind, BasisSpec, num_bases
 from randlora.ops.linear import fuses
 from randlora.ops.operands import Sizes
 from randlora.ops.plan import Problem, step_cost
@@ -193,6 +194,7 @@ class _Planner:
         self.head = sum(p.numel() for name, p in base.named_parameters() if _in_head(name, setup.task))
         self.layers = adapted_layers(base, self._config(1))
         self.kept = list(self.layers.values())
+        self.matrices = [(x.in_features, x.out_features) for x in self.kept for _ in range(x.num_matrices)]
 
     def plan(self, budget: Budget) -> TrainingPlan:
         r = self._r(budget)
@@ -221,20 +223,16 @@ class _Planner:
 
     def count(self, r: int) -> int:
         """Values of λ, γ and the head: n·(r + m) for each matrix."""
-        return self.head + sum(_matrices(layer) * num_trainable(r, layer.min_dim) for layer in self.kept)
+        return self.head + count_trainable(self.matrices, r)
 
     def _r(self, budget: Budget) -> int:
         largest = min(MAX_RANK, max(layer.min_dim for layer in self.kept))
         if budget.r is not None:
             return budget.r
         if budget.match_lora is not None:
-            return choose_r(self.count, largest, near=self.head + budget.match_lora * self._lora_unit())
+            return choose_r(self.count, largest, near=self.head + count_lora(self.matrices, budget.match_lora))
         most = budget.params if budget.params is not None else self.parameters * (budget.percent or 0) / 100
         return choose_r(self.count, largest, most=most)
-
-    def _lora_unit(self) -> int:
-        """Values of a LoRA of rank 1."""
-        return sum(_matrices(layer) * (layer.in_features + layer.out_features) for layer in self.kept)
 
     def _config(self, r: int) -> RandLoraConfig:
         kind = {self.setup.kind: True} if self.setup.kind != "dense" else {}
@@ -276,7 +274,7 @@ class _Planner:
     def _cost(self, r: int, trainable: int, frozen: Trace) -> float:
         kind = self._specs(r)[0].kind
         extra = sum(
-            _matrices(layer) * step_cost(problem_for(layer, r, self._tokens, self.setup.dtype, kind))
+            layer.num_matrices * step_cost(problem_for(layer, r, self._tokens, self.setup.dtype, kind))
             for layer in self.kept
         )
         base = frozen.products + ELEMENT * frozen.elements
@@ -288,11 +286,11 @@ class _Planner:
 
     def _lora(self, chosen: Option, traces: dict[str, Trace]) -> Option:
         r = self._lora_rank(chosen.trainable)
-        count = self.head + r * self._lora_unit()
+        count = self.head + count_lora(self.matrices, r)
         return self._peer("LoRA", r, count, 4 * count, traces)
 
     def _lora_rank(self, trainable: int) -> int:
-        return max(1, round((trainable - self.head) / self._lora_unit()))
+        return lora_rank_of(self.matrices, trainable - self.head)
 
     def _full(self, traces: dict[str, Trace]) -> Option:
         return self._peer("full", None, self.parameters, self.parameters * self.setup.dtype.itemsize, traces)
@@ -370,11 +368,3 @@ def _check(setup: Setup) -> None:
 
 def _in_head(name: str, task: Task) -> bool:
     return task == "sequence-classification" and any(part in _HEADS for part in name.split("."))
-
-
-def _matrices(layer: RandLoraLayer) -> int:
-    """One, or the number of experts."""
-    count = 1
-    for size in layer.stack:
-        count *= size
-    return count

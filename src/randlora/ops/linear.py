@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from randlora.ops import rounding
 from randlora.ops.operands import Beside, Operands
 from randlora.ops.plan import Plan, Problem, choose
-from randlora.ops.precision import WIDE, without_autocast
-from randlora.ops.units import unit
+from randlora.ops.precision import WIDE, autocasts, without_autocast
 
 
 def adapted_linear(
@@ -45,7 +44,7 @@ def adapted_linear(
         plan = choose(problem_of(operands, tokens, out_features, x.shape[-1], fusible, x.requires_grad))
     stochastic = weight is not None and rounding.is_stochastic(x.dtype, weight.dtype)
     seed = rounding.new_seed(x.device) if stochastic else None
-    call = _Call(scaling / unit(operands.dtype), out_features, plan)
+    call = _Call(scaling / operands.unit, out_features, plan)
     if not _is_watched(x, lam, gamma, bias):
         return _output(x, operands, lam, gamma, weight, bias, call, summed, seed)
     if _is_plain_autograd():
@@ -82,7 +81,7 @@ def delta_weight(
     """Return ΔW (+ base) of shape (out, in) in the dtype of the operands; ``wide`` says that out < in."""
     operands = operands.ready()
     base = None if base is None else _oriented(base, wide)
-    scaled = operands.scaled(lam * (scaling / unit(operands.dtype)), gamma)
+    scaled = operands.scaled(lam * (scaling / operands.unit), gamma)
     return _oriented(operands.weight(scaled, base), wide)
 
 
@@ -179,7 +178,22 @@ class _Transformable(torch.autograd.Function):
         return *found, None, None, None, *(None for _ in tensors)
 
 
-def _output(
+def _output(x: Tensor, *rest: Any) -> Tensor:
+    if autocasts(x.device.type):
+        with without_autocast(x.device.type):
+            return _computed_output(x, *rest)
+    return _computed_output(x, *rest)
+
+
+def _gradients(grad: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    """dx, dλ, dγ, nothing for the weight, and the gradient of the bias."""
+    if autocasts(grad.device.type):
+        with without_autocast(grad.device.type):
+            return _computed_gradients(grad, *rest)
+    return _computed_gradients(grad, *rest)
+
+
+def _computed_output(
     x: Tensor,
     operands: Operands,
     lam: Tensor,
@@ -192,19 +206,19 @@ def _output(
 ) -> Tensor:
     if summed is not None:
         return F.linear(x, summed, bias)
-    wide = call.out_features < x.shape[-1]
-    with without_autocast(x.device.type):
-        operands = operands.ready()
-        x2 = x.reshape(-1, x.shape[-1])  # (T, in)
-        scaled = operands.scaled(lam * call.scaling, gamma)
-        if call.plan.output == "fused" and weight is not None:
-            y = F.linear(x2, _oriented(operands.weight(scaled, _oriented(weight, wide), seed), wide), bias)
-        else:
-            y = _times_update(x2, operands, scaled, wide, call.plan.output, _beside(x2, weight, bias))
-    return y.reshape(*x.shape[:-1], call.out_features)
+    scaling, out_features, plan = call
+    wide = out_features < x.shape[-1]
+    operands = operands.ready()
+    x2 = _rows(x)
+    scaled = operands.scaled(lam * scaling, gamma)
+    if plan.output == "fused" and weight is not None:
+        y = F.linear(x2, _oriented(operands.weight(scaled, _oriented(weight, wide), seed), wide), bias)
+    else:
+        y = _times_update(x2, operands, scaled, wide, plan.output, _beside(x2, weight, bias))
+    return y if x2 is x else y.reshape(*x.shape[:-1], out_features)
 
 
-def _gradients(
+def _computed_gradients(
     grad: Tensor,
     x: Tensor,
     lam: Tensor,
@@ -217,33 +231,41 @@ def _gradients(
     bias_dtype: torch.dtype | None,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """dx, dλ, dγ, nothing for the weight, and the gradient of the bias."""
     scaling, out_features, plan = call
     wide = out_features < x.shape[-1]
-    with without_autocast(x.device.type):
-        operands = operands.ready()
-        g2, x2 = grad.reshape(-1, out_features), x.reshape(-1, x.shape[-1])  # (T, out), (T, in)
-        by_plan = needed[0] and summed is None
-        u, v = (x2, g2) if wide else (g2, x2)
-        scaled = operands.scaled(lam * scaling, gamma) if by_plan else None
-        projected = None
-        if plan.grad_basis == "weight":
-            d_lam, d_gamma = operands.from_weight(u.T @ v, lam, gamma)
-        else:  # where dy is projected, dx needs the same
-            shares = by_plan and not wide and plan.grad_input == "token"
-            projected, d_lam, d_gamma = operands.from_tokens(u, v, lam, gamma, scaled if shares else None)
-            projected = projected if shares else None
-        dx = None
-        if by_plan and plan.grad_input == "fused" and weight is not None:
-            dx = g2 @ _oriented(operands.weight(scaled, _oriented(weight, wide), seed), wide)
-        elif by_plan:
-            beside = _beside(g2, None if weight is None else weight.T, None)
-            dx = _times_update(g2, operands, scaled, not wide, plan.grad_input, beside, projected)
-        elif needed[0] and summed is not None:
-            dx = g2 @ summed
-        d_bias = g2.sum(0).to(bias_dtype) if needed[4] else None
-    dx = dx if dx is None else dx.reshape(x.shape)
-    return dx, (d_lam * scaling).to(lam.dtype), (d_gamma * scaling).to(gamma.dtype), None, d_bias
+    operands = operands.ready()
+    g2, x2 = _rows(grad), _rows(x)
+    u, v = (x2, g2) if wide else (g2, x2)
+    by_plan = needed[0] and summed is None
+    factors = (lam * scaling, gamma)
+    scaled = operands.scaled(*factors) if by_plan else None
+    projected = None
+    if plan.grad_basis == "weight":
+        d_lam, d_gamma = operands.from_weight(u.T @ v, *factors)
+    else:  # where dy is projected, dx needs the same
+        shares = by_plan and not wide and plan.grad_input == "token"
+        projected, d_lam, d_gamma = operands.from_tokens(u, v, *factors, scaled if shares else None)
+        projected = projected if shares else None
+    dx = None
+    if by_plan and plan.grad_input == "fused" and weight is not None:
+        dx = g2 @ _oriented(operands.weight(scaled, _oriented(weight, wide), seed), wide)
+    elif by_plan:
+        beside = _beside(g2, None if weight is None else weight.T, None)
+        dx = _times_update(g2, operands, scaled, not wide, plan.grad_input, beside, projected)
+    elif needed[0] and summed is not None:
+        dx = g2 @ summed
+    dx = dx if dx is None or x2 is x else dx.reshape(x.shape)
+    d_bias = g2.sum(0).to(bias_dtype) if needed[4] else None
+    return dx, _in(d_lam * scaling, lam.dtype), _in(d_gamma, gamma.dtype), None, d_bias
+
+
+def _rows(x: Tensor) -> Tensor:  # (..., k) -> (T, k)
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes as long as a small product also where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _oriented(update: Tensor, wide: bool) -> Tensor:  # (M, m) <-> (out, in)
@@ -254,7 +276,7 @@ def _beside(rows: Tensor, weight: Tensor | None, bias: Tensor | None) -> Beside 
     """The product of ``rows`` with the transpose of ``weight``, in the dtype of the rows."""
     if weight is None:
         return None
-    return Beside(rows, weight.T.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+    return Beside(rows, _in(weight, rows.dtype), None if bias is None else _in(bias, rows.dtype))
 
 
 def _times_update(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from randlora.ops import bf16
 from randlora.ops.bf16 import sum_of_products
@@ -33,16 +34,16 @@ class Sizes(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """The base layer's product, ``rows @ matrix + bias``, which is added to that of the update.
+    """The base layer's product, ``rows @ weight.T + bias``, which is added to that of the update.
 
     Attributes:
         rows: (T, k).
-        matrix: (k, j), in the dtype of the rows.
+        weight: (j, k), in the dtype of the rows.
         bias: (j,), likewise.
     """
 
     rows: Tensor
-    matrix: Tensor
+    weight: Tensor
     bias: Tensor | None
 
 
@@ -56,6 +57,10 @@ class Operands(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the products."""
+
+    @property
+    def unit(self) -> float:
+        """The unit in which B stands: λ is to be divided by it."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return all tensors, for a compiler or a transform that has to see each one."""
@@ -74,7 +79,7 @@ class Operands(Protocol):
         """Return the costs of the products for so many tokens."""
 
     def scaled(self, lam: Tensor, gamma: Tensor) -> Any:
-        """Return Ã = λ·A·γ for λ (r, n) and γ (n, m)."""
+        """Return Ã = λ·A·γ for λ (r, n) and γ (n, m), the scaling being part of λ here and below."""
 
     def weight(self, scaled: Any, base: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
         """Return B Ã (+ base), (M, m), in the memory order of the base; with a seed, rounded stochastically."""
@@ -112,8 +117,8 @@ def with_base(a: Tensor, b: Tensor, beside: Beside | None) -> Tensor:
     if beside is None:
         return product(a, b)
     if beside.rows.dtype not in WIDE:
-        return sum_of_products([(beside.rows, beside.matrix), (a, b)], beside.bias)
-    return product(a, b, _base_product(beside))
+        return sum_of_products([(beside.rows, beside.weight.T), (a, b)], beside.bias)
+    return product(a, b, F.linear(*beside))
 
 
 def added(update: Tensor, beside: Beside | None, dtype: torch.dtype) -> Tensor:
@@ -121,10 +126,5 @@ def added(update: Tensor, beside: Beside | None, dtype: torch.dtype) -> Tensor:
     if beside is None:
         return update.to(dtype)
     if beside.rows.dtype not in WIDE:
-        return sum_of_products([(beside.rows, beside.matrix)], beside.bias, update)
-    return _base_product(beside) + update
-
-
-def _base_product(beside: Beside) -> Tensor:
-    rows, matrix, bias = beside
-    return rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
+        return sum_of_products([(beside.rows, beside.weight.T)], beside.bias, update)
+    return F.linear(*beside) + update

@@ -24,14 +24,17 @@ def has_autocast(device_type: str) -> bool:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype that autocast asks for, else that of ``x``."""
     kind = x.device.type
-    if has_autocast(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    return torch.get_autocast_dtype(kind) if autocasts(kind) and x.dtype != torch.float64 else x.dtype
+
+
+def autocasts(device_type: str) -> bool:
+    """Return whether autocast is on for devices of that type."""
+    return has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Return a context in which products run in the dtype of their operands."""
-    if has_autocast(device_type) and torch.is_autocast_enabled(device_type):
+    if autocasts(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()  # entering autocast takes longer than a small product
 

@@ -18,7 +18,7 @@ from randlora.ops.gpu import availability
 from randlora.ops.gpu.grouped import GroupedBases, grouped
 from randlora.ops.operands import Beside, Sizes, product, with_base
 from randlora.ops.plan import Costs
-from randlora.ops.units import in_units
+from randlora.ops.units import in_units, unit
 
 _IN_CACHE = 1 << 17  # numbers of a temporary that stays in a core's cache
 
@@ -152,6 +152,11 @@ class DenseBases(NamedTuple):
         A, B = tensors
         return cls(A, B, *static)
 
+    @property
+    def unit(self) -> float:
+        """The unit in which B stands."""
+        return unit(self.dtype)
+
     def ready(self) -> DenseBases:
         """Return the operands with B unpacked."""
         if self.B.dtype == self.dtype or (self.B.is_floating_point() and self._splits):
@@ -165,11 +170,13 @@ class DenseBases(NamedTuple):
 
     def scaled(self, lam: Tensor, gamma: Tensor) -> Tensor:
         """Return Ã (q, m), rows over (r, n), formed in the wider of the dtypes."""
-        A = self.A.to(torch.promote_types(lam.dtype, self.dtype))
+        A = self.A
+        if not A.dtype == lam.dtype == self.dtype:
+            A = A.to(torch.promote_types(lam.dtype, self.dtype))
         scaled = torch.mul(lam.unsqueeze(-1), A.unsqueeze(1))
         # fresh memory of this size can cost more than what is written to it
-        scaled = scaled * gamma if bf16.is_watched() else scaled.mul_(gamma)
-        return scaled.flatten(0, 1).to(self.dtype)
+        scaled = (scaled * gamma if bf16.is_watched() else scaled.mul_(gamma)).flatten(0, 1)
+        return scaled if scaled.dtype == self.dtype else scaled.to(self.dtype)
 
     def weight(self, scaled: Tensor, base: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
         """Return B Ã (+ base)."""
@@ -238,6 +245,9 @@ class DenseBases(NamedTuple):
 
     def _gradients(self, d_scaled: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """dλ (r, n) and dγ (n, m) from dÃ, which is read once; summed in the wider of the dtypes."""
+        if lam.dtype == gamma.dtype == d_scaled.dtype == self.A.dtype and d_scaled.numel() <= _IN_CACHE:
+            weighted = d_scaled.view(*lam.shape, -1) * self.A.unsqueeze(1)  # (r, n, m)
+            return (weighted * gamma).sum(-1), (weighted * lam.unsqueeze(-1)).sum(0)
         dtype = torch.promote_types(lam.dtype, d_scaled.dtype)
         lam, gamma = lam.to(dtype), gamma.to(dtype)
         step = max(_IN_CACHE // max(gamma.numel(), 1), 1)

@@ -183,6 +183,11 @@ class SparseBases(NamedTuple):
         places, B = tensors[2 : 2 + len(Csr._fields)], tensors[2 + len(Csr._fields) :]
         return cls(tensors[0], tensors[1], Csr(*places), Csr(*B), *static)
 
+    @property
+    def unit(self) -> float:
+        """The unit in which B stands."""
+        return 1.0  # products are in float32 or wider
+
     def ready(self) -> SparseBases:
         """Return the operands, which are."""
         return self

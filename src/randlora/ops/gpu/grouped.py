@@ -18,6 +18,7 @@ from randlora.ops.gpu import availability
 from randlora.ops.operands import Beside
 from randlora.ops.plan import Costs
 from randlora.ops.precision import at_least_float32
+from randlora.ops.units import unit
 
 
 class GroupedBases(NamedTuple):
@@ -46,6 +47,11 @@ class GroupedBases(NamedTuple):
         """Return the operands of ``tensors()`` and ``static()``."""
         A, B = tensors
         return cls(A, B, *static)
+
+    @property
+    def unit(self) -> float:
+        """The unit in which B stands."""
+        return unit(self.dtype)
 
     def ready(self) -> GroupedBases:
         """Return the operands: kernels read codes as they are."""
@@ -79,8 +85,8 @@ class GroupedBases(NamedTuple):
 
     def narrow(self, projected: Tensor, scaled: tuple[Tensor, Tensor], beside: Beside | None) -> Tensor:
         """Return u B Ã (+ the base layer's product)."""
-        rows, matrix, bias = (None, None, None) if beside is None else beside
-        return self._kernels.times_scaled(projected, self.A, *scaled, self.dtype, None, rows, matrix, bias)
+        first = (None, None, None) if beside is None else (beside.rows, beside.weight.T, beside.bias)
+        return self._kernels.times_scaled(projected, self.A, *scaled, self.dtype, None, *first)
 
     def from_tokens(
         self, u: Tensor, v: Tensor, lam: Tensor, gamma: Tensor, scaled: Any = None
@@ -96,7 +102,7 @@ class GroupedBases(NamedTuple):
     def _sum(self, a: Tensor, b: Tensor, beside: Beside | None) -> Tensor:
         """``a @ b`` plus the base layer's product; a kernel reads codes as they are."""
         if beside is not None:
-            return self._kernels.sum_of_products(beside.rows, beside.matrix, a, b, beside.bias)
+            return self._kernels.sum_of_products(beside.rows, beside.weight.T, a, b, beside.bias)
         return a @ b if a.dtype == b.dtype else self._kernels.sum_of_products(a, b)
 
     @property

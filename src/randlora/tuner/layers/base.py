@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -82,6 +83,11 @@ class RandLoraLayer(ScaledLayer):
     def max_dim(self) -> int:
         """M, the larger dimension of the weight."""
         return max(self.in_features, self.out_features)
+
+    @property
+    def num_matrices(self) -> int:
+        """One, or the number of matrices in a stack."""
+        return math.prod(self.stack)
 
     @property
     def randlora_A(self) -> Mapping[str, Tensor]:

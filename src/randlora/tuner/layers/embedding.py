@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from randlora.errors import UnsupportedLayerError
 from randlora.ops.precision import without_autocast
-from randlora.ops.units import unit
 from randlora.tuner.layers.base import RandLoraLayer, innermost
 from randlora.tuner.mixed_batch import mixed_forward
 
@@ -60,7 +59,7 @@ class Embedding(nn.Module, RandLoraLayer):
         operands = self._lookup(name, ids.device, dtype)
         with without_autocast(ids.device.type):
             lam, gamma = self.randlora_lambda[name].to(ids.device), self.randlora_gamma[name].to(ids.device)
-            scaled = operands.scaled(lam * (self._scaling(name) / unit(dtype)), gamma)
+            scaled = operands.scaled(lam * (self._scaling(name) / operands.unit), gamma)
             wide = self.out_features < self.in_features
             if base.scale_grad_by_freq or ids.numel() >= base.num_embeddings:
                 table = operands.table(scaled, wide)
