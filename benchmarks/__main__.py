@@ -18,6 +18,7 @@ NAMES = (
     "step_bf16",
     "architectures",
     "compiled",
+    "overhead",
     "layers",
     "crossover",
     "memory",

@@ -7,7 +7,6 @@ their times crosses zero. At the planned one both should take as long: "off by" 
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor
 
 from randlora.ops import plan as planner
-from randlora.ops.bases import BasisSpec, get_basis
+from randlora.ops.bases import BasisKind, BasisSpec, Dense, Ternary, get_basis
 from randlora.ops.linear import adapted_linear, problem_of
+from randlora.ops.operands import Sizes
 from randlora.ops.plan import Plan, Problem, backward_cost, forward_cost
 
 from .rounds import interleave, ratio, seconds
@@ -38,10 +38,10 @@ COSTS: Costs = {
 
 def run(quick: bool) -> Iterator[dict[str, Any]]:
     for out, into in ((192, 256),) if quick else SHAPES:
-        for name, sparsity in (("dense", None), ("very sparse", 2 * math.sqrt(max(out, into)))):
-            layer = Layer(out, into, sparsity)
+        for name, kind in (("dense", Dense()), ("very sparse", Ternary(2 * math.sqrt(max(out, into))))):
+            layer = Layer(out, into, kind)
             for direction in COSTS:
-                planned = planned_crossover(layer.problem(1), direction)
+                planned = planned_crossover(layer.problem, direction)
                 if planned is not None:
                     row = compare(layer, direction, planned, rounds=3 if quick else 9)
                     yield {"out": out, "in": into, "bases": name, **row}
@@ -50,18 +50,18 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
 class Layer:
     """One adapted layer, as its operands."""
 
-    def __init__(self, out: int, into: int, sparsity: float | None) -> None:
+    def __init__(self, out: int, into: int, kind: BasisKind) -> None:
         torch.manual_seed(0)
         m, M = sorted((out, into))
-        basis = get_basis(BasisSpec(RANK, m, M, 0, sparsity, m, M))
-        self.bases = basis.operands(torch.device("cpu"), torch.float32, m, M, basis.num_bases)
+        basis = get_basis(BasisSpec(RANK, m, M, 0, kind, m, M))
+        self.bases = basis.operands(torch.device("cpu"), torch.float32, Sizes(M, m, basis.num_bases))
         self.lam = torch.full((RANK, basis.num_bases), 0.01, requires_grad=True)
         self.gamma = torch.full((basis.num_bases, m), 1 / M, requires_grad=True)
         self.weight = torch.randn(out, into)
 
     def problem(self, tokens: int) -> Problem:
         out, into = self.weight.shape
-        return problem_of(self.bases, torch.float32, tokens, out, into, tuple(self.lam.shape), fusible=True)
+        return problem_of(self.bases, tokens, out, into, fusible=True)
 
     def input(self, tokens: int) -> Tensor:
         return torch.randn(tokens, self.weight.shape[1], requires_grad=True)
@@ -87,15 +87,15 @@ def compare(layer: Layer, direction: str, planned: int, rounds: int) -> dict[str
     }
 
 
-def planned_crossover(problem: Problem, direction: str) -> int | None:
+def planned_crossover(problem: Callable[[int], Problem], direction: str) -> int | None:
     """The smallest number of tokens from which weight space counts as cheaper; none with very sparse bases, mostly."""
     token, weight = COSTS[direction]
     low, high = 0, MOST_TOKENS
-    if token(replace(problem, tokens=high)) <= weight(replace(problem, tokens=high)):
+    if token(problem(high)) <= weight(problem(high)):
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        at = replace(problem, tokens=middle)
+        at = problem(middle)
         low, high = (middle, high) if token(at) <= weight(at) else (low, middle)
     return high
 

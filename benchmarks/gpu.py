@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from transformers.utils import logging
 
-from randlora.ops import dispatch
+from randlora.ops.gpu import availability
 
 from . import gpu_kernels, gpu_model, record
 from .gpu_clock import measured_rates
@@ -88,7 +88,7 @@ def _name(device: torch.device) -> str:
 
 
 def _kernels(device: torch.device) -> str:
-    return dispatch.why_not(device, torch.bfloat16) or "they run"
+    return availability.why_not(device, torch.bfloat16) or "they run"
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randlora.ops import dispatch, scaled
-from randlora.ops.grouped import grouped
-from randlora.ops.operands import DenseBases
+from randlora.ops.bases.dense import DenseBases
+from randlora.ops.gpu import availability, reference
+from randlora.ops.gpu.grouped import grouped
 
 from .gpu_clock import Rates, milliseconds
 
@@ -60,7 +60,7 @@ def trials(device: torch.device, M: int, m: int, T: int, r: int) -> list[Trial]:
 
     A, natural, W, x, u, h = draw(r, m), draw(M, q) / q**0.5, draw(M, m), draw(T, m), draw(T, M), draw(T, q)
     lam, gamma = torch.randn(r, n, device=device), torch.randn(n, m, device=device)
-    B, plain, kernels = grouped(natural, r), DenseBases(A, natural), dispatch.kernels(device, dtype)
+    B, plain, kernels = grouped(natural, r), DenseBases(A, natural, dtype), availability.kernels(device, dtype)
     factors = (A, lam, gamma)
     two, small = 2, 4 * (lam.numel() + gamma.numel()) + 2 * A.numel()  # bytes of an entry; of what Ã is made of
 
@@ -71,14 +71,14 @@ def trials(device: torch.device, M: int, m: int, T: int, r: int) -> list[Trial]:
         traffic += two * sum(factor.numel() for factor in first)
 
         def without() -> Tensor:
-            total = left @ plain.scaled(lam, gamma, dtype)
+            total = left @ plain.scaled(lam, gamma)
             total = total if base is None else total + base
             return torch.addmm(total, *first) if first else total
 
         return Trial(
             name,
             lambda: kernels.times_scaled(*arguments),
-            lambda: scaled.times_scaled(*arguments),
+            lambda: reference.times_scaled(*arguments),
             without,
             pairs,
             traffic,
@@ -88,8 +88,8 @@ def trials(device: torch.device, M: int, m: int, T: int, r: int) -> list[Trial]:
         return Trial(
             name,
             lambda: kernels.scaling_gradients(left, right, *factors),
-            lambda: scaled.scaling_gradients(left, right, *factors),
-            lambda: plain.scaling_gradients(natural_left.T @ right, lam, gamma),
+            lambda: reference.scaling_gradients(left, right, *factors),
+            lambda: plain._gradients(natural_left.T @ right, lam, gamma),
             len(right) * q * m,
             two * (left.numel() + right.numel()) + 2 * small,
         )
@@ -101,15 +101,15 @@ def trials(device: torch.device, M: int, m: int, T: int, r: int) -> list[Trial]:
         Trial(
             "tokens Ãᵀ",
             lambda: kernels.times_scaled_transposed(x, *factors),
-            lambda: scaled.times_scaled_transposed(x, *factors),
-            lambda: x @ plain.scaled(lam, gamma, dtype).T,
+            lambda: reference.times_scaled_transposed(x, *factors),
+            lambda: x @ plain.scaled(lam, gamma).T,
             T * q * m,
             small + two * (x.numel() + T * q),
         ),
         Trial(
             "x Wᵀ + h Bᵀ",
             lambda: kernels.sum_of_products(x, W.T, h, B.T),
-            lambda: scaled.sum_of_products(x, W.T, h, B.T),
+            lambda: reference.sum_of_products(x, W.T, h, B.T),
             lambda: torch.cat([x, h], 1) @ torch.cat([W.T, natural.T], 0),
             T * M * (m + q),
             two * (x.numel() + W.numel() + h.numel() + B.numel() + T * M),

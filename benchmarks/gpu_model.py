@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from randlora.ops import dispatch, plan, rounding
+from randlora.ops import plan, rounding
+from randlora.ops.gpu import availability
 
 from .floor import step_floor
 from .gpu_clock import Rates, forget_peak, milliseconds, peak_bytes
@@ -94,7 +95,7 @@ WAYS = {
     VERY_SPARSE: Way(ours(very_sparse=True)),
     "randlora, stochastic": Way(ours(), switched(rounding.set_stochastic_rounding, True)),
     SPARSE: Way(ours(sparse=True)),
-    "randlora, no kernels": Way(ours(), switched(dispatch.set_kernels, False)),
+    "randlora, no kernels": Way(ours(), switched(availability.set_kernels, False)),
     "randlora, token space": Way(ours(), lambda: plan.force(TOKEN)),
     "randlora, weight space": Way(ours(), lambda: plan.force(WEIGHT)),
     FULL: Way(full),

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from randlora.ops import triton_gradients, triton_products, triton_tiles
+from randlora.ops.gpu import gradients, products, tiles
 
 COLUMNS = (
     "arch",
@@ -95,7 +95,7 @@ def resources(
 
 
 def _kernel(name: str) -> Any:
-    module = triton_gradients if name == "_scaling_gradients" else triton_products
+    module = gradients if name == "_scaling_gradients" else products
     kernel = getattr(module, name)
     return getattr(kernel, "fn", kernel) if hasattr(kernel, "configs") else kernel
 
@@ -103,10 +103,10 @@ def _kernel(name: str) -> Any:
 def _sizes(name: str, rank: int, smaller: bool) -> list[dict[str, int]]:
     """The block sizes among which a GPU chooses."""
     if name != "_scaling_gradients":
-        return triton_tiles.CONFIGS["product"][smaller:]
+        return tiles.CONFIGS["product"][smaller:]
     return [
         config | {"ROWS": tile, "COLUMNS": tile, "PART": min(triton.next_power_of_2(rank), tile)}
-        for config in triton_tiles.CONFIGS["reduction"]
+        for config in tiles.CONFIGS["reduction"]
         for tile in (128, 64)
     ]
 

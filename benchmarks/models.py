@@ -25,6 +25,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from randlora.analysis import counts
+
 SEQUENCE = 256  # most tokens of one sequence; a batch has as many sequences as its tokens need
 
 
@@ -180,9 +182,7 @@ def linear_shapes(model: nn.Module, targets: str | None = None) -> list[tuple[in
 
 def matched_lora_rank(model: nn.Module, targets: str, rank: int) -> int:
     """The LoRA rank whose number of trainable parameters is nearest to RandLoRA's of ``rank``."""
-    shapes = linear_shapes(model, targets)
-    randlora = sum(-(-min(shape) // rank) * (rank + min(shape)) for shape in shapes)
-    return max(1, round(randlora / sum(sum(shape) for shape in shapes)))
+    return counts.matched_lora_rank(linear_shapes(model, targets), rank)
 
 
 def _language(tokens: int, vocab: int) -> dict[str, Tensor]:

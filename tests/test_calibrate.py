@@ -1,11 +1,15 @@
 """Calibration fits the planner's rates to what was measured; no test depends on a real time."""
 
+from functools import partial
+
 import pytest
 
+from ops.test_plan import problem_of
 from randlora import calibrate as calibration
 from randlora.calibrate import Timing, calibrate, chosen_seconds, fitted, measure
 from randlora.ops import plan
-from randlora.ops.plan import Problem, Rates, backward_cost, choose, forward_cost
+from randlora.ops.bases import Dense, Ternary
+from randlora.ops.plan import Rates, backward_cost, choose, forward_cost
 
 
 @pytest.fixture(autouse=True)
@@ -17,10 +21,11 @@ def rates():
 
 def made_up(truth: Rates, tokens: int, kind: str) -> Timing:
     """What a machine with the rates ``truth`` would measure."""
-    problem = Problem(tokens, 1024, 1024, 32, 32, can_fuse=True).with_kind(kind, (0.03, 0.02))
     plan.set_rates(truth)
+    make = partial(problem_of, tokens, 1024, 1024, 32, True, products=kind, density=(0.03, 0.02))
+    problem = make()
     return Timing(
-        problem,
+        make,
         {way: forward_cost(problem, way) * 1e-12 for way in ("token", "fused")},
         {ways: backward_cost(problem, *ways) * 1e-12 for ways in calibration._WAYS},
     )
@@ -37,7 +42,7 @@ def test_the_switch_lands_where_this_machine_crosses(kind, name, truth):
 
     def switch(with_rates):
         plan.set_rates(with_rates)
-        problems = (Problem(T, 1024, 1024, 32, 32, can_fuse=True).with_kind(kind, (0.03, 0.02)) for T in range(1, 4096))
+        problems = (problem_of(T, 1024, 1024, 32, True, products=kind, density=(0.03, 0.02)) for T in range(1, 4096))
         return next(problem.tokens for problem in problems if choose(problem).output == "fused")
 
     assert switch(found) == pytest.approx(switch(machine), rel=0.2)
@@ -53,12 +58,12 @@ def test_fitting_leaves_the_rates_in_force_alone():
     assert plan.rates is before
 
 
-@pytest.mark.parametrize("sparsity", [None, 64.0])
-def test_measuring_times_every_way(sparsity):
-    timing = measure((96, 64), 8, sparsity, calibration.torch.device("cpu"))
+@pytest.mark.parametrize("kind", [Dense(), Ternary(64.0)], ids=str)
+def test_measuring_times_every_way(kind):
+    timing = measure((96, 64), 8, kind, calibration.torch.device("cpu"))
     assert set(timing.forward) == {"token", "fused"}
     assert set(timing.backward) == set(calibration._WAYS)
-    assert timing.problem.tokens == 8
+    assert timing.problem().tokens == 8
 
 
 def test_calibrate_puts_its_rates_in_force():

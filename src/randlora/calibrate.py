@@ -6,14 +6,16 @@ import itertools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 
 import torch
 from torch.nn import functional as F
 
 from randlora.ops import plan as planner
-from randlora.ops.bases import BasisSpec, get_basis
+from randlora.ops.bases import BasisKind, BasisSpec, Dense, Ternary, get_basis
 from randlora.ops.linear import adapted_linear, problem_of
+from randlora.ops.operands import Sizes
 from randlora.ops.plan import BasisWay, Problem, Rates, Way, backward_cost, forward_cost
 
 _RANK = 32
@@ -28,12 +30,12 @@ class Timing:
     """Seconds of one call beyond the base layer's own, for each of the ways.
 
     Attributes:
-        problem: what was computed.
+        problem: gives what was computed, with the costs by the rates of that moment.
         forward: seconds of the output, by way.
         backward: seconds of the gradients, by ways of dx and dÃ.
     """
 
-    problem: Problem
+    problem: Callable[[], Problem]
     forward: dict[Way, float]
     backward: dict[tuple[Way, BasisWay], float]
 
@@ -58,8 +60,8 @@ def calibrate(
     """
     device = torch.device(device)
     dense, sparse = (
-        [measure(shape, count, sparsity, device) for shape in shapes for count in tokens]
-        for sparsity in (None, 2.0 * _RANK)
+        [measure(shape, count, kind, device) for shape in shapes for count in tokens]
+        for kind in (Dense(), Ternary(2.0 * _RANK))
     )
     rates = fitted(dense, planner.rates, {"split": _around(0.85), "element": _around(40.0)})
     rates = fitted(sparse, rates, {"sparse": _around(9.0), "element_sparse": _around(40.0)})
@@ -67,22 +69,22 @@ def calibrate(
     return rates
 
 
-def measure(shape: tuple[int, int], tokens: int, sparsity: float | None, device: torch.device) -> Timing:
+def measure(shape: tuple[int, int], tokens: int, kind: BasisKind, device: torch.device) -> Timing:
     """Times every way of computing one layer's call."""
     out, in_ = shape
     m, M = min(shape), max(shape)
-    basis = get_basis(BasisSpec(_RANK, m, M, 0, sparsity, m, M))
-    bases = basis.operands(device, torch.float32, m, M, basis.num_bases)
+    basis = get_basis(BasisSpec(_RANK, m, M, 0, kind, m, M))
+    operands = basis.operands(device, torch.float32, Sizes(M, m, basis.num_bases), tokens)
     lam = torch.full((_RANK, basis.num_bases), 0.01, device=device, requires_grad=True)
     gamma = torch.full((basis.num_bases, m), 1 / M, device=device, requires_grad=True)
     weight = torch.randn(out, in_, device=device)
     x = torch.randn(tokens, in_, device=device, requires_grad=True)
     dy = torch.randn(tokens, out, device=device)
     base = _seconds(lambda: F.linear(x, weight), dy)
-    timing = Timing(problem_of(bases, torch.float32, tokens, out, in_, tuple(lam.shape), fusible=True), {}, {})
+    timing = Timing(partial(problem_of, operands, tokens, out, in_, fusible=True), {}, {})
     for way, basis_way in _WAYS:
         with planner.force(planner.Plan(way, way, basis_way)):
-            found = _seconds(lambda: adapted_linear(x, bases, lam, gamma, 1.0, out, weight), dy)
+            found = _seconds(lambda: adapted_linear(x, operands, lam, gamma, 1.0, out, weight), dy)
         timing.forward[way] = found[0] - base[0]
         timing.backward[way, basis_way] = found[1] - base[1]
     return timing
@@ -108,8 +110,9 @@ def fitted(timings: list[Timing], start: Rates, candidates: dict[str, list[float
 
 def chosen_seconds(timing: Timing) -> float:
     """What the planner's choice among the measured ways took."""
-    forward = min(timing.forward, key=lambda way: forward_cost(timing.problem, way))
-    backward = min(timing.backward, key=lambda ways: backward_cost(timing.problem, *ways))
+    problem = timing.problem()
+    forward = min(timing.forward, key=lambda way: forward_cost(problem, way))
+    backward = min(timing.backward, key=lambda ways: backward_cost(problem, *ways))
     return timing.forward[forward] + timing.backward[backward]
 
 

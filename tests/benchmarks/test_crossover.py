@@ -3,23 +3,24 @@
 import pytest
 
 from benchmarks import crossover
+from randlora.ops.bases import Dense
 from randlora.ops.plan import choose
 
 
 @pytest.fixture(params=[(96, 64), (64, 96), (64, 64)], ids=str)
 def layer(request):
-    return crossover.Layer(*request.param, sparsity=None)
+    return crossover.Layer(*request.param, kind=Dense())
 
 
 def test_the_planned_crossover_is_where_the_planner_changes(layer):
-    found = crossover.planned_crossover(layer.problem(1), "forward")
+    found = crossover.planned_crossover(layer.problem, "forward")
     assert choose(layer.problem(found)).output == "fused"
     assert choose(layer.problem(found - 1)).output == "token"
 
 
 def test_the_measured_crossover_is_where_the_times_are_equal(layer, monkeypatch):
     monkeypatch.setattr(crossover, "measured_ratio", lambda _layer, _direction, tokens, _rounds: (tokens / 100) ** 0.5)
-    planned = crossover.planned_crossover(layer.problem(1), "backward")
+    planned = crossover.planned_crossover(layer.problem, "backward")
     row = crossover.compare(layer, "backward", planned, rounds=1)
     assert row["measured tokens"] == 100
     assert row["planned / measured"] == pytest.approx(row["planned tokens"] / 100)
@@ -33,4 +34,4 @@ def test_a_ratio_is_measured(layer, direction):
 
 def test_where_weight_space_never_pays_there_is_none(layer, monkeypatch):
     monkeypatch.setitem(crossover.COSTS, "forward", (lambda problem: 1.0, lambda problem: 2.0))
-    assert crossover.planned_crossover(layer.problem(1), "forward") is None
+    assert crossover.planned_crossover(layer.problem, "forward") is None

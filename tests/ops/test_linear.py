@@ -12,13 +12,14 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from randlora.ops import bf16, naive, operands
+from randlora.ops import bf16, naive
+from randlora.ops.bases import dense
+from randlora.ops.bases.dense import DenseBases
+from randlora.ops.bases.ternary import sparse_bases
 from randlora.ops.codes import pack
-from randlora.ops.grouped import GroupedBases, grouped
+from randlora.ops.gpu.grouped import GroupedBases, grouped
 from randlora.ops.linear import adapted_linear, can_fuse, delta_weight, with_update
-from randlora.ops.operands import DenseBases
 from randlora.ops.plan import Plan, force
-from randlora.ops.sparse import sparse_bases
 from randlora.ops.units import in_units
 
 WAYS = ("token", "weight", "fused")
@@ -69,12 +70,13 @@ class Case:
         """A and B as layers pass them."""
         if self.kind == "sparse":
             wide = torch.promote_types(self.dtype, torch.float32)
-            return sparse_bases(self.A.to(wide), self.B.to(wide))
+            return sparse_bases(self.A.to(wide), self.B.to(wide), self.dtype)
         if self.kind == "codes":
-            return DenseBases(self.A.to(torch.int8), pack(self.B.to(torch.int8)))
+            return DenseBases(self.A.to(torch.int8), pack(self.B.to(torch.int8)), self.dtype)
         if self.kind == "grouped":
-            return GroupedBases(self.A, grouped(in_units(self.B, self.dtype), len(self.A)))
-        return DenseBases(self.A, self.B.bfloat16() if self.kind == "split" else in_units(self.B, self.dtype))
+            return GroupedBases(self.A, grouped(in_units(self.B, self.dtype), len(self.A)), self.dtype)
+        B = self.B.bfloat16() if self.kind == "split" else in_units(self.B, self.dtype)
+        return DenseBases(self.A, B, self.dtype)
 
     def run(self, leaves, update=None):
         return adapted_linear(
@@ -255,10 +257,10 @@ class TestPieces:
     def test_scaled_basis_is_formed_in_the_wider_dtype(self):
         case = Case(9, 6, 4, dtype=torch.bfloat16)
         lam, gamma, bases = case.leaves["lam"], case.leaves["gamma"], case.bases()
-        exact = DenseBases(case.A.double(), case.B).scaled(lam.double(), gamma.double(), torch.float64)
-        found = bases.scaled(lam, gamma, torch.float32)
+        exact = DenseBases(case.A.double(), case.B, torch.float64).scaled(lam.double(), gamma.double())
+        found = bases._replace(dtype=torch.float32).scaled(lam, gamma)
         torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
-        assert bases.scaled(lam, gamma, torch.bfloat16).dtype == torch.bfloat16
+        assert bases.scaled(lam, gamma).dtype == torch.bfloat16
 
     @pytest.mark.parametrize(
         ("compute", "weight", "expected"),
@@ -495,7 +497,7 @@ def test_codes_are_split_where_they_are_many(monkeypatch, plan):
 
 @pytest.mark.parametrize("plan", UNIFORM, ids=plan_name)
 def test_gradients_of_scalings_are_summed_over_blocks(monkeypatch, plan):
-    monkeypatch.setattr(operands, "_IN_CACHE", 1)
+    monkeypatch.setattr(dense, "_IN_CACHE", 1)
     with force(plan):
         Case(9, 6, 4, (5,), torch.float64).check(TOLERANCE[torch.float64])
 

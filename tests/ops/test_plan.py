@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from randlora.ops import plan as plans
-from randlora.ops.linear import adapted_linear, skips_zeros
-from randlora.ops.operands import DenseBases
+from randlora.ops.bases import Ternary
+from randlora.ops.bases.dense import DenseBases, dense_costs
+from randlora.ops.bases.ternary import _sparse_costs
+from randlora.ops.linear import adapted_linear
+from randlora.ops.operands import Sizes
 from randlora.ops.plan import (
     Plan,
     Problem,
@@ -29,21 +32,27 @@ PLANS = [Plan(*ways) for ways in itertools.product(WAYS, WAYS, WAYS[:2])]
 dims = st.integers(1, 40)
 
 
-def problems(**fixed):
+def problem_of(tokens, out, in_, rank, can_fuse, input_needs_grad=True, products="plain", density=(0.1, 0.2)):
+    """The problem of a layer with its products with the bases computed in one of the three ways."""
+    sizes = Sizes(max(out, in_), min(out, in_), -(-min(out, in_) // rank))
+    if products == "sparse":
+        costs = _sparse_costs(rank, sizes, tokens, density)
+    else:
+        costs = dense_costs(rank, sizes, tokens, splits=products == "split")
+    return Problem(tokens, out, in_, costs, can_fuse, input_needs_grad)
+
+
+def shapes(**fixed):
+    """Arguments of ``problem_of``: of the rates of that moment, problems are made in the tests."""
     fields = {
         "tokens": st.integers(1, 80),
-        "out_features": dims,
-        "in_features": dims,
+        "out": dims,
+        "in_": dims,
         "rank": st.integers(1, 12),
         "can_fuse": st.booleans(),
         "input_needs_grad": st.booleans(),
     } | {name: st.just(value) for name, value in fixed.items()}
-
-    def build(tokens, out_features, in_features, rank, can_fuse, input_needs_grad):
-        n = -(-min(out_features, in_features) // rank)
-        return Problem(tokens, out_features, in_features, rank, n, can_fuse, input_needs_grad)
-
-    return st.builds(build, **fields)
+    return st.fixed_dictionaries(fields)
 
 
 @pytest.fixture
@@ -61,15 +70,15 @@ def multiply_adds(counter: FlopCounterMode) -> int:
     return sum(flops for product, flops in counted.items() if product is not torch.ops.aten.bmm) // 2
 
 
-def measured(problem: Problem, plan: Plan, with_weight: bool) -> tuple[int, int]:
+def measured(problem: Problem, r: int, plan: Plan, with_weight: bool) -> tuple[int, int]:
     """Multiply-adds of forward and backward beyond the base layer's own, as counted at torch's dispatcher."""
-    r, n = problem.rank, problem.num_bases
     out, in_ = problem.out_features, problem.in_features
     m, M = min(out, in_), max(out, in_)
+    n = -(-m // r)
     x = torch.randn(problem.tokens, in_, requires_grad=problem.input_needs_grad)
     weight = torch.randn(out, in_) if with_weight else None
     lam, gamma = torch.randn(r, n, requires_grad=True), torch.randn(n, m, requires_grad=True)
-    bases = DenseBases(torch.randn(r, m), torch.randn(M, n * r))
+    bases = DenseBases(torch.randn(r, m), torch.randn(M, n * r), torch.float32)
     with force(plan), FlopCounterMode(display=False) as forward:
         y = adapted_linear(x, bases, lam, gamma, 1.0, out, weight)
     with FlopCounterMode(display=False) as backward:
@@ -81,24 +90,26 @@ def measured(problem: Problem, plan: Plan, with_weight: bool) -> tuple[int, int]
 @pytest.mark.usefixtures("products_only")
 class TestCosts:
     @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    @given(problem=problems(can_fuse=True), plan=st.sampled_from(PLANS))
-    def test_table_equals_the_counted_products(self, problem, plan):
+    @given(shape=shapes(can_fuse=True), plan=st.sampled_from(PLANS))
+    def test_table_equals_the_counted_products(self, shape, plan):
+        problem = problem_of(**shape)
         expected = forward_cost(problem, plan.output), backward_cost(problem, plan.grad_input, plan.grad_basis)
-        assert measured(problem, plan, with_weight=True) == expected
+        assert measured(problem, shape["rank"], plan, with_weight=True) == expected
 
     @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    @given(problem=problems(can_fuse=False), plan=st.sampled_from(PLANS))
-    def test_table_equals_the_counted_products_of_the_update_alone(self, problem, plan):
+    @given(shape=shapes(can_fuse=False), plan=st.sampled_from(PLANS))
+    def test_table_equals_the_counted_products_of_the_update_alone(self, shape, plan):
+        problem = problem_of(**shape)
         allowed = plans._allowed(plan, problem)
         expected = (
             forward_cost(problem, allowed.output),
             backward_cost(problem, allowed.grad_input, allowed.grad_basis),
         )
-        assert measured(problem, plan, with_weight=False) == expected
+        assert measured(problem, shape["rank"], plan, with_weight=False) == expected
 
     def test_the_numbers_of_the_design_for_a_square_layer(self):
         m, T = 512, 2048
-        problem = Problem(T, m, m, 32, m // 32, can_fuse=True)
+        problem = problem_of(T, m, m, 32, can_fuse=True)
         assert forward_cost(problem, "token") == T * m * 2 * m
         assert forward_cost(problem, "fused") == m**3
         assert forward_cost(problem, "weight") == m**3 + T * m * m
@@ -107,51 +118,50 @@ class TestCosts:
 
     def test_thresholds_of_the_design_for_a_square_layer(self):
         m = 64
-        few = choose(Problem(m // 2, m, m, 8, 8, can_fuse=True))
-        some = choose(Problem(m // 2 + 1, m, m, 8, 8, can_fuse=True))
-        many = choose(Problem(m + 1, m, m, 8, 8, can_fuse=True))
+        few = choose(problem_of(m // 2, m, m, 8, can_fuse=True))
+        some = choose(problem_of(m // 2 + 1, m, m, 8, can_fuse=True))
+        many = choose(problem_of(m + 1, m, m, 8, can_fuse=True))
         assert few == Plan("token", "token", "token")
         assert some == Plan("fused", "token", "token")
         assert many == Plan("fused", "fused", "weight")
 
     def test_sparse_products_cost_their_density(self):
-        dense = Problem(64, 96, 64, 8, 8, can_fuse=True)
-        sparse = dense.with_kind("sparse", (0.25, 0.125))
+        sparse = problem_of(64, 96, 64, 8, True, products="sparse", density=(0.25, 0.125))
         assert forward_cost(sparse, "token") == 64 * 64 * (64 * 0.25 + 96 * 0.125)
         assert forward_cost(sparse, "fused") == 64 * 64 * 96 * 0.125
         assert backward_cost(sparse, "fused", "weight") == 64 * 64 * 96 * (1 + 2 * 0.125)
         # with A as sparse as B, few products are left but dW itself, which is therefore avoided
-        assert choose(Problem(4096, 96, 64, 8, 8, True).with_kind("sparse", (0.02, 0.02))).grad_basis == "token"
+        sparser = problem_of(4096, 96, 64, 8, True, products="sparse", density=(0.02, 0.02))
+        assert choose(sparser).grad_basis == "token"
 
 
 class TestRates:
     def test_cheaper_products_with_b_move_the_switch(self):
         m = 512
 
-        def switch(kind):
-            return next(
-                T for T in range(1, 4 * m) if choose(Problem(T, m, m, 32, 16, True).with_kind(kind)).output == "fused"
-            )
+        def switch(products):
+            problems = (problem_of(T, m, m, 32, True, products=products) for T in range(1, 4 * m))
+            return next(problem.tokens for problem in problems if choose(problem).output == "fused")
 
         before = plans.rates
         try:
             set_rates(Rates(split=0.5, element=0.0))
-            assert switch("dense") == m // 2 + 1
+            assert switch("plain") == m // 2 + 1
             assert switch("split") == m // 3 + 1  # T m² (1 + 0.5) against 0.5 m³
         finally:
             set_rates(before)
 
     def test_what_is_held_saves_is_what_a_call_costs(self):
-        problem = Problem(1, 64, 96, 8, 8, can_fuse=True)
+        problem = problem_of(1, 64, 96, 8, can_fuse=True)
         assert call_cost(problem) > forward_cost(problem, choose(problem).output)
         assert sum_cost(problem) == forward_cost(problem, "fused")
 
 
 class TestChoice:
     @settings(deadline=None)
-    @given(problem=problems(), kind=st.sampled_from(["dense", "split", "sparse"]))
-    def test_is_the_minimum_of_what_is_allowed(self, problem, kind):
-        problem = problem.with_kind(kind, (0.1, 0.2))
+    @given(shape=shapes(), products=st.sampled_from(["plain", "split", "sparse"]))
+    def test_is_the_minimum_of_what_is_allowed(self, shape, products):
+        problem = problem_of(**shape, products=products)
         allowed = [way for way in WAYS if problem.can_fuse or way != "fused"]
         plan = choose(problem)
         assert plan.output in allowed
@@ -163,7 +173,7 @@ class TestChoice:
 
     @pytest.mark.parametrize("plan", PLANS, ids=str)
     def test_forced_plan_holds_within_its_context(self, plan):
-        problem = Problem(5, 8, 9, 2, 4, can_fuse=True)
+        problem = problem_of(5, 8, 9, 2, can_fuse=True)
         before, other = choose(problem), Plan("token", "token", "token")
         with force(plan):
             assert choose(problem) == plan
@@ -174,11 +184,11 @@ class TestChoice:
 
     def test_fused_is_never_forced_where_it_would_round(self):
         with force(Plan("fused", "fused", "weight")):
-            plan = choose(Problem(5, 8, 9, 2, 4, can_fuse=False))
+            plan = choose(problem_of(5, 8, 9, 2, can_fuse=False))
         assert plan == Plan("weight", "weight", "weight")
 
     def test_an_error_ends_the_forcing(self):
-        problem = Problem(1, 64, 64, 8, 8, can_fuse=True)
+        problem = problem_of(1, 64, 64, 8, can_fuse=True)
         with pytest.raises(KeyError), force(Plan("fused", "fused", "weight")):
             raise KeyError
         assert choose(problem) == Plan("token", "token", "token")
@@ -186,6 +196,9 @@ class TestChoice:
 
 def test_zeros_are_skipped_in_half_precision_for_few_tokens_only(monkeypatch):
     monkeypatch.setattr(plans, "rates", Rates(sparse_tokens=100))
+    cpu, kind = torch.device("cpu"), Ternary(16.0)
     for dtype in (torch.bfloat16, torch.float16):
-        assert [skips_zeros(dtype, tokens) for tokens in (1, 100, 101)] == [True, True, False]
-    assert skips_zeros(torch.float32, 1 << 20)
+        found = [kind.skips_zeros(cpu, dtype, tokens) for tokens in (1, 100, 101, None)]
+        assert found == [True, True, False, False]
+    assert kind.skips_zeros(cpu, torch.float32, 1 << 20)
+    assert not Ternary(15.9).skips_zeros(cpu, torch.float32, 1)

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from ops.test_bases import GOLDEN
+from ops.bases.test_bases import GOLDEN
 from process_wide import default_dtype, generators
 from randlora import PeftModel, RandLoraConfig, get_peft_model
-from randlora.ops import bases
+from randlora.ops.bases import basis as bases
+from randlora.ops.bases import dense, ternary
 from tuner.helpers import LLAMA_TARGETS, llama, randomise, tokens
 
 from .children import ended_well, start
@@ -155,8 +156,9 @@ def test_nobodys_generator_is_touched(tmp_path):
 
 class TestByteOrder:
     def test_words_in_the_other_order_draw_the_same_numbers(self, monkeypatch):
-        words = bases._words
-        monkeypatch.setattr(bases, "_words", lambda *args: (block.astype(">u4") for block in words(*args)))
+        words = dense.words
+        for kind in (dense, ternary):
+            monkeypatch.setattr(kind, "words", lambda *args: (block.astype(">u4") for block in words(*args)))
         bases._live.clear()
         assert [bases.get_basis(spec).fingerprint for spec in GOLDEN] == [name for _, name in GOLDEN.values()]
 

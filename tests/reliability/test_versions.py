@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.test_bases import GOLDEN
+from ops.bases.test_bases import GOLDEN
 
 SOURCE = Path(__file__).parents[2] / "src"
 
@@ -21,7 +21,7 @@ package = types.ModuleType("randlora")
 package.__path__ = [sys.argv[1]]
 sys.modules["randlora"] = package
 import numpy, torch
-from randlora.ops.bases import BasisSpec, get_basis
+from randlora.ops.bases import BasisSpec, Dense, Ternary, get_basis
 print(torch.__version__.partition("+")[0], numpy.__version__)
 for spec in sys.stdin.read().splitlines():
     print(get_basis(eval(spec)).fingerprint)

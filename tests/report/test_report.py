@@ -25,7 +25,7 @@ def test_the_table_says_what_was_measured():
     row = Row("RandLoRA", 328_322, 811, 1000, 0.4321, 1_410_000_000, 1_323_680)
     table = markdown_table([row]).splitlines()
     assert len(table) == 3
-    assert table[2] == "| RandLoRA | 328,322 | 81.1% (78.6–83.4) | 0.43 | 1,410 MB | 1.3 MB |"
+    assert table[2] == "| RandLoRA | 328,322 | 81.1% (78.6–83.4) | 0.43 | 1.4 GB | 1.3 MB |"
     assert len({line.count("|") for line in table}) == 1
 
 

@@ -27,7 +27,7 @@ def test_a_finished_run(tmp_path):
     found = cells(run)
     assert found["state"] == "finished"
     assert found["accuracy (95%)"] == "80.0% (71.1–86.7)"
-    assert found["peak memory"] == "3,000 MB"
+    assert found["peak memory"] == "3.0 GB"
     assert found["s/step"] == "0.3"
 
 

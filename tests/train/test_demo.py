@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from randlora.analysis.counts import matched_lora_rank
 from randlora.errors import ConfigError
 from randlora.train import demo
-from randlora.train.methods import matched_lora_rank
 
 
 def read(path):

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from randlora import Linear
 from randlora.ops import naive
-from randlora.ops.operands import DenseBases
+from randlora.ops.bases.dense import DenseBases
+from randlora.ops.bases.ternary import SparseBases
 from randlora.ops.plan import Plan, force
-from randlora.ops.sparse import SparseBases
 
 from .contract import RANK, SCALING, Contract
 from .helpers import assert_close, conv1d, ours, randomise, theirs
@@ -328,5 +328,5 @@ def test_many_tokens_in_half_precision_compute_as_few_do():
     for own, parts in zip(expected, zip(*gradients, strict=True), strict=True):
         assert_close(sum(parts), own, 2e-2)
     layer = model.model[0]
-    forms = [type(layer._cheaper_operands("default", tokens, x.device, x.dtype)) for tokens in (200, 600)]
+    forms = [type(layer._operands("default", x.device, x.dtype, tokens)) for tokens in (200, 600)]
     assert forms == [SparseBases, DenseBases]

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from randlora import RandLoraConfig, get_peft_model
-from randlora.ops import bases
+from randlora.ops.bases import basis as bases
 
 from .helpers import STACK_TARGETS, layers_of, output, randomise, stack
 

@@ -17,12 +17,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from randlora.analysis.counts import count_lora, count_trainable, lora_rank_of
 from randlora.analysis.trace import Trace, trace_step
 from randlora.errors import ConfigError
-from randlora.ops import bf16
-from randlora.ops import plan as planner
-from randlora.ops.bases import BasisSpec, num_bases
-from randlora.ops.plan import Problem
+from randlora.ops.bases import BasisKind, BasisSpec, num_bases
+from randlora.ops.linear import fuses
+from randlora.ops.operands import Sizes
+from randlora.ops.plan import Problem, step_cost
 from randlora.tuner.base_model import empty_base, model_config
 from randlora.tuner.checkpoint import define_bases
 from randlora.tuner.config import MAX_RANK, RandLoraConfig
@@ -193,6 +194,7 @@ class _Planner:
         self.head = sum(p.numel() for name, p in base.named_parameters() if _in_head(name, setup.task))
         self.layers = adapted_layers(base, self._config(1))
         self.kept = list(self.layers.values())
+        self.matrices = [(x.in_features, x.out_features) for x in self.kept for _ in range(x.num_matrices)]
 
     def plan(self, budget: Budget) -> TrainingPlan:
         r = self._r(budget)
@@ -221,22 +223,16 @@ class _Planner:
 
     def count(self, r: int) -> int:
         """Values of λ, γ and the head: n·(r + m) for each matrix."""
-        return self.head + sum(
-            _matrices(layer) * num_bases(r, layer.min_dim) * (r + layer.min_dim) for layer in self.kept
-        )
+        return self.head + count_trainable(self.matrices, r)
 
     def _r(self, budget: Budget) -> int:
         largest = min(MAX_RANK, max(layer.min_dim for layer in self.kept))
         if budget.r is not None:
             return budget.r
         if budget.match_lora is not None:
-            return choose_r(self.count, largest, near=self.head + budget.match_lora * self._lora_unit())
+            return choose_r(self.count, largest, near=self.head + count_lora(self.matrices, budget.match_lora))
         most = budget.params if budget.params is not None else self.parameters * (budget.percent or 0) / 100
         return choose_r(self.count, largest, most=most)
-
-    def _lora_unit(self) -> int:
-        """Values of a LoRA of rank 1."""
-        return sum(_matrices(layer) * (layer.in_features + layer.out_features) for layer in self.kept)
 
     def _config(self, r: int) -> RandLoraConfig:
         kind = {self.setup.kind: True} if self.setup.kind != "dense" else {}
@@ -260,9 +256,8 @@ class _Planner:
         if traces:
             # the rest is the same: parameter, gradient and two moments, and the bases, traced with two bytes an entry
             peak = traces["RandLoRA"].peak_bytes + 16 * (count - chosen)
-            peak += spec.nbytes - 2 * _entries(self._specs(traced)[0])
+            peak += spec.nbytes - 2 * self._specs(traced)[0].entries
             cost = self._cost(r, count, traces["frozen"])
-        in_file = 2 if self.setup.kind == "dense" else 4
         return Option(
             method="RandLoRA",
             r=r,
@@ -271,15 +266,15 @@ class _Planner:
             percent=100 * count / self.parameters,
             bases_bytes=spec.nbytes,
             file_bytes=4 * count,
-            file_bytes_with_bases=4 * count + in_file * _entries(spec),
+            file_bytes_with_bases=4 * count + spec.kind.file_itemsize * spec.entries,
             peak_bytes=peak,
             cost=cost,
         )
 
     def _cost(self, r: int, trainable: int, frozen: Trace) -> float:
-        density = self._config(r).ternary_sparsity(self._specs(r)[0].min_dim)
+        kind = self._specs(r)[0].kind
         extra = sum(
-            _matrices(layer) * step_cost(problem_for(layer, r, self._tokens, self.setup.dtype, density))
+            layer.num_matrices * step_cost(problem_for(layer, r, self._tokens, self.setup.dtype, kind))
             for layer in self.kept
         )
         base = frozen.products + ELEMENT * frozen.elements
@@ -291,11 +286,11 @@ class _Planner:
 
     def _lora(self, chosen: Option, traces: dict[str, Trace]) -> Option:
         r = self._lora_rank(chosen.trainable)
-        count = self.head + r * self._lora_unit()
+        count = self.head + count_lora(self.matrices, r)
         return self._peer("LoRA", r, count, 4 * count, traces)
 
     def _lora_rank(self, trainable: int) -> int:
-        return max(1, round((trainable - self.head) / self._lora_unit()))
+        return lora_rank_of(self.matrices, trainable - self.head)
 
     def _full(self, traces: dict[str, Trace]) -> Option:
         return self._peer("full", None, self.parameters, self.parameters * self.setup.dtype.itemsize, traces)
@@ -347,29 +342,19 @@ class _Planner:
         return {"input_ids": ids, "labels": ids[:, 0] if classify else ids}
 
 
-def problem_for(
-    layer: RandLoraLayer, r: int, tokens: int, dtype: torch.dtype, sparsity: float | None = None
-) -> Problem:
-    """The planner's problem of one layer on this machine's CPU.
+def problem_for(layer: RandLoraLayer, r: int, tokens: int, dtype: torch.dtype, kind: BasisKind) -> Problem:
+    """Return the planner's problem of one layer on this machine's CPU.
 
     Args:
         layer: a linear layer.
         r: its rank.
         tokens: in a step.
         dtype: of its weight.
-        sparsity: s of ternary bases.
+        kind: of its bases.
     """
-    n = num_bases(r, layer.min_dim)
-    problem = Problem(tokens, layer.out_features, layer.in_features, r, n, can_fuse=dtype == torch.float32)
-    if sparsity is not None and 1 / sparsity <= 1 / 16 and torch.backends.mkl.is_available():
-        return problem.with_kind("sparse", (1 / sparsity, 1 / sparsity))
-    return problem.with_kind("split" if bf16.available and dtype == torch.float32 else "dense")
-
-
-def step_cost(problem: Problem) -> float:
-    """What one layer's update costs in a training step, forward and backward, by the planner's table."""
-    plan = planner.choose(problem)
-    return planner.forward_cost(problem, plan.output) + planner.backward_cost(problem, plan.grad_input, plan.grad_basis)
+    sizes = Sizes(layer.max_dim, layer.min_dim, num_bases(r, layer.min_dim))
+    costs = kind.costs(r, sizes, torch.device("cpu"), dtype, tokens)
+    return Problem(tokens, layer.out_features, layer.in_features, costs, fuses(dtype, dtype))
 
 
 def _check(setup: Setup) -> None:
@@ -383,15 +368,3 @@ def _check(setup: Setup) -> None:
 
 def _in_head(name: str, task: Task) -> bool:
     return task == "sequence-classification" and any(part in _HEADS for part in name.split("."))
-
-
-def _matrices(layer: RandLoraLayer) -> int:
-    """One, or the number of experts."""
-    count = 1
-    for size in layer.stack:
-        count *= size
-    return count
-
-
-def _entries(spec: BasisSpec) -> int:
-    return spec.rank * spec.used_min_dim + spec.used_max_dim * spec.used_num_bases * spec.rank

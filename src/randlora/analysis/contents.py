@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from randlora.analysis.update import effective_rank
+from randlora.analysis.spectrum import spectrum
 from randlora.errors import BasisMismatchError, CheckpointError, ConfigError
 from randlora.ops.bases import Basis
 from randlora.tuner.folder import AdapterFolder, SavedLayer, content_of, read_adapter
@@ -32,7 +31,8 @@ class LayerContents:
         parameters: number of values of λ and γ.
         lambda_norm: Frobenius norm of λ; 0 says that the layer has not been trained.
         update_norm: Frobenius norm of ΔW, of all experts together; ``None`` without shape or bases.
-        effective_rank: of ΔW (``update.effective_rank``), the mean over experts; ``None`` likewise, or if not wanted.
+        effective_rank: of ΔW (``Spectrum.effective_rank``), experts as one block-diagonal matrix; ``None`` likewise, or
+            if not wanted.
     """
 
     name: str
@@ -151,7 +151,7 @@ def _layer(
     shape = None if shapes is None else (shapes[layer.name].out_features, shapes[layer.name].in_features)
     norm, rank = None, None
     if shape is not None and layer.rank in bases:
-        norm, rank = _measure(list(layer.updates(bases[layer.rank], *shape)), ranks)
+        norm, rank = _measure(layer.updates(bases[layer.rank], *shape), ranks)
     return LayerContents(
         name=layer.name,
         rank=layer.rank,
@@ -165,18 +165,11 @@ def _layer(
     )
 
 
-def _measure(updates: list[Tensor], ranks: bool) -> tuple[float, float | None]:
-    norm = math.sqrt(sum(float(update.double().square().sum()) for update in updates))
-    if not ranks or not math.isfinite(norm):
-        return norm, None
-    found = [effective_rank(_spectrum(update)) for update in updates]
-    return norm, sum(found) / len(found)
-
-
-def _spectrum(update: Tensor) -> Tensor:
-    """Singular values by the smaller Gram matrix: fast, and the tiny ones that it loses are no share of an entropy."""
-    rows = update.double() if update.shape[0] <= update.shape[1] else update.double().T
-    return torch.linalg.eigvalsh(rows @ rows.T).clamp(min=0).sqrt()
+def _measure(updates: Iterable[Tensor], ranks: bool) -> tuple[float, float | None]:
+    """The norm and the effective rank, as the report has them."""
+    found = list(updates)
+    norm = math.sqrt(sum(float(update.double().square().sum()) for update in found))
+    return norm, spectrum(found).effective_rank if ranks and math.isfinite(norm) else None
 
 
 def _not_finite(folder: AdapterFolder) -> Iterator[str]:

@@ -15,9 +15,11 @@ import torch
 from packaging.requirements import Requirement
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 
-from randlora.ops import bf16, dispatch, naive
-from randlora.ops.bases import BasisSpec, get_basis
-from randlora.ops.linear import adapted_linear, problem_of
+from randlora.ops import bf16, naive
+from randlora.ops.bases import BasisKind, BasisSpec, Dense, Ternary, get_basis
+from randlora.ops.gpu import availability
+from randlora.ops.linear import adapted_linear
+from randlora.ops.operands import Sizes
 from randlora.tuner.model import RandLoraModel
 
 Verdict = Literal["ok", "absent", "broken"]
@@ -112,29 +114,27 @@ def _products() -> list[Finding]:
         "zeros of very sparse bases are skipped" if mkl else "very sparse bases are multiplied as dense ones",
     )
     kernels = _guarded("product", "GPU kernels (Triton)", _kernels)
-    layers = (_tried(name, sparsity) for name, sparsity in (("dense", None), ("very sparse", 64.0)))
+    layers = (_tried(name, kind) for name, kind in (("dense", Dense()), ("very sparse", Ternary(64.0))))
     return [split, sparse, kernels, *layers]
 
 
 def _kernels() -> tuple[Verdict, str]:
     device = torch.accelerator.current_accelerator() or _CPU
-    reason = dispatch.why_not(device, torch.bfloat16)
+    reason = availability.why_not(device, torch.bfloat16)
     if reason is not None:
         return "absent", f"torch's own products: {reason}"
-    return _compare(None, device, torch.bfloat16)
+    return _compare(Dense(), device, torch.bfloat16)
 
 
-def _tried(name: str, sparsity: float | None) -> Finding:
+def _tried(name: str, kind: BasisKind) -> Finding:
     """One layer's output against the formula."""
-    return _guarded("product", f"{name} layer", lambda: _compare(sparsity))
+    return _guarded("product", f"{name} layer", lambda: _compare(kind))
 
 
-def _compare(
-    sparsity: float | None, device: torch.device = _CPU, dtype: torch.dtype = torch.float32
-) -> tuple[Verdict, str]:
+def _compare(kind: BasisKind, device: torch.device = _CPU, dtype: torch.dtype = torch.float32) -> tuple[Verdict, str]:
     rank, out, into, tokens = 16, 320, 256, 64
-    basis = get_basis(BasisSpec(rank, into, out, 0, sparsity, into, out))
-    operands = basis.operands(device, dtype, into, out, basis.num_bases)
+    basis = get_basis(BasisSpec(rank, into, out, 0, kind, into, out))
+    operands = basis.operands(device, dtype, Sizes(out, into, basis.num_bases), tokens)
     generator = torch.Generator().manual_seed(0)
     lam = torch.randn(rank, basis.num_bases, generator=generator)
     gamma = torch.randn(basis.num_bases, into, generator=generator)
@@ -143,8 +143,7 @@ def _compare(
     A, B = basis.tensors(torch.device("cpu"), torch.float64)
     expected = x.double() @ naive.delta_weight(A, B, lam.double(), gamma.double(), 1.0, out, into).T
     error = float((y - expected).norm() / expected.norm())
-    kind = problem_of(operands, dtype, tokens, out, into, tuple(lam.shape), fusible=False).kind
-    detail = f"relative error {error:.0e} against float64, by {kind} products"
+    detail = f"relative error {error:.0e} against float64, by {operands.costs(tokens).products} products"
     return ("ok" if error < _TOLERANCE[dtype] else "broken"), detail
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from randlora.analysis.update import effective_rank
 from randlora.errors import ConfigError
 
 LARGEST_EXACT = 2048
@@ -24,7 +25,7 @@ class Spectrum:
 
     Attributes:
         norm: Frobenius norm.
-        effective_rank: exponential of the entropy of the values' shares (Roy & Vetterli, 2007); 0 for no update.
+        effective_rank: that of the values (``update.effective_rank``).
         size: how many singular values there are.
         index: at most 64 of the places 1 to ``size``.
         values: the singular values there, largest first.
@@ -78,14 +79,11 @@ def _summary(nodes: Tensor, weights: Tensor, norm: float, exact: bool) -> Spectr
     order = nodes.argsort(descending=True)
     nodes, weights = nodes[order], weights[order]
     size = round(float(weights.sum()))
-    total = (weights * nodes).sum()
-    shares = nodes / total
-    entropy = (weights * torch.special.entr(shares)).sum()
     index = _places(size)
     found = torch.searchsorted(weights.cumsum(0), torch.tensor(index, dtype=torch.float64) - 0.5)
     return Spectrum(
         norm=norm,
-        effective_rank=float(entropy.exp()) if total > 0 else 0.0,
+        effective_rank=effective_rank(nodes, weights),
         size=size,
         index=index,
         values=tuple(nodes[found.clamp(max=len(nodes) - 1)].tolist()),

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from randlora.analysis.counts import matched_lora_rank
 from randlora.errors import ConfigError
-from randlora.ops.bases import num_bases
 from randlora.tuner.config import RandLoraConfig
 
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -110,8 +110,7 @@ def _methods(hidden: int, layers: int, r: int) -> dict[str, Callable[[], nn.Modu
         return get_peft_model(base(), RandLoraConfig(r=r, target_modules=list(_TARGETS), **kind))  # type: ignore[arg-type]
 
     wide = hidden * 11 // 4
-    count = 7 * num_bases(r, hidden) * (r + hidden)  # all seven have the smaller dimension ``hidden``
-    rank = max(1, round(count / (4 * 2 * hidden + 3 * (hidden + wide))))
+    rank = matched_lora_rank([(hidden, hidden)] * 4 + [(hidden, wide)] * 3, r)
     return {
         FROZEN: lambda: base().requires_grad_(False),
         f"LoRA r={rank}": lambda: get_peft_model(base(), LoraConfig(r=rank, target_modules=list(_TARGETS))),

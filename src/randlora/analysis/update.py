@@ -37,13 +37,18 @@ def numerical_rank(values: Tensor) -> int:
     return int((values > values.max() * len(values) * torch.finfo(torch.float32).eps).sum())
 
 
-def effective_rank(values: Tensor) -> float:
-    """The exponential of the entropy of the singular values' shares (Roy & Vetterli, 2007); 0 for no update.
+def effective_rank(values: Tensor, counts: Tensor | None = None) -> float:
+    """Return the exponential of the entropy of the singular values' shares (Roy & Vetterli, 2007); 0 for no update.
 
     A matrix with k equal singular values, and no others, has k.
+
+    Args:
+        values: (k,).
+        counts: for how many values each of them stands; by default for itself.
     """
-    total = values.double().sum()
+    values = values.double()
+    counts = torch.ones_like(values) if counts is None else counts
+    total = (counts * values).sum()
     if total == 0:
         return 0.0
-    shares = values.double() / total
-    return float(torch.special.entr(shares).sum().exp())
+    return float((counts * torch.special.entr(values / total)).sum().exp())

@@ -93,14 +93,6 @@ def plain_table(
     return table
 
 
-def byte_text(count: float) -> str:
-    """Bytes for people, in powers of a thousand as files are counted."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count:.0f} B"
-
-
 def number_text(value: float | None, form: str = ".3g") -> str:
     """A number, or a dash where there is none."""
     return "–" if value is None else format(value, form)

@@ -8,8 +8,9 @@ from typing import Literal
 import typer
 from rich.console import Console
 
-from randlora.cli.console import answering, byte_text, plain_table, print_json
+from randlora.cli.console import answering, plain_table, print_json
 from randlora.errors import ConfigError
+from randlora.text import byte_text
 
 
 def convert(

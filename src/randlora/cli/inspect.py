@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
-from randlora.cli.console import FAILURE, answering, byte_text, number_text, plain_table, print_json, quoted
+from randlora.cli.console import FAILURE, answering, number_text, plain_table, print_json, quoted
+from randlora.text import byte_text
 
 if TYPE_CHECKING:
     from randlora.analysis.contents import Contents

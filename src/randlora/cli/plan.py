@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal
 import typer
 from rich.console import Console
 
-from randlora.cli.console import answering, byte_text, number_text, plain_table, print_json
+from randlora.cli.console import answering, number_text, plain_table, print_json
 from randlora.errors import ConfigError
+from randlora.text import byte_text
 
 if TYPE_CHECKING:
     from randlora.analysis.budget import Option, TrainingPlan

@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 import typer
 
-from randlora.cli.console import answering, byte_text, print_json
+from randlora.cli.console import answering, print_json
+from randlora.text import byte_text
 
 
 def push(

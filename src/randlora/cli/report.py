@@ -7,7 +7,8 @@ from pathlib import Path
 import typer
 from rich.text import Text
 
-from randlora.cli.console import answering, byte_text, print_json
+from randlora.cli.console import answering, print_json
+from randlora.text import byte_text
 
 
 def report(

@@ -13,7 +13,8 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.console import Console
 
-from randlora.cli.console import answering, byte_text, print_json
+from randlora.cli.console import answering, print_json
+from randlora.text import byte_text
 from randlora.train.settings import TrainSettings, load_settings
 
 _SHOWN = ("loss", "accuracy", "f1", "perplexity")

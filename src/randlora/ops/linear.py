@@ -7,7 +7,6 @@ Names follow the paper: A (r, m) and B (M, q) are the frozen bases with q = n·r
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,23 +14,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from randlora.ops import dispatch, rounding
 from randlora.ops import plan as planner
-from randlora.ops.bf16 import sum_of_products
-from randlora.ops.grouped import Adapted, GroupedBases
-from randlora.ops.operands import DenseBases, product
+from randlora.ops import rounding
+from randlora.ops.operands import Beside, Operands
 from randlora.ops.plan import Plan, Problem, choose
-from randlora.ops.sparse import Csr, SparseBases
-from randlora.ops.units import unit
-
-_WIDE = (torch.float32, torch.float64)
-
-Bases = DenseBases | SparseBases | GroupedBases
+from randlora.ops.precision import WIDE, autocasts, without_autocast
 
 
 def adapted_linear(
     x: Tensor,  # (..., in)
-    bases: Bases,
+    operands: Operands,
     lam: Tensor,  # (r, n)
     gamma: Tensor,  # (n, m)
     scaling: float,
@@ -39,72 +31,59 @@ def adapted_linear(
     weight: Tensor | None = None,  # (out, in)
     bias: Tensor | None = None,  # (out,)
     update: Tensor | None = None,  # (out, in)
+    plan: Plan | None = None,
 ) -> Tensor:  # (..., out)
-    """X (W + ΔW)ᵀ + bias, or x ΔWᵀ alone where no ``weight`` is given, in the dtype of x.
+    """Return x (W + ΔW)ᵀ + bias, or x ΔWᵀ alone where no ``weight`` is given, in the dtype of x.
 
-    The way of computing it is the cheapest that is exact (``plan.choose``). Differentiable in x, λ, γ and bias, any
-    number of times; ``weight`` is taken as frozen. ``update`` is ΔW where the caller holds it already: then it serves
-    output and dx.
+    Differentiable in x, λ, γ and bias, any number of times; ``weight`` is taken as frozen. ``update`` is ΔW where
+    the caller holds it already: then it serves output and dx. Without a ``plan``, the cheapest exact way of
+    computing is chosen (``plan.choose``).
     """
+    if plan is None:
+        fusible = weight is not None and fuses(x.dtype, weight.dtype)
+        tokens = x.numel() // max(x.shape[-1], 1)
+        plan = choose(problem_of(operands, tokens, out_features, x.shape[-1], fusible, x.requires_grad))
     stochastic = weight is not None and rounding.is_stochastic(x.dtype, weight.dtype)
-    fusible = weight is not None and fuses(x.dtype, weight.dtype)
-    tokens = x.numel() // max(x.shape[-1], 1)
-    problem = problem_of(bases, x.dtype, tokens, out_features, x.shape[-1], lam.shape, fusible, x.requires_grad)
-    tensors = (*bases[:2], *bases.places, *bases.B) if isinstance(bases, SparseBases) else bases
-    dtype = bases.values.dtype if isinstance(bases, SparseBases) else x.dtype
-    call = _Call(scaling / unit(dtype), out_features, choose(problem), isinstance(bases, GroupedBases))
     seed = rounding.new_seed(x.device) if stochastic else None
-    compute = _AdaptedLinear.apply if _is_watched(x, lam, gamma, bias) else _AdaptedLinear.forward
-    return compute(x, lam, gamma, weight, bias, call, update, seed, *tensors)
+    call = _Call(scaling / operands.unit, out_features, plan)
+    if not _is_watched(x, lam, gamma, bias):
+        return _output(x, operands, lam, gamma, weight, bias, call, update, seed)
+    if _is_plain_autograd():
+        return _Adapted.apply(x, lam, gamma, weight, bias, update, seed, call, operands)
+    shape = _Shape(call, type(operands), operands.static())
+    return _Transformable.apply(x, lam, gamma, weight, bias, update, seed, shape, *operands.tensors())
 
 
 def problem_of(
-    bases: Bases,
-    dtype: torch.dtype,
+    operands: Operands,
     tokens: int,
     out_features: int,
     in_features: int,
-    rank_and_bases: tuple[int, ...],
     fusible: bool,
     input_needs_grad: bool = True,
 ) -> Problem:
-    """What the planner has to know of a call."""
-    rank, num_bases = rank_and_bases
-    problem = Problem(tokens, out_features, in_features, rank, num_bases, fusible, input_needs_grad)
-    if isinstance(bases, SparseBases):
-        return problem.with_kind("sparse", bases.density)
-    if isinstance(bases, GroupedBases):
-        return problem
-    return problem.with_kind("split" if bases.product_dtype(dtype) != dtype else "dense")
-
-
-def skips_zeros(dtype: torch.dtype, tokens: int) -> bool:
-    """Whether products in ``dtype`` with very sparse bases should skip their zeros.
-
-    In half precision not for many tokens: skipping runs in float32, and plain products are faster.
-    """
-    return dtype in _WIDE or tokens <= planner.rates.sparse_tokens
+    """Return what the planner has to know of a call."""
+    return Problem(tokens, out_features, in_features, operands.costs(tokens), fusible, input_needs_grad)
 
 
 def can_fuse(compute: torch.dtype, weight: torch.dtype) -> bool:
-    """Whether W + ΔW may be formed and rounded to nearest: in half precision that would lose small updates."""
-    return compute == weight and compute in _WIDE
+    """Return whether W + ΔW may be rounded to nearest: in half precision that would lose small updates."""
+    return compute == weight and compute in WIDE
 
 
 def fuses(compute: torch.dtype, weight: torch.dtype) -> bool:
-    """Whether a call may form W + ΔW: exactly, or rounded stochastically where that was asked for."""
+    """Return whether a call may form W + ΔW: exactly, or rounded stochastically where that was asked for."""
     return can_fuse(compute, weight) or rounding.is_stochastic(compute, weight)
 
 
 def delta_weight(
-    bases: Bases, lam: Tensor, gamma: Tensor, scaling: float, wide: bool, base: Tensor | None = None
+    operands: Operands, lam: Tensor, gamma: Tensor, scaling: float, wide: bool, base: Tensor | None = None
 ) -> Tensor:
-    """ΔW (+ base) of shape (out, in) in the dtype of λ, float32 or wider; ``wide`` says that out < in."""
-    assert not isinstance(bases, GroupedBases)  # which are for half precision
-    if isinstance(bases, DenseBases):
-        bases = bases.ready(lam.dtype)
+    """Return ΔW (+ base) of shape (out, in) in the dtype of the operands; ``wide`` says that out < in."""
+    operands = operands.ready()
     base = None if base is None else _oriented(base, wide)
-    return _oriented(bases.weight(bases.scaled(lam * scaling, gamma, lam.dtype), base), wide)
+    scaled = operands.scaled(lam * (scaling / operands.unit), gamma)
+    return _oriented(operands.weight(scaled, base), wide)
 
 
 def with_update(
@@ -113,7 +92,7 @@ def with_update(
     update: Tensor,  # (out, in)
     bias: Tensor | None = None,  # (out,)
 ) -> Tensor:  # (..., out)
-    """X (W + ΔW)ᵀ + bias for a ΔW that is at hand, in float32 or wider.
+    """Return x (W + ΔW)ᵀ + bias for a ΔW that is at hand, in float32 or wider.
 
     For few tokens two products cost less than forming the sum.
     """
@@ -122,13 +101,23 @@ def with_update(
     return F.linear(x, weight + update, bias)
 
 
+def _undifferentiated(update: Tensor | None) -> Tensor | None:
+    """A kept update in the backward: of no use where dx will be differentiated, in λ and γ too."""
+    return None if torch.is_grad_enabled() else update
+
+
 def _is_watched(*inputs: Tensor | None) -> bool:
     """Whether anybody differentiates or maps what is computed from ``inputs``; else the bookkeeping is spared."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return True
+    return not (torch.compiler.is_compiling() or _is_plain_autograd())
+
+
+def _is_plain_autograd() -> bool:
+    """Whether nothing but eager autograd may be at work: no compiler, no transform, no forward mode."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
 class _Call(NamedTuple):
@@ -137,11 +126,48 @@ class _Call(NamedTuple):
     scaling: float
     out_features: int
     plan: Plan
-    is_grouped: bool
 
 
-class _AdaptedLinear(torch.autograd.Function):
-    """Written in differentiable operations throughout, so that it can be differentiated again, and vmapped."""
+class _Shape(NamedTuple):
+    """A call whose operands are given tensor by tensor."""
+
+    call: _Call
+    kind: type[Operands]
+    static: tuple[Any, ...]
+
+
+class _Adapted(torch.autograd.Function):
+    """The function in eager autograd: without ``setup_context``, for which torch binds signatures at each call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lam: Tensor,
+        gamma: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        update: Tensor | None,
+        seed: Tensor | None,
+        call: _Call,
+        operands: Operands,
+    ) -> Tensor:
+        ctx.save_for_backward(x, lam, gamma, weight, seed)
+        # checkpointing counts what is saved above, and finds an update held when it computes again that was not before
+        ctx.update = update
+        ctx.call, ctx.operands, ctx.bias_dtype = call, operands, None if bias is None else bias.dtype
+        return _output(x, operands, lam, gamma, weight, bias, call, update, seed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, lam, gamma, weight, seed = ctx.saved_tensors
+        saved = (grads[0], x, lam, gamma, weight, _undifferentiated(ctx.update), seed)
+        found = _gradients(*saved, ctx.call, ctx.operands, ctx.bias_dtype, ctx.needs_input_grad)
+        return *found, None, None, None, None
+
+
+class _Transformable(torch.autograd.Function):
+    """The same for compilers and torch's function transforms, which have to see every tensor."""
 
     generate_vmap_rule = True
 
@@ -152,159 +178,144 @@ class _AdaptedLinear(torch.autograd.Function):
         gamma: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        call: _Call,
         update: Tensor | None,
         seed: Tensor | None,
+        shape: _Shape,
         *tensors: Tensor,
     ) -> Tensor:
-        if update is not None and weight is not None:
-            return with_update(x, weight, update, bias)
-        wide = call.out_features < x.shape[-1]
-        with _without_autocast(x.device.type):
-            x2 = x.reshape(-1, x.shape[-1])  # (T, in)
-            if call.is_grouped:
-                adapted = _adapted(tensors, lam, gamma, weight, x, call, seed)
-                y = adapted.output(x2, call.plan.output, bias)
-                return y.reshape(*x.shape[:-1], call.out_features)
-            bases = _bases(tensors, x.dtype, gamma)
-            At = bases.scaled(lam * call.scaling, gamma, x.dtype)
-            if call.plan.output == "fused" and weight is not None:
-                y = F.linear(x2, _oriented(_sum(bases, At, _oriented(weight, wide), seed), wide), bias)
-            else:
-                apart = _update(x2, bases, At, wide, call.plan.output)
-                y = _with_base(apart, x2, weight if weight is None else weight.T, bias)
-        return y.reshape(*x.shape[:-1], call.out_features)
+        operands = shape.kind.of(tensors, shape.static)
+        return _output(x, operands, lam, gamma, weight, bias, shape.call, update, seed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, lam, gamma, weight, bias, call, update, seed, *tensors = inputs
+        x, lam, gamma, weight, bias, update, seed, shape, *tensors = inputs
         ctx.save_for_backward(x, lam, gamma, weight, seed, *tensors)
-        # checkpointing counts what is saved above, and finds an update held when it computes again that was not before
         ctx.update = update
-        ctx.call, ctx.bias_dtype = call, None if bias is None else bias.dtype
+        ctx.shape, ctx.bias_dtype = shape, None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, lam, gamma, weight, seed, *tensors = ctx.saved_tensors
-        update = None if torch.is_grad_enabled() else ctx.update  # else dx will be differentiated, in λ and γ too
-        scaling, out_features, plan, is_grouped = ctx.call
-        wide = out_features < x.shape[-1]
-        with _without_autocast(x.device.type):
-            g2 = grads[0].reshape(-1, out_features)  # (T, out)
-            x2 = x.reshape(-1, x.shape[-1])  # (T, in)
-            needs_x = ctx.needs_input_grad[0]
-            by_plan = needs_x and update is None
-            if is_grouped:
-                adapted = _adapted(tensors, lam, gamma, weight, x, ctx.call, seed)
-                dx, d_lam, d_gamma = adapted.gradients(x2, g2, plan, by_plan)
-            else:
-                bases = _bases(tensors, x.dtype, gamma)
-                At = bases.scaled(lam * scaling, gamma, x.dtype)
-                dx, dAt = _gradients(x2, g2, bases, At, weight, wide, plan, by_plan, seed)
-                d_lam, d_gamma = bases.scaling_gradients(dAt, lam, gamma)
-            if needs_x and update is not None and weight is not None:
-                dx = with_update(g2, weight.T, update.T)
-            d_bias = g2.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[4] else None
-        dx = dx if dx is None else dx.reshape(x.shape)
-        d_lam, d_gamma = (d_lam * scaling).to(lam.dtype), (d_gamma * scaling).to(gamma.dtype)
-        return dx, d_lam, d_gamma, None, d_bias, None, None, None, *(None for _ in tensors)
+        operands = ctx.shape.kind.of(tuple(tensors), ctx.shape.static)
+        saved = (grads[0], x, lam, gamma, weight, _undifferentiated(ctx.update), seed)
+        found = _gradients(*saved, ctx.shape.call, operands, ctx.bias_dtype, ctx.needs_input_grad)
+        return *found, None, None, None, *(None for _ in tensors)
 
 
-Update = Tensor | tuple[Tensor, Tensor]
-"""A matrix, or two factors whose product is still to be taken."""
+def _output(x: Tensor, *rest: Any) -> Tensor:
+    if autocasts(x.device.type):
+        with without_autocast(x.device.type):
+            return _computed_output(x, *rest)
+    return _computed_output(x, *rest)
 
 
-def _bases(tensors: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype, gamma: Tensor) -> DenseBases | SparseBases:
-    if len(tensors) == len(DenseBases._fields):
-        return DenseBases(*tensors).ready(dtype)
-    places, B = (Csr(*tensors[start : start + len(Csr._fields)]) for start in (2, 2 + len(Csr._fields)))
-    return SparseBases(tensors[0], tensors[1], places, B, gamma.shape[1])
+def _gradients(grad: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    """dx, dλ, dγ, nothing for the weight, and the gradient of the bias."""
+    if autocasts(grad.device.type):
+        with without_autocast(grad.device.type):
+            return _computed_gradients(grad, *rest)
+    return _computed_gradients(grad, *rest)
 
 
-def _adapted(
-    tensors: tuple[Tensor, ...] | list[Tensor],
+def _computed_output(
+    x: Tensor,
+    operands: Operands,
     lam: Tensor,
     gamma: Tensor,
     weight: Tensor | None,
-    x: Tensor,
+    bias: Tensor | None,
     call: _Call,
+    update: Tensor | None,
     seed: Tensor | None,
-) -> Adapted:
-    weight = None if weight is None else weight.to(x.dtype)
-    parameters = torch.promote_types(lam.dtype, torch.float32)
-    lam, gamma = lam.to(parameters), gamma.to(parameters)
-    wide, kernels = call.out_features < x.shape[-1], dispatch.kernels(x.device, x.dtype)
-    return Adapted(GroupedBases(*tensors), lam, gamma, call.scaling, weight, wide, seed, kernels)
+) -> Tensor:
+    if update is not None and weight is not None:
+        return with_update(x, weight, update, bias)
+    scaling, out_features, plan = call
+    wide = out_features < x.shape[-1]
+    operands = operands.ready()
+    x2 = _rows(x)
+    scaled = operands.scaled(lam * scaling, gamma)
+    if plan.output == "fused" and weight is not None:
+        y = F.linear(x2, _oriented(operands.weight(scaled, _oriented(weight, wide), seed), wide), bias)
+    else:
+        y = _times_update(x2, operands, scaled, wide, plan.output, _beside(x2, weight, bias))
+    return y if x2 is x else y.reshape(*x.shape[:-1], out_features)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Products run in the dtype of their operands, which the caller has chosen."""
-    if not torch.amp.is_autocast_available(device_type):  # the meta device, for one
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+def _computed_gradients(
+    grad: Tensor,
+    x: Tensor,
+    lam: Tensor,
+    gamma: Tensor,
+    weight: Tensor | None,
+    update: Tensor | None,
+    seed: Tensor | None,
+    call: _Call,
+    operands: Operands,
+    bias_dtype: torch.dtype | None,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    scaling, out_features, plan = call
+    wide = out_features < x.shape[-1]
+    operands = operands.ready()
+    g2, x2 = _rows(grad), _rows(x)
+    u, v = (x2, g2) if wide else (g2, x2)
+    by_plan = needed[0] and update is None
+    factors = (lam * scaling, gamma)
+    scaled = operands.scaled(*factors) if by_plan else None
+    projected = None
+    if plan.grad_basis == "weight":
+        d_lam, d_gamma = operands.from_weight(u.T @ v, *factors)
+    else:  # where dy is projected, dx needs the same
+        shares = by_plan and not wide and plan.grad_input == "token"
+        projected, d_lam, d_gamma = operands.from_tokens(u, v, *factors, scaled if shares else None)
+        projected = projected if shares else None
+    dx = None
+    if by_plan and plan.grad_input == "fused" and weight is not None:
+        dx = g2 @ _oriented(operands.weight(scaled, _oriented(weight, wide), seed), wide)
+    elif by_plan:
+        beside = _beside(g2, None if weight is None else weight.T, None)
+        dx = _times_update(g2, operands, scaled, not wide, plan.grad_input, beside, projected)
+    elif needed[0] and update is not None and weight is not None:
+        dx = with_update(g2, weight.T, update.T)
+    dx = dx if dx is None or x2 is x else dx.reshape(x.shape)
+    d_bias = g2.sum(0).to(bias_dtype) if needed[4] else None
+    return dx, _in(d_lam * scaling, lam.dtype), _in(d_gamma, gamma.dtype), None, d_bias
+
+
+def _rows(x: Tensor) -> Tensor:  # (..., k) -> (T, k)
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes as long as a small product also where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _oriented(update: Tensor, wide: bool) -> Tensor:  # (M, m) <-> (out, in)
     return update.T if wide else update
 
 
-def _sum(bases: DenseBases | SparseBases, At: Tensor, weight: Tensor, seed: Tensor | None) -> Tensor:
-    """B Ã + W, (M, m) as ``weight``."""
-    if seed is None:
-        return bases.weight(At, weight)
-    return rounding.stochastic(bases.weight(At).float() + weight.float(), seed)
+def _beside(rows: Tensor, weight: Tensor | None, bias: Tensor | None) -> Beside | None:
+    """The product of ``rows`` with the transpose of ``weight``, in the dtype of the rows."""
+    if weight is None:
+        return None
+    return Beside(rows, _in(weight, rows.dtype), None if bias is None else _in(bias, rows.dtype))
 
 
-def _update(rows: Tensor, bases: DenseBases | SparseBases, At: Tensor, to_narrow: bool, way: str) -> Update:
-    """Rows times ΔW: rows (T, m) times (B Ã)ᵀ, or ``to_narrow`` rows (T, M) times B Ã."""
+def _times_update(
+    rows: Tensor,
+    operands: Operands,
+    scaled: Any,
+    to_narrow: bool,
+    way: str,
+    beside: Beside | None,
+    projected: Any = None,
+) -> Tensor:
+    """Rows times ΔW and the base weight: (T, m) to (T, M), or ``to_narrow`` (T, M) to (T, m)."""
     if way != "token":
-        weight = bases.weight(At).to(rows.dtype)
-        return rows, weight if to_narrow else weight.T
-    if isinstance(bases, SparseBases):
-        return bases.gather(rows, At) if to_narrow else bases.spread(rows, At)
-    return (product(rows, bases.B), At) if to_narrow else (rows @ At.T, bases.B.T)
-
-
-def _with_base(update: Update, rows: Tensor, matrix: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``rows @ matrix + bias + update``; the sum of products in half precision is rounded once."""
-    if matrix is None:
-        return update.to(rows.dtype) if isinstance(update, Tensor) else product(*update)
-    matrix, bias = matrix.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
-    if rows.dtype not in _WIDE:
-        if isinstance(update, Tensor):
-            return sum_of_products([(rows, matrix)], bias, update)
-        return sum_of_products([(rows, matrix), update], bias)
-    base = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
-    return base + update if isinstance(update, Tensor) else product(*update, base)
-
-
-def _gradients(
-    x: Tensor,
-    g: Tensor,
-    bases: DenseBases | SparseBases,
-    At: Tensor,
-    weight: Tensor | None,
-    wide: bool,
-    plan: Plan,
-    needs_x: bool,
-    seed: Tensor | None,
-) -> tuple[Tensor | None, Tensor]:
-    """dx (T, in) and dÃ."""
-    u, v = (x, g) if wide else (g, x)
-    shared: Update | None = None  # dx's part, where it falls off on the way to dÃ
-    if plan.grad_basis == "weight":
-        dAt = bases.basis_gradient(u, v)
-    elif isinstance(bases, DenseBases):
-        projected = product(u, bases.B)  # (T, q)
-        dAt = projected.T @ v
-        shared = None if wide else (projected, At)
-    else:
-        shares = needs_x and not wide and plan.grad_input == "token"
-        shared, dAt = bases.token_gradients(u, v, At, shares)
-    if not needs_x:
-        return None, dAt
-    if plan.grad_input == "fused" and weight is not None:
-        return g @ _oriented(_sum(bases, At, _oriented(weight, wide), seed), wide), dAt
-    if plan.grad_input != "token" or shared is None:
-        shared = _update(g, bases, At, not wide, plan.grad_input)
-    return _with_base(shared, g, weight, None), dAt
+        update = operands.weight(scaled)
+        return operands.times(rows, update if to_narrow else update.T, beside)
+    if not to_narrow:
+        return operands.widen(rows, scaled, beside)
+    return operands.narrow(operands.project(rows, scaled) if projected is None else projected, scaled, beside)

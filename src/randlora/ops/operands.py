@@ -1,103 +1,130 @@
-"""The pair of frozen bases as one layer multiplies with it.
+"""One layer's frozen factors as it multiplies with them: the protocol of every kind of basis.
 
-Every plan needs the same few products of B (M, q) and Ã (q, m) with activations: ``v`` on the side of the layer that
-is m wide and ``u`` on the side that is M wide. ``DenseBases`` computes them with matrices, ``SparseBases`` (in
-``sparse.py``) without visiting zeros.
+Names follow the formula: ``v`` (T, m) are activations on the side of the layer that is m = min(out, in) wide, ``u``
+(T, M) those on the side that is M wide. Ã = λ·A·γ, as a matrix (q, m), and ΔW = B Ã, (M, m). A kind may keep Ã in
+whatever form it likes (its non-zeros, its blocks, λ and γ alone); only the kind looks into it.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from randlora.ops import bf16, codes
-from randlora.ops.units import in_units
+from randlora.ops import bf16
+from randlora.ops.bf16 import sum_of_products
+from randlora.ops.plan import Costs
+from randlora.ops.precision import WIDE
 
-_IN_CACHE = 1 << 17  # numbers of a temporary that stays in a core's cache
 
-
-class DenseBases(NamedTuple):
-    """Bases as matrices, in one of three dtypes.
-
-    That of the products; or bfloat16 for products in float32, which are exact (``bf16.py``); or ternary codes, of which
-    a product takes a temporary copy in its own dtype. For products in float16, B stands in its unit (``units.py``).
+class Sizes(NamedTuple):
+    """The sizes of a layer's slices.
 
     Attributes:
-        A: (r, m); codes are int8.
-        B: (M, q), over (n, r); codes are four to a byte (``codes.py``).
+        max_dim: M, rows of B.
+        min_dim: m, columns of A.
+        num_bases: n; B has n·r columns.
     """
 
-    A: Tensor
-    B: Tensor
+    max_dim: int
+    min_dim: int
+    num_bases: int
 
-    def ready(self, dtype: torch.dtype) -> DenseBases:
-        """The same numbers such that products in ``dtype`` can take them."""
-        if self.B.is_floating_point():
-            return self
-        return DenseBases(self.A, self.matrix(self.product_dtype(dtype)))
 
-    def matrix(self, dtype: torch.dtype) -> Tensor:
-        """B as it is stored, (M, q), in ``dtype`` and its unit."""
-        return self._numbers(self.B, dtype)
+class Beside(NamedTuple):
+    """The base layer's product, ``rows @ weight.T + bias``, which is added to that of the update.
 
-    def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """That of B in products of ``dtype``."""
-        if self.B.is_floating_point():
-            return self.B.dtype
-        return torch.bfloat16 if bf16.splits(self.B.shape[0] * self.columns, self.B.device, dtype) else dtype
+    Attributes:
+        rows: (T, k).
+        weight: (j, k), in the dtype of the rows.
+        bias: (j,), likewise.
+    """
 
-    def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of B as it is stored, (*indices, q), in ``dtype`` and its unit."""
-        return self._numbers(F.embedding(indices, self.B), dtype)
+    rows: Tensor
+    weight: Tensor
+    bias: Tensor | None
 
-    def _numbers(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        if stored.is_floating_point():
-            return in_units(stored, dtype)
-        return codes.unpack(stored, self.columns, dtype)
+
+class Operands(Protocol):
+    """A layer's slices of A and B, for products in one dtype on one device.
+
+    All results are in that dtype, but for dλ and dγ, which are in float32 or wider. All methods consist of operations
+    that torch differentiates and maps.
+    """
 
     @property
-    def columns(self) -> int:
-        """Q = n·r with n = ceil(m / r)."""
-        rank, min_dim = self.A.shape
-        return -(-min_dim // rank) * rank
+    def dtype(self) -> torch.dtype:
+        """The dtype of the products."""
 
-    def scaled(self, lam: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
-        """Ã = λ·A·γ of shape (q, m), rows over (r, n), formed in the wider of the dtypes, returned in ``dtype``."""
-        A = self.A.to(torch.promote_types(lam.dtype, dtype))
-        scaled = torch.mul(lam.unsqueeze(-1), A.unsqueeze(1))
-        # fresh memory of this size can cost more than what is written to it
-        scaled = scaled * gamma if bf16.is_watched() else scaled.mul_(gamma)
-        return scaled.flatten(0, 1).to(dtype)
+    @property
+    def unit(self) -> float:
+        """The unit in which B stands: λ is to be divided by it."""
 
-    def weight(self, At: Tensor, base: Tensor | None = None) -> Tensor:
-        """B Ã (+ base), (M, m), in the memory order of the base."""
-        if base is not None and base.stride(1) != 1:
-            return product(At.T, self.B.T, base.T).T
-        return product(self.B, At, base)
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return all tensors, for a compiler or a transform that has to see each one."""
 
-    def basis_gradient(self, u: Tensor, v: Tensor) -> Tensor:
-        """dÃ = Bᵀ (uᵀ v), (q, m), for u (T, M) and v (T, m), by way of the weight's gradient."""
-        return product(self.B.T, u.T @ v)
+    def static(self) -> tuple[Any, ...]:
+        """Return everything else that ``of`` needs: plain hashable values."""
 
-    def scaling_gradients(self, dAt: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """dλ (r, n) and dγ (n, m) from dÃ, which is read once; summed in the wider of the dtypes."""
-        dtype = torch.promote_types(lam.dtype, dAt.dtype)
-        lam, gamma = lam.to(dtype), gamma.to(dtype)
-        step = max(_IN_CACHE // max(gamma.numel(), 1), 1)
-        d_lam, d_gamma = [], torch.zeros_like(gamma)
-        blocks = (t.split(step) for t in (dAt.view(*lam.shape, -1), self.A.to(dtype), lam))
-        for gradient, A, scale in zip(*blocks, strict=True):
-            weighted = gradient.to(dtype) * A.unsqueeze(1)  # (rows, n, m)
-            d_lam.append((weighted * gamma).sum(-1))
-            d_gamma = d_gamma + (weighted * scale.unsqueeze(-1)).sum(0)
-        return torch.cat(d_lam), d_gamma
+    @classmethod
+    def of(cls, tensors: tuple[Tensor, ...], static: tuple[Any, ...]) -> Operands:
+        """Return the operands that gave ``tensors()`` and ``static()``."""
+
+    def ready(self) -> Operands:
+        """Return the operands with all that is packed unpacked, for the time of one call."""
+
+    def costs(self, tokens: int) -> Costs:
+        """Return the costs of the products for so many tokens."""
+
+    def scaled(self, lam: Tensor, gamma: Tensor) -> Any:
+        """Return Ã = λ·A·γ for λ (r, n) and γ (n, m), the scaling being part of λ here and below."""
+
+    def weight(self, scaled: Any, base: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
+        """Return B Ã (+ base), (M, m), in the memory order of the base; with a seed, rounded stochastically."""
+
+    def times(self, rows: Tensor, update: Tensor, beside: Beside | None) -> Tensor:
+        """Return ``rows @ update`` (+ the base layer's product) for ``weight(...)`` or its transpose as ``update``."""
+
+    def widen(self, v: Tensor, scaled: Any, beside: Beside | None) -> Tensor:
+        """Return v Ãᵀ Bᵀ (+ the base layer's product), (T, m) to (T, M)."""
+
+    def project(self, u: Tensor, scaled: Any) -> Any:
+        """Return u B, or as much of u B Ã as the kind computes at once; for ``narrow``."""
+
+    def narrow(self, projected: Any, scaled: Any, beside: Beside | None) -> Tensor:
+        """Return u B Ã (+ the base layer's product), (T, M) to (T, m)."""
+
+    def from_tokens(
+        self, u: Tensor, v: Tensor, lam: Tensor, gamma: Tensor, scaled: Any = None
+    ) -> tuple[Any, Tensor, Tensor]:
+        """Return ``project(u)``, dλ and dγ, of dÃ = (u B)ᵀ v. Without ``scaled`` the first is of no use."""
+
+    def from_weight(self, d_weight: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """Return dλ (r, n) and dγ (n, m), of dÃ = Bᵀ dW for dW (M, m)."""
 
 
 def product(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
-    """``a @ b (+ base)``; exact in float32 where one factor is a bfloat16 basis and the other float32."""
+    """Return ``a @ b (+ base)``; exact in float32 where one factor is a bfloat16 basis and the other float32."""
     if a.dtype != b.dtype:
         return bf16.split_mm(a, b, base)
     return a @ b if base is None else torch.addmm(base, a, b)
+
+
+def with_base(a: Tensor, b: Tensor, beside: Beside | None) -> Tensor:
+    """Return ``a @ b`` plus the base layer's product; in half precision the sum is rounded once."""
+    if beside is None:
+        return product(a, b)
+    if beside.rows.dtype not in WIDE:
+        return sum_of_products([(beside.rows, beside.weight.T), (a, b)], beside.bias)
+    return product(a, b, F.linear(*beside))
+
+
+def added(update: Tensor, beside: Beside | None, dtype: torch.dtype) -> Tensor:
+    """Return ``update``, in float32 or wider, plus the base layer's product, rounded once to ``dtype``."""
+    if beside is None:
+        return update.to(dtype)
+    if beside.rows.dtype not in WIDE:
+        return sum_of_products([(beside.rows, beside.weight.T)], beside.bias, update)
+    return F.linear(*beside) + update

@@ -1,7 +1,8 @@
 """Which way to compute the update is cheapest: arithmetic on shapes, no timing.
 
 Counted are multiply-adds per layer, with T tokens, m = min(out, in), M = max(out, in) and q = n·r ≥ m, each weighted
-with what one of its kind costs beside one of a plain matrix product (``Rates``). The base layer's own T·M·m forward,
+with what one of its kind costs beside one of a plain matrix product (``Rates``). Those of the products with the bases
+come from the operands (``Costs``), since each kind of basis has its own. The base layer's own T·M·m forward,
 and T·M·m backward where the input needs a gradient, are common to all plans and left out, except that "fused" spares
 the second product (``docs/design.md``, section 2.1).
 """
@@ -10,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -22,9 +23,6 @@ Way = Literal["token", "weight", "fused"]
 
 BasisWay = Literal["token", "weight"]
 """How dÃ is computed: from dy B, or from dW."""
-
-Kind = Literal["dense", "split", "sparse"]
-"""dense: plain products with B. split: exact products with a bfloat16 B (``bf16.py``). sparse: ``sparse.py``."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,29 @@ class Rates:
     sparse_tokens: float = 400.0
 
 
+Products = Literal["plain", "split", "sparse"]
+
+
+class Costs(NamedTuple):
+    """What the products of one call cost, in multiply-adds of a plain matrix product; the operands say it.
+
+    Attributes:
+        products: how products with B are computed: "plain", "split" (exact, of a bfloat16 B) or "sparse".
+        through_A: T rows between m and q features.
+        through_B: T rows between q and M features.
+        weight: B Ã, or Bᵀ dW.
+        element: each element of the weight, apart from the products.
+        factors: one pass over Ã and B, which few tokens do not hide.
+    """
+
+    products: Products
+    through_A: float
+    through_B: float
+    weight: float
+    element: float
+    factors: float
+
+
 @dataclass(frozen=True)
 class Problem:
     """What the cost of one call depends on.
@@ -72,60 +93,55 @@ class Problem:
         tokens: T, rows of the flattened input.
         out_features: rows of the weight.
         in_features: columns of the weight.
-        rank: r.
-        num_bases: n.
+        costs: of the products with the bases.
         can_fuse: the base weight is at hand in the dtype of the product, which is float32 or float64.
         input_needs_grad: whether the backward has to produce dx.
-        kind: how products with B are computed.
-        density: share of the entries of A and of B that a "sparse" product visits.
     """
 
     tokens: int
     out_features: int
     in_features: int
-    rank: int
-    num_bases: int
+    costs: Costs
     can_fuse: bool
     input_needs_grad: bool = True
-    kind: Kind = "dense"
-    density: tuple[float, float] = (1.0, 1.0)
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """(T, q, m, M)."""
-        m, M = min(self.out_features, self.in_features), max(self.out_features, self.in_features)
-        return self.tokens, self.rank * self.num_bases, m, M
-
-    def with_kind(self, kind: Kind, density: tuple[float, float] = (1.0, 1.0)) -> Problem:
-        """The same problem for bases of another kind."""
-        return replace(self, kind=kind, density=density)
 
     @property
     def wide(self) -> bool:
         """Whether out < in, so that the update is transposed."""
         return self.out_features < self.in_features
 
+    @property
+    def elements(self) -> int:
+        """M·m, the number of elements of the weight."""
+        return self.out_features * self.in_features
+
 
 def forward_cost(problem: Problem, way: Way) -> float:
-    """Cost of the output beyond the base layer's own."""
+    """Return the cost of the output beyond the base layer's own."""
     if way == "token":
-        return _through_A(problem) + _through_B(problem)
+        return problem.costs.through_A + problem.costs.through_B
     return _update_cost(problem, fused=way == "fused")
 
 
 def backward_cost(problem: Problem, grad_input: Way, grad_basis: BasisWay) -> float:
-    """Cost of all gradients beyond the base layer's own."""
-    T, _, m, M = problem.sizes
+    """Return the cost of all gradients beyond the base layer's own."""
+    costs = problem.costs
     if grad_basis == "token":  # u B, from the M-wide side, and its product with the other side
-        cost = _through_B(problem) + _through_A(problem)
+        cost = costs.through_B + costs.through_A
     else:
-        cost = T * M * m + _weight_product(problem) + _element(problem) * M * m
+        cost = problem.tokens * problem.elements + costs.weight + costs.element * problem.elements
     if not problem.input_needs_grad:
         return cost
     if grad_input != "token":
         return cost + _update_cost(problem, fused=grad_input == "fused")
     shared = grad_basis == "token" and not problem.wide  # dy B serves dÃ and dx
-    return cost + _through_A(problem) + (0 if shared else _through_B(problem))
+    return cost + costs.through_A + (0 if shared else costs.through_B)
+
+
+def step_cost(problem: Problem) -> float:
+    """Return the cost of a training step, forward and backward, by the plan that is chosen."""
+    plan = choose(problem)
+    return forward_cost(problem, plan.output) + backward_cost(problem, plan.grad_input, plan.grad_basis)
 
 
 def choose(problem: Problem) -> Plan:
@@ -133,11 +149,11 @@ def choose(problem: Problem) -> Plan:
     if _forced is not None:
         return _allowed(_forced, problem)
     # a compiler traces the arithmetic; else it is done once for each shape
-    return _cheapest(problem) if torch.compiler.is_compiling() else _remembered(problem, rates)
+    return _cheapest(problem) if torch.compiler.is_compiling() else _remembered(problem)
 
 
 @lru_cache(maxsize=4096)
-def _remembered(problem: Problem, _rates: Rates) -> Plan:
+def _remembered(problem: Problem) -> Plan:
     return _cheapest(problem)
 
 
@@ -155,13 +171,12 @@ def _cheapest(problem: Problem) -> Plan:
 
 
 def call_cost(problem: Problem) -> float:
-    """Cost of an output beyond the base layer's own, with one pass over Ã and B, which few tokens do not hide."""
-    _, q, m, M = problem.sizes
-    return forward_cost(problem, choose(problem).output) + rates.element * q * (m + M)
+    """Return the cost of an output beyond the base layer's own, with one pass over Ã and B."""
+    return forward_cost(problem, choose(problem).output) + problem.costs.factors
 
 
 def sum_cost(problem: Problem) -> float:
-    """Cost of forming W + ΔW."""
+    """Return the cost of forming W + ΔW."""
     return _update_cost(problem, fused=True)
 
 
@@ -190,38 +205,10 @@ _BASIS_WAYS: tuple[BasisWay, ...] = ("token", "weight")
 _forced: Plan | None = None
 
 
-def _through_A(problem: Problem) -> float:
-    """T rows between m and q features."""
-    T, q, m, _ = problem.sizes
-    return T * q * m * (rates.sparse * problem.density[0] if problem.kind == "sparse" else 1.0)
-
-
-def _through_B(problem: Problem) -> float:
-    """T rows between q and M features."""
-    T, q, _, M = problem.sizes
-    if problem.kind == "sparse":
-        return T * M * (q * rates.sparse * problem.density[1] + _element(problem))
-    return T * q * M * _rate(problem)
-
-
-def _weight_product(problem: Problem) -> float:
-    """B Ã, or Bᵀ dW."""
-    _, q, m, M = problem.sizes
-    return q * m * M * (rates.sparse * problem.density[1] if problem.kind == "sparse" else _rate(problem))
-
-
 def _update_cost(problem: Problem, fused: bool) -> float:
     """x ΔWᵀ, by way of ΔW."""
-    T, _, m, M = problem.sizes
-    return _weight_product(problem) + _element(problem) * M * m + (0 if fused else T * M * m)
-
-
-def _rate(problem: Problem) -> float:
-    return rates.split if problem.kind == "split" else 1.0
-
-
-def _element(problem: Problem) -> float:
-    return rates.element_sparse if problem.kind == "sparse" else rates.element
+    formed = problem.costs.weight + problem.costs.element * problem.elements
+    return formed + (0 if fused else problem.tokens * problem.elements)
 
 
 def _allowed(plan: Plan, problem: Problem) -> Plan:

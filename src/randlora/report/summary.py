@@ -8,7 +8,7 @@ from statistics import fmean, median
 
 from randlora.report.runs import Run, number
 from randlora.report.statistics import wilson_interval
-from randlora.report.table import byte_text
+from randlora.text import byte_text
 
 COLUMNS = (
     "method",

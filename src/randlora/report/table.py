@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from randlora.report.statistics import wilson_interval
+from randlora.text import byte_text
 
 _COLUMNS = ("method", "trainable", "accuracy (95%)", "s/step", "peak memory", "saved")
 
@@ -61,8 +62,3 @@ def markdown_table(rows: list[Row]) -> str:
     """The table in Markdown."""
     lines = [_COLUMNS, ("---", *["---:"] * (len(_COLUMNS) - 1)), *(row.cells() for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def byte_text(count: float) -> str:
-    """Megabytes, as many digits as mean something."""
-    return f"{count / 1e6:,.1f} MB" if count < 1e8 else f"{count / 1e6:,.0f} MB"

@@ -22,8 +22,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from randlora.analysis import delta_weight, singular_values
+from randlora.analysis.counts import matched_lora_rank
 from randlora.errors import ConfigError, RandLoraError
-from randlora.train.methods import matched_lora_rank
 from randlora.train.record import HISTORY
 from randlora.train.settings import TrainSettings
 from randlora.train.verify import Verification

@@ -80,17 +80,6 @@ def _linear_names(model: PreTrainedModel, heads: list[str]) -> list[str]:
     ]
 
 
-def matched_lora_rank(shapes: list[tuple[int, int]], rank: int) -> int:
-    """The LoRA rank with the number of trainable parameters nearest to RandLoRA's of ``rank``.
-
-    Args:
-        shapes: (in_features, out_features) of the adapted layers.
-        rank: r of RandLoRA.
-    """
-    randlora = sum(-(-min(shape) // rank) * (rank + min(shape)) for shape in shapes)
-    return max(1, round(randlora / sum(sum(shape) for shape in shapes)))
-
-
 def _only_head(model: PreTrainedModel, settings: TrainSettings) -> nn.Module:
     head = next((getattr(model, name) for name in _HEADS if hasattr(model, name)), None)
     if not TASKS[settings.task].classifies or head is None:

@@ -48,7 +48,7 @@ def define_bases(layers: Sequence[RandLoraLayer], config: RandLoraConfig, adapte
             min_dim=min_dim,
             max_dim=max_dim,
             key=config.projection_prng_key % 2**32,
-            sparsity=config.ternary_sparsity(min_dim),
+            kind=config.basis_kind(min_dim),
             used_min_dim=max(layer.min_dim for layer in layers),
             used_max_dim=max(layer.max_dim for layer in layers),
         )

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
 
 from randlora.errors import ConfigError
-from randlora.ops.bases import num_bases
+from randlora.ops.bases import BasisKind, Dense, Ternary, num_bases
 from randlora.tuner.atomic import write_json
 from randlora.tuner.field_types import type_faults
 
@@ -147,11 +147,12 @@ class RandLoraConfig(PeftConfig):
         self.recorded = self.recorded or self.basis_fingerprint is None
         self.basis_fingerprint = fingerprint
 
-    def ternary_sparsity(self, min_dim: int) -> float | None:
-        """The number s of the bases' distribution, ``None`` for dense ones; ``min_dim`` is m as drawn."""
+    def basis_kind(self, min_dim: int) -> BasisKind:
+        """Return the kind of the adapter's bases; ``min_dim`` is m as drawn."""
         if self.very_sparse:
-            return math.sqrt(min_dim)
-        return 3.0 if self.sparse else self.sparsity
+            return Ternary(math.sqrt(min_dim))
+        sparsity = 3.0 if self.sparse else self.sparsity
+        return Dense() if sparsity is None else Ternary(sparsity)
 
     def scaling(self, rank: int, alpha: float, num_bases: int) -> float:
         """Factor of the update of a layer: alpha/r, or the paper's alpha/(r·√n)."""

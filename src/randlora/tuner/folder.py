@@ -19,6 +19,7 @@ from torch import Tensor
 from randlora.errors import BasisMismatchError, CheckpointError
 from randlora.ops import linear as ops
 from randlora.ops.bases import Basis, BasisSpec, basis_from_projections, get_basis
+from randlora.ops.operands import Sizes
 from randlora.tuner.checkpoint import combined_fingerprint, define_bases
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import RandLoraLayer
@@ -67,9 +68,8 @@ class SavedLayer:
 
     def updates(self, basis: Basis, out_features: int, in_features: int) -> Iterator[Tensor]:
         """ΔW (out, in) in float32, for each matrix of the layer's weight: one, or one for each expert."""
-        operands = basis.operands(
-            torch.device("cpu"), torch.float32, self.min_dim, max(out_features, in_features), self.num_bases
-        )
+        sizes = Sizes(max(out_features, in_features), self.min_dim, self.num_bases)
+        operands = basis.operands(torch.device("cpu"), torch.float32, sizes)
         wide = out_features < in_features
         lams, gammas = (t.float().reshape(-1, *t.shape[-2:]) for t in (self.lam, self.gamma))
         for lam, gamma in zip(lams, gammas, strict=True):
@@ -131,9 +131,9 @@ class AdapterFolder:
         with safe_open(self.path / WEIGHTS, "pt") as file:
             min_dim, max_dim = file.get_slice(whole[0]).get_shape()[-1], file.get_slice(whole[1]).get_shape()[0]
         used = max(layer.min_dim for layer in self.layers.values())
-        key, sparsity = self.config.projection_prng_key % 2**32, self.config.ternary_sparsity(min_dim)
+        key, kind = self.config.projection_prng_key % 2**32, self.config.basis_kind(min_dim)
         return {
-            rank: BasisSpec(rank, min_dim, max_dim, key, sparsity, min(used, min_dim), max_dim)
+            rank: BasisSpec(rank, min_dim, max_dim, key, kind, min(used, min_dim), max_dim)
             for rank in sorted({layer.rank for layer in self.layers.values()})
         }
 

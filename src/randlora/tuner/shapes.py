@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from randlora.errors import ConfigError
 from randlora.ops.bases import Basis
+from randlora.ops.bases.dense import DenseStored
 from randlora.tuner.base_model import base_path_of, empty_base
 from randlora.tuner.checkpoint import adapter_layers, define_bases
 from randlora.tuner.config import RandLoraConfig
@@ -67,7 +68,7 @@ def bind_empty_bases(model: nn.Module) -> list[Tensor]:
             a = torch.empty(rank, spec.used_min_dim, dtype=torch.bfloat16)
             b = torch.empty(spec.used_max_dim, spec.used_num_bases * rank, dtype=torch.bfloat16)
             held += (a, b)
-            basis = Basis(a, b)
+            basis = Basis(DenseStored(a, b))
             for layer in layers:
                 if layer.r["default"] == rank:
                     layer.bind_basis("default", basis)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from randlora.errors import MergeError, UnsupportedLayerError
 from randlora.ops import linear as ops
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
-from randlora.ops.operands import DenseBases
+from randlora.ops.bases.dense import DenseBases
+from randlora.ops.bases.spec import RowOperands
+from randlora.ops.operands import Operands, Sizes
+from randlora.ops.precision import at_least_float32, without_autocast
 from randlora.tuner.layers.dropout import Dropouts
 from randlora.tuner.layers.mergeable import require_linear, require_stored
 from randlora.tuner.layers.plain import has_plain_product, is_only_moved, is_plain
@@ -85,6 +88,11 @@ class RandLoraLayer(ScaledLayer):
     def max_dim(self) -> int:
         """M, the larger dimension of the weight."""
         return max(self.in_features, self.out_features)
+
+    @property
+    def num_matrices(self) -> int:
+        """One, or the number of matrices in a stack."""
+        return math.prod(self.stack)
 
     @property
     def randlora_A(self) -> Mapping[str, Tensor]:
@@ -199,10 +207,10 @@ class RandLoraLayer(ScaledLayer):
         lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
         device = lam.device if device is None else device
         lam, gamma = lam.to(device), gamma.to(device)
-        whole = self.basis(adapter).tensors(device, _at_least_float32(lam.dtype))
-        bases = DenseBases(whole[0][:, : self.min_dim], whole[1][: self.max_dim, : lam.numel()])
-        scaled = bases.scaled(lam, gamma, bases.B.dtype)
-        return (scaled, bases.B) if self.out_features >= self.in_features else (bases.B.T, scaled.T)
+        A, B = self.basis(adapter).tensors(device, at_least_float32(lam.dtype))
+        A, B = A[:, : self.min_dim], B[: self.max_dim, : lam.numel()]
+        scaled = DenseBases(A, B, B.dtype).scaled(lam, gamma)
+        return (scaled, B) if self.out_features >= self.in_features else (B.T, scaled.T)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW in the layout of the base layer's weight, on its device, in float32 or wider.
@@ -216,7 +224,7 @@ class RandLoraLayer(ScaledLayer):
 
     def _update_of(self, adapter: str, lam: Tensor, gamma: Tensor) -> Tensor:
         """ΔW (out, in) of λ (r, n) and γ (n, m) with the bases and the scaling of the adapter."""
-        dtype = _at_least_float32(lam.dtype)
+        dtype = at_least_float32(lam.dtype)
         bases = self._operands(adapter, lam.device, dtype)
         wide = self.out_features < self.in_features
         return ops.delta_weight(bases, lam.to(dtype), gamma.to(dtype), self._scaling(adapter), wide)
@@ -229,7 +237,7 @@ class RandLoraLayer(ScaledLayer):
         total: Tensor = weight
         if self.disable_adapters or self.merged:
             return total
-        with without_autocast(weight.device):
+        with without_autocast(weight.device.type):
             for name in self.active_adapters:
                 if name in self.randlora_lambda:
                     total = total + self.get_delta_weight(name).to(weight.device)
@@ -264,7 +272,7 @@ class RandLoraLayer(ScaledLayer):
         weight = require_stored(base, self.parameter_name, self._where())
         plain = is_plain(base) and (has_plain_product(base) or type(base) is nn.Embedding)
         if not (plain or self._exchanges_weight() or is_only_moved(base)):
-            with without_autocast(weight.device):
+            with without_autocast(weight.device.type):
                 x = self._probe(weight.detach())
                 require_linear(base, self.parameter_name, x, lambda change: self._product(x, change), self._where())
 
@@ -403,15 +411,18 @@ class RandLoraLayer(ScaledLayer):
         """
         return known_basis(self.bases[adapter_name])
 
-    def _operands(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> ops.Bases:
+    def _operands(
+        self, adapter_name: str, device: torch.device, dtype: torch.dtype, tokens: int | None = None
+    ) -> Operands:
         """This layer's slices of the shared bases, as products in ``dtype`` take them."""
-        n = self.num_bases[adapter_name]
-        return self.basis(adapter_name).operands(device, dtype, self.min_dim, self.max_dim, n)
+        return self.basis(adapter_name).operands(device, dtype, self._sizes(adapter_name), tokens)
 
-    def _stored(self, adapter_name: str, device: torch.device) -> DenseBases:
+    def _lookup(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> RowOperands:
         """This layer's slices of the shared bases as they are stored, for layers that read a few rows."""
-        n = self.num_bases[adapter_name]
-        return self.basis(adapter_name).stored(device, self.min_dim, self.max_dim, n)
+        return self.basis(adapter_name).lookup(device, dtype, self._sizes(adapter_name))
+
+    def _sizes(self, adapter_name: str) -> Sizes:
+        return Sizes(self.max_dim, self.min_dim, self.num_bases[adapter_name])
 
     def _scaling(self, adapter_name: str) -> float:
         """What the operands' update is multiplied with."""
@@ -480,22 +491,3 @@ def known_basis(basis: Basis | AwaitedBasis) -> Basis:
     if isinstance(basis, AwaitedBasis):
         raise basis.error()
     return basis
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast asks for, else that of the input."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Within this context products run in the dtype of their operands."""
-    if not torch.amp.is_autocast_available(device.type):  # the meta device, for one
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from randlora.errors import UnsupportedLayerError
 from randlora.ops import linear as ops
-from randlora.tuner.layers.base import RandLoraLayer, compute_dtype, innermost, without_autocast
+from randlora.ops.precision import compute_dtype, without_autocast
+from randlora.tuner.layers.base import RandLoraLayer, innermost
 from randlora.tuner.layers.mergeable import random_input
 from randlora.tuner.layers.plain import has_plain_convolution
 from randlora.tuner.mixed_batch import mixed_forward
@@ -86,7 +87,7 @@ class _Conv(nn.Module, RandLoraLayer):
 
     def _update(self, name: str, dtype: torch.dtype) -> Tensor:
         """ΔW in the layout of the weight, differentiable in λ and γ, summed in float32 or wider."""
-        with without_autocast(self.randlora_lambda[name].device):
+        with without_autocast(self.randlora_lambda[name].device.type):
             return self.get_delta_weight(name).to(dtype)
 
     def _can_take_weight(self, name: str, x: Tensor) -> bool:

@@ -10,8 +10,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from randlora.errors import UnsupportedLayerError
-from randlora.ops.units import unit
-from randlora.tuner.layers.base import FLOATING, RandLoraLayer, innermost, without_autocast
+from randlora.ops.precision import without_autocast
+from randlora.tuner.layers.base import FLOATING, RandLoraLayer, innermost
 from randlora.tuner.layers.mergeable import require_exchangeable
 from randlora.tuner.mixed_batch import mixed_forward
 
@@ -59,7 +59,7 @@ class Embedding(nn.Module, RandLoraLayer):
         """What the base layer makes of W + ΔW: whoever knows only its class knows not what it looks up."""
         require_exchangeable(self.base_layer, self.parameter_name, self._where())
         weight = self._base_weight()
-        with without_autocast(weight.device):
+        with without_autocast(weight.device.type):
             total = sum((self.get_delta_weight(name).to(weight.device) for name in names), start=weight)
         exchanged = {self.parameter_name: total.to(weight.dtype)}
         return cast("Tensor", functional_call(self.base_layer, exchanged, (x, *args), kwargs))
@@ -85,19 +85,16 @@ class Embedding(nn.Module, RandLoraLayer):
     def _rows(self, name: str, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows ``ids`` of ΔW, through the product of all rows where that is less work than one for each index."""
         base: Any = self.get_base_layer()
-        bases = self._stored(name, ids.device)
-        with without_autocast(ids.device):
+        operands = self._lookup(name, ids.device, dtype)
+        with without_autocast(ids.device.type):
             lam, gamma = self.randlora_lambda[name].to(ids.device), self.randlora_gamma[name].to(ids.device)
-            At = bases.scaled(lam * (self._scaling(name) / unit(dtype)), gamma, dtype)
+            scaled = operands.scaled(lam * (self._scaling(name) / operands.unit), gamma)
             wide = self.out_features < self.in_features
             if base.scale_grad_by_freq or ids.numel() >= base.num_embeddings:
-                B = bases.matrix(dtype)
-                table = B @ At if wide else At.T @ B.T
+                table = operands.table(scaled, wide)
                 rows = F.embedding(ids, table, scale_grad_by_freq=base.scale_grad_by_freq)
-            elif wide:
-                rows = bases.rows(ids, dtype) @ At
             else:
-                rows = F.embedding(ids, At.T) @ bases.matrix(dtype).T
+                rows = operands.rows(ids, scaled, wide)
         if base.padding_idx is not None:
             rows = rows.masked_fill((ids == base.padding_idx).unsqueeze(-1), 0)
         return rows

@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from randlora.ops import linear as ops
 from randlora.ops.plan import Plan, Problem, call_cost, choose, sum_cost
-from randlora.ops.sparse import SparseBases
-from randlora.tuner.layers.base import RandLoraLayer, compute_dtype, innermost
+from randlora.ops.precision import compute_dtype
+from randlora.tuner.layers.base import RandLoraLayer, innermost
 from randlora.tuner.layers.held import HeldUpdate, Term, can_compare, may_hold
 from randlora.tuner.layers.mergeable import random_input
 from randlora.tuner.mixed_batch import mixed_forward
@@ -139,15 +139,8 @@ class Linear(nn.Module, RandLoraLayer):
         return self._held.make(terms, make, self.out_features * self.in_features * dtype.itemsize, training)
 
     def _problem(self, name: str, tokens: int, device: torch.device, dtype: torch.dtype, fusible: bool) -> Problem:
-        bases, shape = self._cheaper_operands(name, tokens, device, dtype), self.randlora_lambda[name].shape
-        return ops.problem_of(bases, dtype, tokens, self.out_features, self.in_features, shape, fusible)
-
-    def _cheaper_operands(self, name: str, tokens: int, device: torch.device, dtype: torch.dtype) -> ops.Bases:
-        """The bases in the form in which that many tokens cost less."""
-        bases = self._operands(name, device, dtype)
-        if not isinstance(bases, SparseBases) or ops.skips_zeros(dtype, tokens):
-            return bases
-        return self._stored(name, device)
+        operands = self._operands(name, device, dtype, tokens)
+        return ops.problem_of(operands, tokens, self.out_features, self.in_features, fusible)
 
     def _update(
         self,
@@ -160,7 +153,7 @@ class Linear(nn.Module, RandLoraLayer):
     ) -> Tensor:
         return ops.adapted_linear(
             self._own_input(name, x).to(dtype),
-            self._cheaper_operands(name, x.numel() // max(x.shape[-1], 1), x.device, dtype),
+            self._operands(name, x.device, dtype, x.numel() // max(x.shape[-1], 1)),
             self.randlora_lambda[name],
             self.randlora_gamma[name],
             self._scaling(name),

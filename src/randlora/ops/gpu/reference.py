@@ -1,4 +1,4 @@
-"""Products with Ã in plain torch: the twins of the kernels in ``triton_*.py``, and their derivatives.
+"""Products with Ã in plain torch: twins of the kernels in ``products.py`` and ``gradients.py``, and their derivatives.
 
 Rows of Ã and columns of B stand basis by basis, i = b·r + k (``grouped.py``). Sums are formed in float32 and rounded
 once.

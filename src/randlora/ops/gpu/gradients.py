@@ -1,7 +1,7 @@
 """The kernel of dλ and dγ: dÃ exists as one tile at a time, which is summed up where it was computed.
 
 No float is added atomically: each program writes sums of its own, which are then added in a fixed order, so that the
-same inputs give the same bits. ``plain.py`` has the twin.
+same inputs give the same bits. ``reference.py`` has the twin.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from randlora.ops.triton_tiles import (
+from randlora.ops.gpu.tiles import (
     add_dot,
     basis,
     basis_and_row,

@@ -1,7 +1,7 @@
 """The kernels against their twins in float64. ``test_triton.py`` runs this file in a process of its own.
 
-On a GPU: ``pytest tests/ops/triton_cases.py``. Elsewhere with TRITON_INTERPRET=1, which has to be set before anything
-imports Triton, in small blocks that divide no dimension here.
+On a GPU: ``pytest tests/ops/gpu/triton_cases.py``. Elsewhere with TRITON_INTERPRET=1, which has to be set before
+anything imports Triton, in small blocks that divide no dimension here.
 """
 
 import copy
@@ -13,12 +13,13 @@ from transformers.pytorch_utils import Conv1D
 
 from randlora import RandLoraConfig, get_peft_model
 from randlora.analysis import environment
-from randlora.ops import dispatch, rounding, scaled, triton_ops
-from randlora.ops.grouped import GroupedBases, grouped
+from randlora.ops import rounding
+from randlora.ops.bases.dense import DenseBases
+from randlora.ops.gpu import availability, operators, reference
+from randlora.ops.gpu.grouped import GroupedBases, grouped
+from randlora.ops.gpu.tiles import interpreting
 from randlora.ops.linear import adapted_linear
-from randlora.ops.operands import DenseBases
 from randlora.ops.plan import Plan, force
-from randlora.ops.triton_tiles import interpreting
 from randlora.ops.units import in_units
 
 DEVICE = torch.device("cpu" if interpreting else "cuda")
@@ -55,7 +56,7 @@ def check(name, *arguments, roundings=4.0):
         torch.float64 if isinstance(value, torch.dtype) else value.double() if torch.is_tensor(value) else value
         for value in arguments
     ]
-    found, expected = getattr(triton_ops, name)(*arguments), getattr(scaled, name)(*wide)
+    found, expected = getattr(operators, name)(*arguments), getattr(reference, name)(*wide)
     pairs = [(found, expected)] if torch.is_tensor(found) else zip(found, expected, strict=True)
     for mine, theirs in pairs:
         assert mine.shape == theirs.shape
@@ -76,7 +77,7 @@ class TestAgainstTheTwins:
         d = Draw(T, m, M, r)
         for base in (d.W, d.W.T.contiguous().T):
             check("times_scaled", d.B, d.A, d.lam, d.gamma, d.dtype, base)
-            assert triton_ops.times_scaled(d.B, d.A, d.lam, d.gamma, d.dtype, base).stride() == base.stride()
+            assert operators.times_scaled(d.B, d.A, d.lam, d.gamma, d.dtype, base).stride() == base.stride()
 
     @sizes
     def test_tokens_times_the_scaled_basis_beside_the_base_product(self, T, m, M, r):
@@ -115,8 +116,8 @@ class TestAgainstTheTwins:
     def test_the_same_bits_each_time(self):
         d = Draw(37, 70, 41, 32)
         for kernel, arguments in (
-            (triton_ops.scaling_gradients, (d.B, d.W, d.A, d.lam, d.gamma)),
-            (triton_ops.times_scaled, (d.B, d.A, d.lam, d.gamma, d.dtype, d.W, None, None, None, d.seed)),
+            (operators.scaling_gradients, (d.B, d.W, d.A, d.lam, d.gamma)),
+            (operators.times_scaled, (d.B, d.A, d.lam, d.gamma, d.dtype, d.W, None, None, None, d.seed)),
         ):
             first, second = kernel(*arguments), kernel(*arguments)
             assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -132,20 +133,20 @@ class TestRounding:
         zero = torch.zeros_like(d.lam)
         total = torch.randn(50, 45, device=DEVICE)
         # ΔW = 0, so that both round the same float32 numbers: a bf16 base, and a bias of 24 bits
-        found = triton_ops.times_scaled(d.B, d.A, zero, d.gamma, d.dtype, d.W, None, None, total[0], d.seed)
+        found = operators.times_scaled(d.B, d.A, zero, d.gamma, d.dtype, d.W, None, None, total[0], d.seed)
         assert torch.equal(found, rounding.stochastic(d.W.float() + total[0], d.seed))
 
     def test_right_on_average_where_rounding_to_nearest_loses_the_update(self):
         d = Draw(3, 40, 64, 32)
         d.W.fill_(1.0)
-        exact = scaled.times_scaled(d.B, d.A, d.lam * 1e-5, d.gamma, torch.float32)
+        exact = reference.times_scaled(d.B, d.A, d.lam * 1e-5, d.gamma, torch.float32)
         assert exact.abs().max() < 2**-9  # half an ulp below 1
-        nearest = triton_ops.times_scaled(d.B, d.A, d.lam * 1e-5, d.gamma, d.dtype, d.W)
+        nearest = operators.times_scaled(d.B, d.A, d.lam * 1e-5, d.gamma, d.dtype, d.W)
         assert (nearest == 1).all()
         seeds = torch.arange(12, dtype=torch.int32, device=DEVICE)
         drawn = torch.stack(
             [
-                triton_ops.times_scaled(d.B, d.A, d.lam * 1e-5, d.gamma, d.dtype, d.W, None, None, None, seed).float()
+                operators.times_scaled(d.B, d.A, d.lam * 1e-5, d.gamma, d.dtype, d.W, None, None, None, seed).float()
                 for seed in seeds.split(1)
             ]
         )
@@ -182,9 +183,11 @@ class TestLayers:
         weight, bias, grad = d.random(out, in_), d.random(out), d.random(5, out)
         monkeypatch.setattr(rounding, "_stochastic", stochastic)
         with force(plan):
-            found = results(GroupedBases(d.A, grouped(d.B, r)), tensors, weight, bias, grad)
+            found = results(GroupedBases(d.A, grouped(d.B, r), d.dtype), tensors, weight, bias, grad)
             wide = [value.double() for value in (weight, bias, grad)]
-            expected = results(DenseBases(d.A.double(), d.B.double()), [t.double() for t in tensors], *wide)
+            expected = results(
+                DenseBases(d.A.double(), d.B.double(), torch.float64), [t.double() for t in tensors], *wide
+            )
         for name, value in expected.items():
             error = (found[name].double() - value).norm() / value.norm()
             assert error < 0.03, f"{name}: {error:.1e}"
@@ -200,9 +203,9 @@ class TestLayers:
         weight, grad = torch.zeros_like(d.random(out, in_)), d.random(5, out)
         B = grouped(d.B, r)
         with force(plan):
-            bases = GroupedBases(d.A, B if codes else in_units(B, torch.float16))
+            bases = GroupedBases(d.A, B if codes else in_units(B, torch.float16), d.dtype)
             found = results(bases, tensors, weight, None, grad)
-            exact = DenseBases(d.A.double(), d.B.double())
+            exact = DenseBases(d.A.double(), d.B.double(), torch.float64)
             expected = results(exact, [t.double() for t in tensors], weight.double(), None, grad.double())
         for name, value in expected.items():
             error = (found[name].double() - value).norm() / value.norm()
@@ -210,7 +213,7 @@ class TestLayers:
 
     def test_parameters_in_half_precision(self):
         d = Draw(5, 20, 27, 6)
-        bases, grad = GroupedBases(d.A, grouped(d.B, 6)), d.random(5, 27)
+        bases, grad = GroupedBases(d.A, grouped(d.B, 6), d.dtype), d.random(5, 27)
         lam, gamma = d.lam.bfloat16(), d.gamma.bfloat16()
         found = results(bases, (d.v, lam, gamma), d.W, d.u[0], grad)
         expected = results(bases, (d.v, lam.float(), gamma.float()), d.W, d.u[0], grad)
@@ -225,7 +228,7 @@ class TestLayers:
     def test_second_derivatives_are_those_of_the_twins(self):
         d = Draw(4, 20, 27, 6)
         found = []
-        for kernels in (triton_ops, scaled):
+        for kernels in (operators, reference):
             lam, gamma = (value.clone().requires_grad_() for value in (d.lam, d.gamma))
             y = kernels.times_scaled(d.B, d.A, lam, gamma, d.dtype)
             d_lam, d_gamma = kernels.scaling_gradients(d.B, y, d.A, lam, gamma)
@@ -243,7 +246,7 @@ class TestLayers:
         x, losses = torch.randn(6, 40, device=DEVICE).bfloat16(), []
         calls = []
         for enabled in (True, False):
-            monkeypatch.setattr(dispatch, "_enabled", enabled)
+            monkeypatch.setattr(availability, "_enabled", enabled)
             model = get_peft_model(copy.deepcopy(base), RandLoraConfig(r=8, target_modules=["0", "1", "2"], **kind))
             layer = model.base_model.model[0]
             calls.append(type(layer._operands("default", DEVICE, torch.bfloat16)).__name__)
@@ -278,8 +281,8 @@ class TestLayers:
     def test_vmap(self):
         d = Draw(4, 20, 27, 6)
         scales = torch.tensor([1.0, -2.0, 0.5], device=DEVICE)
-        found = torch.func.vmap(lambda s: triton_ops.times_scaled(d.h, d.A, d.lam * s, d.gamma, d.dtype))(scales)
-        expected = torch.stack([triton_ops.times_scaled(d.h, d.A, d.lam * s, d.gamma, d.dtype) for s in scales])
+        found = torch.func.vmap(lambda s: operators.times_scaled(d.h, d.A, d.lam * s, d.gamma, d.dtype))(scales)
+        expected = torch.stack([operators.times_scaled(d.h, d.A, d.lam * s, d.gamma, d.dtype) for s in scales])
         assert torch.equal(found, expected)
 
 
@@ -290,7 +293,7 @@ if not interpreting:
 
         def call():
             seed = rounding.new_seed(DEVICE)
-            return triton_ops.times_scaled(d.B, d.A, d.lam * 1e-5, d.gamma, d.dtype, d.W, None, None, None, seed)
+            return operators.times_scaled(d.B, d.A, d.lam * 1e-5, d.gamma, d.dtype, d.W, None, None, None, seed)
 
         call()  # tunes and compiles
         graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""The kernels as operators of torch, with the signatures of their twins in ``scaled.py``.
+"""The kernels as operators of torch, with the signatures of their twins in ``reference.py``.
 
 Operators are opaque to ``torch.compile``, which needs only the shapes of their results, and take no time of it. Their
 derivatives, and so all second derivatives of a layer, are those of the twins. Importing this file needs Triton.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randlora.ops import scaled, triton_gradients, triton_products
+from randlora.ops.gpu import gradients, products, reference
 
 
 @torch.library.custom_op("randlora::times_scaled", mutates_args=())
@@ -28,10 +28,10 @@ def times_scaled(
     bias: Tensor | None = None,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """As ``scaled.times_scaled``."""
+    """As ``reference.times_scaled``."""
     out = _like(base, x, x.shape[0], gamma.shape[1], dtype)
     first = None if a is None or b is None else (a, b)
-    triton_products.times_scaled(x, A, lam.contiguous(), gamma.contiguous(), out, base, first, bias, seed)
+    products.times_scaled(x, A, lam.contiguous(), gamma.contiguous(), out, base, first, bias, seed)
     return out
 
 
@@ -50,9 +50,9 @@ def _(
 
 @torch.library.custom_op("randlora::times_scaled_transposed", mutates_args=())
 def times_scaled_transposed(v: Tensor, A: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
-    """As ``scaled.times_scaled_transposed``."""
+    """As ``reference.times_scaled_transposed``."""
     out = v.new_empty(v.shape[0], lam.numel())
-    triton_products.times_scaled_transposed(v, A, lam.contiguous(), gamma.contiguous(), out)
+    products.times_scaled_transposed(v, A, lam.contiguous(), gamma.contiguous(), out)
     return out
 
 
@@ -65,9 +65,9 @@ def _(v: Tensor, A: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
 def sum_of_products(
     a: Tensor, b: Tensor, c: Tensor | None = None, d: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """As ``scaled.sum_of_products``."""
+    """As ``reference.sum_of_products``."""
     out = a.new_empty(a.shape[0], b.shape[1])
-    triton_products.sum_of_products(out, (a, b), None if c is None or d is None else (c, d), bias)
+    products.sum_of_products(out, (a, b), None if c is None or d is None else (c, d), bias)
     return out
 
 
@@ -78,8 +78,8 @@ def _(a: Tensor, b: Tensor, *_others: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("randlora::scaling_gradients", mutates_args=())
 def scaling_gradients(left: Tensor, right: Tensor, A: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``scaled.scaling_gradients``."""
-    return triton_gradients.scaling_gradients(left, right, A, lam.contiguous(), gamma.contiguous())
+    """As ``reference.scaling_gradients``."""
+    return gradients.scaling_gradients(left, right, A, lam.contiguous(), gamma.contiguous())
 
 
 @scaling_gradients.register_fake
@@ -128,7 +128,7 @@ def _follow(op: Any, twin: Callable[..., Any]) -> None:
     op.register_vmap(vmap)
 
 
-_follow(times_scaled, scaled.times_scaled)
-_follow(times_scaled_transposed, scaled.times_scaled_transposed)
-_follow(sum_of_products, scaled.sum_of_products)
-_follow(scaling_gradients, scaled.scaling_gradients)
+_follow(times_scaled, reference.times_scaled)
+_follow(times_scaled_transposed, reference.times_scaled_transposed)
+_follow(sum_of_products, reference.sum_of_products)
+_follow(scaling_gradients, reference.scaling_gradients)

@@ -22,10 +22,11 @@ from torch import nn
 
 from process_wide import default_dtype, generators
 from randlora.errors import BasisMismatchError
-from randlora.ops import bases, bf16
-from randlora.ops.bases import Basis, BasisSpec, basis_from_projections, get_basis, num_bases
-from randlora.ops.operands import DenseBases
-from randlora.ops.sparse import SparseBases
+from randlora.ops import bf16
+from randlora.ops.bases import Basis, BasisSpec, Dense, Ternary, basis_from_projections, get_basis, num_bases, ternary
+from randlora.ops.bases.dense import DenseBases
+from randlora.ops.bases.ternary import SparseBases, TernaryStored
+from randlora.ops.operands import Sizes
 from randlora.ops.units import unit
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -39,7 +40,8 @@ def spec_of(
     sparsity: float | None = None,
     used: tuple[int, int] | None = None,
 ) -> BasisSpec:
-    return BasisSpec(rank, min_dim, max_dim, key, sparsity, *(used or (min_dim, max_dim)))
+    kind = Dense() if sparsity is None else Ternary(sparsity)
+    return BasisSpec(rank, min_dim, max_dim, key, kind, *(used or (min_dim, max_dim)))
 
 
 def spec_for_layers(shapes: list[tuple[int, int]], rank: int, key: int, kind: str) -> BasisSpec:
@@ -155,7 +157,7 @@ def golden_digest(spec: BasisSpec) -> str:
 
 PRINT_FINGERPRINTS = """
 import sys, torch
-from randlora.ops.bases import BasisSpec, get_basis
+from randlora.ops.bases import BasisSpec, Dense, Ternary, get_basis
 torch.manual_seed(99)
 torch.set_default_dtype(torch.float64)
 for spec in eval(sys.argv[1]):
@@ -181,7 +183,7 @@ class TestDefinition:
     def test_long_draws_do_not_depend_on_the_chunk_size(self, monkeypatch):
         spec = spec_of(4, 20, 30, key=21, sparsity=3.0)
         expected = get_basis(spec).fingerprint
-        monkeypatch.setattr("randlora.ops.bases._WORDS_PER_CHUNK", 17)
+        monkeypatch.setattr("randlora.ops.bases.drawing._WORDS_PER_CHUNK", 17)
         assert get_basis(spec).fingerprint == expected
 
     def test_another_process_draws_the_same(self):
@@ -247,8 +249,8 @@ class TestIndependence:
         spec = spec_of(6, 20, 30, key=36, sparsity=sparsity)
         with torch.inference_mode():
             basis = get_basis(spec)
-            basis.operands(CPU, torch.float64, 20, 30, 4)
-        first = basis.operands(CPU, torch.float64, 20, 30, 4)[0]
+            basis.operands(CPU, torch.float64, Sizes(30, 20, 4))
+        first = basis.operands(CPU, torch.float64, Sizes(30, 20, 4)).A
         lam = torch.ones(first.shape, requires_grad=True)
         (lam * first).sum().backward()  # a tensor of inference mode may not be saved for backward
         assert torch.equal(lam.grad, first.to(lam.dtype))
@@ -270,14 +272,12 @@ class TestStorage:
     def test_dense_bases_are_kept_in_two_bytes_and_ternary_b_in_two_bits(self):
         for sparsity, nbytes in ((None, 2 * (4 * 20 + 30 * 20)), (3.0, 4 * 20 + 30 * 20 / 4)):
             basis = get_basis(spec_of(4, 20, 30, key=41, sparsity=sparsity))
-            kept = basis._compact
-            assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == nbytes == basis.spec.nbytes
+            assert basis.nbytes == nbytes == basis.spec.nbytes
 
     def test_a_cut_basis_keeps_no_more_than_it_uses(self):
         for sparsity, nbytes in ((None, 2 * (4 * 8 + 9 * 8)), (3.0, 4 * 8 + 9 * 8 / 4)):
             basis = get_basis(spec_of(4, 20, 30, key=42, sparsity=sparsity, used=(8, 9)))
-            kept = basis._compact
-            assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == nbytes == basis.spec.nbytes
+            assert basis.nbytes == nbytes == basis.spec.nbytes
 
     def test_files_hold_the_smallest_lossless_dtype(self):
         dense = get_basis(spec_of(4, 20, 30, key=43)).projections()
@@ -314,7 +314,7 @@ class TestOperands:
     def test_dense_are_cast_once_or_not_at_all(self, monkeypatch, dtype):
         monkeypatch.setattr(bf16, "_SMALLEST", 1)
         basis = get_basis(spec_of(4, 20, 30, key=46))
-        first, again = (basis.operands(CPU, dtype, 12, 9, 3) for _ in range(2))
+        first, again = (basis.operands(CPU, dtype, Sizes(9, 12, 3)) for _ in range(2))
         assert isinstance(first, DenseBases)
         assert first.A.shape == (4, 12)
         assert first.B.shape == (9, 12)
@@ -330,39 +330,43 @@ class TestOperands:
         monkeypatch.setattr(bf16, "available", available)
         monkeypatch.setattr(bf16, "_SMALLEST", 600)
         basis = get_basis(spec_of(4, 20, 30, key=47))
-        assert basis.operands(CPU, torch.float32, 20, 30, 5).B.dtype == (torch.bfloat16 if available else torch.float32)
+        assert basis.operands(CPU, torch.float32, Sizes(30, 20, 5)).B.dtype == (
+            torch.bfloat16 if available else torch.float32
+        )
         monkeypatch.setattr(bf16, "_SMALLEST", 601)
-        assert basis.operands(CPU, torch.float32, 20, 30, 5).B.dtype == torch.float32
+        assert basis.operands(CPU, torch.float32, Sizes(30, 20, 5)).B.dtype == torch.float32
 
     def test_codes_stay_codes(self):
         basis = get_basis(spec_of(4, 20, 30, key=48, sparsity=3.0))
-        bases = basis.operands(CPU, torch.float32, 20, 30, 5)
+        bases = basis.operands(CPU, torch.float32, Sizes(30, 20, 5))
         assert (bases.A.dtype, bases.B.dtype) == (torch.int8, torch.uint8)
         assert basis.nbytes == 4 * 20 + 30 * 20 / 4
         A, B = basis.tensors(CPU, torch.float64)
-        found = basis.factor * bases.ready(torch.float64).B @ bases.A.double().repeat(5, 1)
+        found = basis.factor * bases._replace(dtype=torch.float64).ready().B @ bases.A.double().repeat(5, 1)
         torch.testing.assert_close(found, B @ A.repeat(5, 1))
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
     def test_very_sparse_are_compressed(self, dtype):
         basis = get_basis(spec_of(4, 20, 30, key=49, sparsity=40.0))
-        bases = basis.operands(CPU, dtype, 12, 9, 3)
+        bases, again = (basis.operands(CPU, dtype, Sizes(9, 12, 3), tokens=1) for _ in range(2))
         assert isinstance(bases, SparseBases)
-        assert basis.operands(CPU, dtype, 12, 9, 3) is bases
+        assert again.B is bases.B
         assert bases.values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         A, B = basis.tensors(CPU, torch.float64)
         spread = torch.zeros(4, 12, dtype=bases.values.dtype).scatter_add(1, bases.columns, bases.values)
         identity = torch.eye(12, dtype=bases.values.dtype)
         found = bases.B.matmul(identity), bases.B.T.matmul(torch.eye(9, dtype=bases.values.dtype)).T
-        torch.testing.assert_close(spread.double() * basis._factors[0], A[:, :12])
+        torch.testing.assert_close(spread.double() * basis.stored.factors[0], A[:, :12])
         for matrix in found:
-            torch.testing.assert_close(matrix.double() * basis._factors[1], B[:9, :12])
+            torch.testing.assert_close(matrix.double() * basis.stored.factors[1], B[:9, :12])
 
     def test_on_the_meta_device(self):
         for sparsity in (None, 3.0, 40.0):
-            bases = get_basis(spec_of(4, 20, 30, key=50, sparsity=sparsity)).operands(META, torch.float32, 12, 9, 3)
+            bases = get_basis(spec_of(4, 20, 30, key=50, sparsity=sparsity)).operands(
+                META, torch.float32, Sizes(9, 12, 3)
+            )
             assert bases.A.is_meta
-            assert bases.ready(torch.float32).B.shape == (9, 12)
+            assert bases.ready().B.shape == (9, 12)
 
 
 class TestSharing:
@@ -371,7 +375,7 @@ class TestSharing:
 
     def test_it_is_freed_when_nothing_uses_it(self):
         basis = get_basis(spec_of(4, 20, 30, key=52))
-        A, B = basis.operands(CPU, torch.float64, 20, 30, 5)
+        A, B = basis.operands(CPU, torch.float64, Sizes(30, 20, 5)).tensors()
         kept = [weakref.ref(basis), weakref.ref(A._base), weakref.ref(B._base)]
         del basis, A, B
         gc.collect()
@@ -491,7 +495,8 @@ class TestSameNumbers:
         changed[8, 2, 2] += 1
         assert basis_from_projections(A, B).fingerprint != basis_from_projections(A, changed).fingerprint
         codes = torch.ones(2, 3, dtype=torch.int8), torch.ones(4, 2, dtype=torch.int8)
-        assert Basis(*codes, (1.0, 2.0)).fingerprint != Basis(*codes, (2.0, 1.0)).fingerprint
+        found = [Basis(TernaryStored(*codes, factors, Ternary(3.0))) for factors in ((1.0, 2.0), (2.0, 1.0))]
+        assert found[0].fingerprint != found[1].fingerprint
 
 
 class TestStatistics:
@@ -499,7 +504,7 @@ class TestStatistics:
         """Strictly below 1/(2s) and strictly above 1 - 1/(2s), as PEFT has it; with s = 2 both edges can be drawn."""
         quarter = 2**22  # of 2²⁴
         words = np.array([0, quarter - 1, quarter, 3 * quarter, 3 * quarter + 1, 2**24 - 1], np.uint32)
-        assert bases._ternary_codes(words, 2.0).tolist() == [-1, -1, 0, 0, 1, 1]
+        assert ternary._codes(words, 2.0).tolist() == [-1, -1, 0, 0, 1, 1]
 
     @pytest.mark.parametrize("sparsity", [1.0, 1.5, 3.0, math.sqrt(1024), 100.0])
     def test_density_of_ternary_bases(self, sparsity):

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from randlora.ops import scaled
+from randlora.ops.gpu import reference
 
 _HALF = (torch.bfloat16, torch.float16)
 _enabled = True
@@ -40,9 +40,9 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 def kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The module with the products of grouped bases. Triton is imported by the first call that needs it."""
     if why_not(device, dtype):
-        return scaled
+        return reference
     if not _operators:
-        _operators.append(import_module("randlora.ops.triton_ops"))
+        _operators.append(import_module("randlora.ops.gpu.operators"))
     return _operators[0]
 
 

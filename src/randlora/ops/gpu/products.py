@@ -1,7 +1,7 @@
 """Kernels for products with Ã, which is formed tile by tile on the chip, and for sums of two products.
 
 Tiles of the result are computed transposed, so that Ã is the left factor: matrix units take that one from registers,
-where it is formed. All accumulate in float32 and round once. ``plain.py`` has the twin of each.
+where it is formed. All accumulate in float32 and round once. ``reference.py`` has the twin of each.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from randlora.ops.triton_tiles import (
+from randlora.ops.gpu.tiles import (
     add_dot,
     basis,
     basis_and_row,

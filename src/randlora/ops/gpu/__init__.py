@@ -1,0 +1,1 @@
+"""The kernels for GPUs, their twins in plain torch, and the operands that use them."""
