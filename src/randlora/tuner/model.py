@@ -31,6 +31,7 @@ from randlora.tuner.loading import keep_base_tensors, reads_a_file
 from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
 from randlora.tuner.names import names_alone, names_in, without_biases_of_others
 from randlora.tuner.switch import switch
+from randlora.tuner.unused import name_unused_layers
 from randlora.tuner.withdraw import delete_copies, withdraw_adapter
 
 
@@ -110,6 +111,8 @@ class RandLoraModel(BaseTuner):
                 self._bind_bases(layers, config, adapter_name)
             if disabled:  # what is new to the model is not
                 self._enable_adapter_layers(False)
+            if not config.inference_mode:
+                name_unused_layers(model)
         except Exception:
             withdraw_adapter(model, adapter_name)
             raise
@@ -204,6 +207,7 @@ class RandLoraModel(BaseTuner):
             target.update_layer(adapter_name, **adapter)
             return
         layer = kind.create(target, adapter_name, **adapter)
+        layer.target_name = current_key
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not active, hence not trained
         self._replace_module(parent, target_name, layer, target)

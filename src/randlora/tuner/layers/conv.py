@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from randlora.ops import linear as ops
-from randlora.tuner.layers.base import RandLoraLayer, compute_dtype, innermost, without_autocast
+from randlora.tuner.layers.base import AdaptedModule, RandLoraLayer, compute_dtype, innermost, without_autocast
 from randlora.tuner.mixed_batch import mixed_forward
 
 ConvNd = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-class _Conv(nn.Module, RandLoraLayer):
+class _Conv(AdaptedModule, RandLoraLayer):
     """A convolution with RandLoRA adapters.
 
     It computes conv(x, W + ΔW) in one convolution where W is float32 or wider, else conv(x, W) + conv(x, ΔW).

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from randlora.errors import UnsupportedLayerError
 from randlora.ops.units import unit
-from randlora.tuner.layers.base import RandLoraLayer, innermost, without_autocast
+from randlora.tuner.layers.base import AdaptedModule, RandLoraLayer, innermost, without_autocast
 from randlora.tuner.mixed_batch import mixed_forward
 
 
-class Embedding(nn.Module, RandLoraLayer):
+class Embedding(AdaptedModule, RandLoraLayer):
     """An embedding (weight (num_embeddings, dim)) with RandLoRA adapters.
 
     It is the linear layer of a one-hot input: in = num_embeddings, out = dim. The row of ``padding_idx`` gets no
@@ -25,6 +25,8 @@ class Embedding(nn.Module, RandLoraLayer):
         adapter_name: name of the first adapter.
         **adapter: its values, as of :meth:`RandLoraLayer.update_layer`.
     """
+
+    drops_input = False
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **adapter: Any) -> None:
         super().__init__()

@@ -12,12 +12,12 @@ from transformers.pytorch_utils import Conv1D
 from randlora.ops import linear as ops
 from randlora.ops.plan import Plan, Problem, call_cost, choose, sum_cost
 from randlora.ops.sparse import SparseBases
-from randlora.tuner.layers.base import RandLoraLayer, compute_dtype, innermost
+from randlora.tuner.layers.base import AdaptedModule, RandLoraLayer, compute_dtype, innermost
 from randlora.tuner.layers.held import HeldWeight, may_hold
 from randlora.tuner.mixed_batch import mixed_forward
 
 
-class Linear(nn.Module, RandLoraLayer):
+class Linear(AdaptedModule, RandLoraLayer):
     """A linear layer with RandLoRA adapters.
 
     Args:
@@ -98,7 +98,7 @@ class Linear(nn.Module, RandLoraLayer):
     def _summed(self, names: list[str], x: Tensor, dtype: torch.dtype, weight: Tensor) -> Tensor | None:
         """W plus the updates of the adapters, (out, in), where the layer may and should hold it between calls."""
         training = self.training or torch.is_grad_enabled()
-        if not may_hold(training) or torch.compiler.is_compiling() or (training and len(names) > 1):
+        if not may_hold(training) or _traces() or (training and len(names) > 1):
             return None
         if not ops.can_fuse(dtype, weight.dtype):
             return None
@@ -185,6 +185,17 @@ class Linear(nn.Module, RandLoraLayer):
 
     def _to_weight_layout(self, update: Tensor) -> Tensor:
         return update.T if self.fan_in_fan_out else update
+
+
+class OutProjection(Linear):
+    """The ``out_proj`` of an ``nn.MultiheadAttention`` with RandLoRA adapters, which is read and never called."""
+
+    computes_rows = False
+
+
+def _traces() -> bool:
+    """Whether operations are recorded, so that a tensor that is held would become a constant."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def linear_shape(base_layer: nn.Module) -> tuple[int, int]:
