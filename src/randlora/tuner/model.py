@@ -207,7 +207,7 @@ class RandLoraModel(BaseTuner):
             target.update_layer(adapter_name, **adapter)
             return
         layer = kind.create(target, adapter_name, **adapter)
-        layer.target_name = current_key
+        cast("RandLoraLayer", layer).target_name = current_key
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not active, hence not trained
         self._replace_module(parent, target_name, layer, target)

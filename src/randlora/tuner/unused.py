@@ -40,7 +40,9 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _used(layer: RandLoraLayer, trained: dict[int, bool]) -> bool | None:
     """Whether a gradient has reached the layer's adapters; ``None`` if none of them is trained."""
-    held = [trained[id(p)] for p in layer.randlora_lambda.values() if p.requires_grad and p.numel() and id(p) in trained]
+    held = [
+        trained[id(p)] for p in layer.randlora_lambda.values() if p.requires_grad and p.numel() and id(p) in trained
+    ]
     return any(held) if held else None
 
 
@@ -55,9 +57,9 @@ def _warn(model: nn.Module, unused: dict[str, RandLoraLayer]) -> None:
         if path != f"{name}.base_layer" and any(p is weight for p in module._parameters.values())
     ]
     shared = f" The weight of {name!r} is also that of {', '.join(others)}: target those instead." if others else ""
-    more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+    named = ", ".join(list(unused)[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
     warnings.warn(
-        f"the first training step has neither called nor read these adapted layers: {', '.join(list(unused)[:3])}{more}. "
+        f"the first training step has neither called nor read these adapted layers: {named}. "
         "Their adapters got no gradient. Unless other batches use them, as of experts that no token went to, they have "
         f"no effect: leave them out by `target_modules` or `exclude_modules`.{shared}",
         stacklevel=2,

@@ -45,9 +45,10 @@ def read_weight(layer: RandLoraLayer) -> Tensor:
 
     Returns:
         The parameter itself where no adapter changes it, or torch asks for the parameter and not for its value, as
-        Transformers does to tie another to it. Else W + ΔW in the shape and dtype of W, read-only. Operations on it raise
-        :class:`UnsupportedLayerError` while dropout is active, which it cannot have, or where W is offloaded, and
-        :class:`AdapterNamesError` where rows of a batch have adapters of their own.
+        Transformers does to tie another to it. Else W + ΔW in the shape and dtype of W, read-only.
+
+        Operations on it raise :class:`UnsupportedLayerError` while dropout is active, which it cannot have, or where W
+        is offloaded, and :class:`AdapterNamesError` where rows of a batch have adapters of their own.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling and sys._getframe(2).f_code is nn.Module.get_parameter.__code__:
@@ -77,17 +78,22 @@ def read_weight(layer: RandLoraLayer) -> Tensor:
 class AdaptedWeight(Tensor):
     """Stands for W + ΔW, which is computed where an operation first takes it; read-only, and so are views of it."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     _make: Callable[[], Tensor]
     _made: Tensor | None
 
     @staticmethod
-    def __new__(cls, like: Tensor, make: Callable[[], Tensor]) -> AdaptedWeight:
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, like.shape, strides=like.stride(), storage_offset=like.storage_offset(), dtype=like.dtype, device=like.device
+    def __new__(cls, like: Tensor, make: Callable[[], Tensor]) -> AdaptedWeight:  # noqa: D102 - the class says it
+        made = Tensor._make_wrapper_subclass(
+            cls,
+            like.shape,
+            strides=like.stride(),
+            storage_offset=like.storage_offset(),
+            dtype=like.dtype,
+            device=like.device,
         )
         made._make, made._made = make, None
-        return cast("AdaptedWeight", made)
+        return made
 
     def __init__(self, like: Tensor, make: Callable[[], Tensor]) -> None:
         super().__init__()
@@ -98,13 +104,15 @@ class AdaptedWeight(Tensor):
             with torch.no_grad():
                 made = self._make()
             same = made.stride() == self.stride()
-            self._made = made if same else torch.empty_strided(
-                self.shape, self.stride(), dtype=made.dtype, device=made.device
-            ).copy_(made)
+            self._made = (
+                made
+                if same
+                else torch.empty_strided(self.shape, self.stride(), dtype=made.dtype, device=made.device).copy_(made)
+            )
         return self._made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func._schema.is_mutable:
@@ -119,15 +127,19 @@ class AdaptedWeight(Tensor):
         """Where W + ΔW lies, for kernels that are not torch's."""
         return self.plain().data_ptr()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        # torch refuses where there is a gradient
+        return cast("Tensor", Tensor.__deepcopy__(self if self.requires_grad else self.plain(), memo))
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.plain().detach().__reduce_ex__(protocol)
 
     def _refuse(self, *args: object) -> NoReturn:
         raise UnsupportedLayerError(_READ_ONLY)
 
-    requires_grad_ = _refuse
-    requires_grad = property(Tensor.requires_grad.__get__, _refuse)  # type: ignore[attr-defined, assignment]
-    data = property(Tensor.data.__get__, _refuse)  # type: ignore[attr-defined, assignment]
+    requires_grad_ = _refuse  # type: ignore[assignment]
+    requires_grad = property(Tensor.requires_grad.__get__, _refuse)  # type: ignore[attr-defined]
+    data = property(Tensor.data.__get__, _refuse)  # type: ignore[attr-defined]
 
 
 class _Read(torch.autograd.Function):
@@ -135,7 +147,12 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, layer: RandLoraLayer, names: list[str], values: Callable[[], Tensor], weight: Tensor, *parameters: Tensor
+        ctx: Any,
+        layer: RandLoraLayer,
+        names: list[str],
+        values: Callable[[], Tensor],
+        weight: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
         ctx.layer, ctx.names = layer, names
         ctx.save_for_backward(*parameters)
@@ -158,8 +175,8 @@ class _Read(torch.autograd.Function):
 
 
 _READ_ONLY = (
-    "the weight of an adapted layer is W + ΔW, computed for each read, and what is written into it would be lost: write "
-    "into the weight of its `base_layer`"
+    "the weight of an adapted layer is W + ΔW, computed for each read, and what is written into it would be lost: "
+    "write into the weight of its `base_layer`"
 )
 
 
