@@ -27,10 +27,14 @@ class AdaptedModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """As of ``nn.Module``, then of the base layer; its private attributes are its own."""
+        modules = self.__dict__.get("_modules", {})
+        found = modules.get(name)
+        if found is not None:  # what a forward asks for, without one more call
+            return found
         try:
             return super().__getattr__(name)
         except AttributeError:
-            base_layer = self.__dict__.get("_modules", {}).get("base_layer")
+            base_layer = modules.get("base_layer")
             if base_layer is None or name == "weight" or name.startswith("_"):
                 raise
             try:

@@ -159,7 +159,7 @@ class _Read(torch.autograd.Function):
         return AdaptedWeight(weight, values)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found: list[Tensor | None] = [None, None, None, grad if ctx.needs_input_grad[3] else None]
         again = torch.is_grad_enabled()
         for i, name in enumerate(ctx.names):
