@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from randlora import PeftModel, RandLoraConfig, UnsupportedLayerError, get_peft_model
+from randlora.tuner.layers.linear import Linear, OutProjection
 from randlora.tuner.layers.parameter import ParamWrapper
-from randlora.tuner.layers.read import EncoderLinear, OutProjection
 
 from .helpers import assert_close, assert_same_tensors, layers_of, ours, randomise, snapshot
 
@@ -51,7 +51,7 @@ class TestEncoder:
     @pytest.mark.parametrize("grad", [True, False])  # without gradients torch takes its fast path, past all modules
     def test_output(self, targets, grad):
         model = adapted(**targets)
-        assert {type(layer) for layer in layers_of(model).values()} <= {EncoderLinear, OutProjection, ParamWrapper}
+        assert {type(layer) for layer in layers_of(model).values()} <= {Linear, OutProjection, ParamWrapper}
         with torch.set_grad_enabled(grad):
             found, base = model(x()), encoder()(x())
         assert_close(found.detach(), dense(model)(x()).detach(), 1e-5)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterNamesError
 from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.layers.read import rows_have_adapters
 
 BASE = "__base__"
 """Stands for no adapter in ``adapter_names``."""
@@ -39,6 +40,7 @@ def one_adapter_per_sample(model: nn.Module, adapter_names: Sequence[str], copie
     modules = list(model.modules())
     _require_usable(model, modules, adapter_names)
     with ExitStack() as undo:
+        undo.enter_context(rows_have_adapters(adapter_names))
         for module in modules:
             if isinstance(module, RandLoraLayer):
                 if not module.computes_rows:  # refused unless no row changes it

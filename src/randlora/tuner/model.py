@@ -35,6 +35,7 @@ from randlora.tuner.names import names_alone, names_in, without_biases_of_others
 from randlora.tuner.reference import fill_reference, is_reference
 from randlora.tuner.switch import switch
 from randlora.tuner.unmatched import instead_of_peft_warnings, warn_of_unmatched
+from randlora.tuner.unused import name_unused_layers
 from randlora.tuner.withdraw import delete_copies, withdraw_adapter
 
 
@@ -122,6 +123,8 @@ class RandLoraModel(BaseTuner):
                 fill_reference(model)
             if disabled:  # what is new to the model is not
                 self._enable_adapter_layers(False)
+            if not config.inference_mode:
+                name_unused_layers(model)
         except Exception:
             withdraw_adapter(model, adapter_name)
             raise

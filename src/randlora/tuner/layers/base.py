@@ -22,9 +22,49 @@ from randlora.ops.precision import at_least_float32, without_autocast
 from randlora.tuner.layers.dropout import Dropouts
 from randlora.tuner.layers.mergeable import require_linear, require_stored
 from randlora.tuner.layers.plain import has_plain_product, is_only_moved, is_plain
+from randlora.tuner.layers.read import read_weight
 from randlora.tuner.layers.scaled import ScaledLayer
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class AdaptedModule(nn.Module):
+    """A module in the place of its ``base_layer``: what it has not itself, such as ``stride``, is the base layer's."""
+
+    def __getattr__(self, name: str) -> Any:
+        """As of ``nn.Module``, then of the base layer; its private attributes are its own."""
+        modules = self.__dict__.get("_modules", {})
+        found = modules.get(name)
+        if found is not None:  # what a forward asks for, without one more call
+            return found
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base_layer = modules.get("base_layer")
+            if base_layer is None or name == "weight" or name.startswith("_"):
+                raise
+            try:
+                return getattr(base_layer, name)
+            except AttributeError:
+                pass
+            raise
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Gives a weight or bias to the base layer, whose it is: so another is tied to it.
+
+        Raises:
+            MergeError: for the weight while adapters are merged into it.
+        """
+        if name not in ("weight", "bias") or "base_layer" not in self._modules:
+            super().register_parameter(name, param)
+            return
+        layer = cast("RandLoraLayer", self)
+        if name == "weight" and layer.merged:
+            raise MergeError(
+                f"{', '.join(layer.merged_adapters)} is merged into the weight that is to be replaced or tied: call "
+                "`unmerge_adapter()` first"
+            )
+        setattr(layer.base_layer, name, param)
 
 
 class RandLoraLayer(ScaledLayer):
@@ -43,13 +83,17 @@ class RandLoraLayer(ScaledLayer):
         parameter_name: name of the weight in the base layer.
         stack: leading dimensions of λ and γ, one for a weight that is a stack of matrices, each with its own.
         computes_rows: whether each row of an input can be given an adapter of its own.
-        path: name of the base layer in its model, for messages.
+        path: name of the base layer in its model when it was adapted.
+        drops_input: whether dropout is applied to what the adapters see.
+        cast_input_dtype_enabled: known to PEFT, which casts inputs to the adapter's dtype; here none is cast.
     """
 
     parameter_name: str = "weight"
     stack: tuple[int, ...] = ()
     computes_rows: bool = True
     path: str = ""
+    drops_input: bool = True
+    cast_input_dtype_enabled: bool = True
     adapter_layer_names: tuple[str, ...] = ("randlora_lambda", "randlora_gamma")
     other_param_names: tuple[str, ...] = (
         "randlora_dropout",
@@ -218,30 +262,35 @@ class RandLoraLayer(ScaledLayer):
         Args:
             adapter: name of the adapter.
         """
-        return self._to_weight_layout(
-            self._update_of(adapter, self.randlora_lambda[adapter], self.randlora_gamma[adapter])
-        )
+        return self.delta_of(adapter, self.randlora_lambda[adapter], self.randlora_gamma[adapter])
+
+    def delta_of(self, adapter: str, lam: Tensor, gamma: Tensor) -> Tensor:
+        """:meth:`get_delta_weight` of an adapter if λ and γ, of the shapes that it has, were these."""
+        return self._to_weight_layout(self._update_of(adapter, lam, gamma))
 
     def _update_of(self, adapter: str, lam: Tensor, gamma: Tensor) -> Tensor:
         """ΔW (out, in) of λ (r, n) and γ (n, m) with the bases and the scaling of the adapter."""
         dtype = at_least_float32(lam.dtype)
         bases = self._operands(adapter, lam.device, dtype)
         wide = self.out_features < self.in_features
-        return ops.delta_weight(bases, lam.to(dtype), gamma.to(dtype), self._scaling(adapter), wide)
+        with without_autocast(lam.device.type):
+            return ops.delta_weight(bases, lam.to(dtype), gamma.to(dtype), self._scaling(adapter), wide)
 
-    def adapted_weight(self) -> Tensor:
-        """W plus the updates of the active adapters, in the dtype of W, differentiable in λ and γ."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        weight = self._base_weight()
-        total: Tensor = weight
-        if self.disable_adapters or self.merged:
-            return total
-        with without_autocast(weight.device.type):
-            for name in self.active_adapters:
-                if name in self.randlora_lambda:
-                    total = total + self.get_delta_weight(name).to(weight.device)
+    @property
+    def weight(self) -> Tensor:
+        """W plus the updates of the active adapters, as a parent reads it: see :func:`read_weight`."""
+        return read_weight(self)
+
+    def with_updates(self, weight: Tensor, adapter_names: list[str]) -> Tensor:
+        """``weight`` plus the updates of adapters, in the dtype of ``weight``, differentiable in all of them."""
+        total = weight
+        for name in adapter_names:
+            total = total + self.get_delta_weight(name).to(weight.device)
         return total.to(weight.dtype)
+
+    def drops(self, adapter_name: str) -> bool:
+        """Whether the adapter's dropout is active."""
+        return adapter_name in self.randlora_dropout and self.randlora_dropout[adapter_name].training
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the updates of the adapters to the base weight.
@@ -326,6 +375,10 @@ class RandLoraLayer(ScaledLayer):
     def _base_weight(self) -> nn.Parameter:
         return cast("nn.Parameter", getattr(self.get_base_layer(), self.parameter_name))
 
+    def original_weight(self) -> nn.Parameter:
+        """The parameter of the base model, also while adapters are merged."""
+        return self._base_weight() if self._unmerged_weight is None else self._unmerged_weight[0]
+
     def _dense_base_weight(self) -> Tensor:
         """The base weight as plain numbers."""
         return self._base_weight().data
@@ -361,7 +414,7 @@ class RandLoraLayer(ScaledLayer):
         base = self.base_layer
         if not (has_plain_product(base) and is_plain(base)):
             return None
-        if adapter_name in self.randlora_dropout and self.randlora_dropout[adapter_name].training:
+        if self.drops(adapter_name):
             return None
         weight = cast("Tensor", base.weight)
         plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOATING and weight.device == x.device

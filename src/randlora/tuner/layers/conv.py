@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from randlora.errors import UnsupportedLayerError
 from randlora.ops import linear as ops
 from randlora.ops.precision import compute_dtype, without_autocast
-from randlora.tuner.layers.base import RandLoraLayer, innermost
+from randlora.tuner.layers.base import AdaptedModule, RandLoraLayer, innermost
 from randlora.tuner.layers.mergeable import random_input
 from randlora.tuner.layers.plain import has_plain_convolution
 from randlora.tuner.mixed_batch import mixed_forward
@@ -18,7 +18,7 @@ from randlora.tuner.mixed_batch import mixed_forward
 ConvNd = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-class _Conv(nn.Module, RandLoraLayer):
+class _Conv(AdaptedModule, RandLoraLayer):
     """A convolution with RandLoRA adapters.
 
     It computes conv(x, W + ΔW) in one convolution where W is float32 or wider, else conv(x, W) + conv(x, ΔW).

@@ -16,10 +16,9 @@ from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import innermost
 from randlora.tuner.layers.conv import conv_class, conv_shape
 from randlora.tuner.layers.embedding import Embedding, embedding_shape
-from randlora.tuner.layers.linear import Linear, linear_shape
+from randlora.tuner.layers.linear import Linear, OutProjection, linear_shape
 from randlora.tuner.layers.parameter import ParamWrapper, stacked_shape
 from randlora.tuner.layers.quantized import quantization_backend, quantized_class
-from randlora.tuner.layers.read import EncoderLinear, OutProjection, is_read_by_its_parent
 
 
 class Kind(NamedTuple):
@@ -71,7 +70,7 @@ def kind_of(
                 f"fan_in_fan_out=True has no effect on {name!r}: a `torch.nn.Linear` stores its weight as (out, in).",
                 stacklevel=2,
             )
-        return Kind(EncoderLinear if is_read_by_its_parent(model, name) else Linear, linear_shape(base_layer))
+        return Kind(Linear, linear_shape(base_layer))
     if isinstance(base_layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return Kind(conv_class(base_layer), conv_shape(base_layer))
     if isinstance(base_layer, nn.Embedding):

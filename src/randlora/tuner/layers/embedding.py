@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from randlora.errors import UnsupportedLayerError
 from randlora.ops.precision import without_autocast
-from randlora.tuner.layers.base import FLOATING, RandLoraLayer, innermost
+from randlora.tuner.layers.base import FLOATING, AdaptedModule, RandLoraLayer, innermost
 from randlora.tuner.layers.mergeable import require_exchangeable
 from randlora.tuner.mixed_batch import mixed_forward
 
 
-class Embedding(nn.Module, RandLoraLayer):
+class Embedding(AdaptedModule, RandLoraLayer):
     """An embedding (weight (num_embeddings, dim)) with RandLoRA adapters.
 
     It is the linear layer of a one-hot input: in = num_embeddings, out = dim. The row of ``padding_idx`` gets no
@@ -27,6 +27,8 @@ class Embedding(nn.Module, RandLoraLayer):
         adapter_name: name of the first adapter.
         **adapter: its values, as of :meth:`RandLoraLayer.update_layer`.
     """
+
+    drops_input = False
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **adapter: Any) -> None:
         super().__init__()

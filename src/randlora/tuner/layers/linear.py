@@ -12,13 +12,13 @@ from transformers.pytorch_utils import Conv1D
 from randlora.ops import linear as ops
 from randlora.ops.plan import Plan, Problem, call_cost, choose, sum_cost
 from randlora.ops.precision import compute_dtype
-from randlora.tuner.layers.base import RandLoraLayer, innermost
+from randlora.tuner.layers.base import AdaptedModule, RandLoraLayer, innermost
 from randlora.tuner.layers.held import HeldUpdate, Term, can_compare, may_hold
 from randlora.tuner.layers.mergeable import random_input
 from randlora.tuner.mixed_batch import mixed_forward
 
 
-class Linear(nn.Module, RandLoraLayer):
+class Linear(AdaptedModule, RandLoraLayer):
     """A linear layer with RandLoRA adapters.
 
     Args:
@@ -104,9 +104,9 @@ class Linear(nn.Module, RandLoraLayer):
     def _kept_update(self, names: list[str], x: Tensor, dtype: torch.dtype, weight: Tensor) -> Tensor | None:
         """ΔW of the adapters together, (out, in), where the layer may and should hold it between calls."""
         training = self.training or torch.is_grad_enabled()
-        if not may_hold(training) or torch.compiler.is_compiling() or (training and len(names) > 1):
+        if not may_hold(training) or _traces() or (training and len(names) > 1):
             return None
-        if not ops.can_fuse(dtype, weight.dtype) or torch.jit.is_tracing():
+        if not ops.can_fuse(dtype, weight.dtype):
             return None
         terms = [self._term(name) for name in names]
         if not all(map(can_compare, terms)):
@@ -186,6 +186,17 @@ class Linear(nn.Module, RandLoraLayer):
 
     def _to_weight_layout(self, update: Tensor) -> Tensor:
         return update.T if self.fan_in_fan_out else update
+
+
+class OutProjection(Linear):
+    """The ``out_proj`` of an ``nn.MultiheadAttention`` with RandLoRA adapters, which is read and never called."""
+
+    computes_rows = False
+
+
+def _traces() -> bool:
+    """Whether operations are recorded, so that a tensor that is held would become a constant."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def linear_shape(base_layer: nn.Module) -> tuple[int, int]:

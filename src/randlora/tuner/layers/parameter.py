@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from randlora.errors import UnsupportedLayerError
-from randlora.tuner.layers.base import RandLoraLayer, innermost
+from randlora.tuner.layers.base import AdaptedModule, RandLoraLayer, innermost
 from randlora.tuner.layers.mergeable import require_exchangeable
+from randlora.tuner.layers.read import read_weight
 
 
-class ParamWrapper(nn.Module, RandLoraLayer):
+class ParamWrapper(AdaptedModule, RandLoraLayer):
     """A module of which one parameter has RandLoRA adapters.
 
     The module runs with W + ΔW in the place of the parameter W: a stack (experts, out, in), of which each expert has
@@ -52,23 +53,26 @@ class ParamWrapper(nn.Module, RandLoraLayer):
                 "its module on a device, or merge the adapter"
             )
         require_exchangeable(self.get_base_layer(), self.parameter_name, self._where())
-        adapted = self.adapted_weight()
-        if adapted is weight:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [name for name in self.active_adapters if name in self.randlora_lambda]
+        if self.disable_adapters or self.merged or not names:
             return self.base_layer(*args, **kwargs)
+        adapted = self.with_updates(weight, names)
         return functional_call(self.base_layer, {self._path(): adapted}, args, kwargs)
 
     def _exchanges_weight(self) -> bool:
         return True
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
+    def delta_of(self, adapter: str, lam: Tensor, gamma: Tensor) -> Tensor:
         """ΔW in the shape of the parameter, in float32 or wider."""
         if not self.stack:
-            return super().get_delta_weight(adapter)
+            return super().delta_of(adapter, lam, gamma)
 
         def update(lam: Tensor, gamma: Tensor) -> Tensor:
             return self._update_of(adapter, lam, gamma)
 
-        return self._to_weight_layout(torch.vmap(update)(self.randlora_lambda[adapter], self.randlora_gamma[adapter]))
+        return self._to_weight_layout(torch.vmap(update)(lam, gamma))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT converts matrices of linear layers only."""
@@ -91,16 +95,21 @@ class ParamWrapper(nn.Module, RandLoraLayer):
                 setattr(layer.get_submodule(parent), child, part.base_layer)
         return layer
 
+    @property
+    def weight(self) -> Tensor:
+        """The module's own, if it is not the adapted parameter."""
+        return read_weight(self) if self.parameter_name == "weight" else cast("Tensor", self.base_layer.weight)
+
     def __getattr__(self, name: str) -> Any:
         """What the wrapper has not is the module's own, the adapted parameter aside."""
+        if name == self.__dict__.get("parameter_name"):
+            return read_weight(self)
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == self.__dict__.get("parameter_name"):
-                return self.adapted_weight()
             if "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
-            return getattr(self.base_layer, name)
+            return getattr(self.base_layer, name)  # private attributes too: torch's encoder reads those of attention
 
     def _path(self) -> str:
         """The parameter's name within ``base_layer``, which may be further wrappers."""

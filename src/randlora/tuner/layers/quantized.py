@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import (
     ForwardOnlyQuantizationBackend,
     QuantizationBackend,
@@ -39,6 +40,8 @@ class QuantizedLinear(Linear):
         backend: how its weight is read and written.
         **adapter: values of the adapter, as of :meth:`RandLoraLayer.update_layer`.
     """
+
+    weight = BaseTunerLayer.weight  # its codes, which nobody can add to
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, backend: QuantizationBackend, **adapter: Any) -> None:
         _keep_trainable_format(innermost(base_layer))

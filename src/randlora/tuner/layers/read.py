@@ -1,30 +1,217 @@
-"""Adapted linear layers whose weight torch reads past their forward."""
+"""Weights that are read past the forward of their layer, such as ``F.linear(x, self.proj.weight)`` in that of a parent.
+
+Such a read gives W + ΔW, and a gradient goes on from it to λ and γ. Most reads want no number: ``weight.dtype``,
+``.device`` and ``.shape`` stand in many a forward. So what is read is a stand-in for the sum, with its shape, dtype and
+device, and W + ΔW is computed where an operation first takes it.
+"""
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from randlora.tuner.layers.linear import Linear
+from randlora.errors import AdapterNamesError, UnsupportedLayerError
+
+if TYPE_CHECKING:
+    from randlora.tuner.layers.base import RandLoraLayer
+
+_rows: dict[int, Sequence[str]] = {}  # by thread
 
 
-class EncoderLinear(Linear):
-    """``linear1`` or ``linear2`` of an ``nn.TransformerEncoderLayer`` with RandLoRA adapters.
+@contextmanager
+def rows_have_adapters(adapter_names: Sequence[str]) -> Iterator[None]:
+    """Within this context, in this thread, no weight can be read that the adapter of a row would change."""
+    thread = threading.get_ident()
+    before = _rows.get(thread)
+    _rows[thread] = adapter_names
+    try:
+        yield
+    finally:
+        if before is None:
+            del _rows[thread]
+        else:
+            _rows[thread] = before
 
-    It is called, except in evaluation without gradients: then torch's fast path reads its weight, which is W + ΔW.
+
+def read_weight(layer: RandLoraLayer) -> Tensor:
+    """The layer's weight as its parents read it.
+
+    Returns:
+        The parameter itself where no adapter changes it, or torch asks for the parameter and not for its value, as
+        Transformers does to tie another to it. Else W + ΔW in the shape and dtype of W, read-only.
+
+        Operations on it raise :class:`UnsupportedLayerError` while dropout is active, which it cannot have, or where W
+        is offloaded, and :class:`AdapterNamesError` where rows of a batch have adapters of their own.
     """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and sys._getframe(2).f_code is nn.Module.get_parameter.__code__:
+        return layer.original_weight()
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()
+    weight = cast("Tensor", getattr(layer.base_layer, layer.parameter_name))
+    if layer.disable_adapters:
+        return weight
+    names = [name for name in layer.active_adapters if name in layer.randlora_lambda]
+    mixed = bool(_rows) and _of_rows(layer, compiling)
+    if not mixed and (layer.merged or not names):
+        return weight
 
-    @property
-    def weight(self) -> Tensor:
-        """See :meth:`RandLoraLayer.adapted_weight`."""
-        return self.adapted_weight()
+    def values() -> Tensor:
+        _require_readable(layer, weight, names, compiling)
+        return layer.with_updates(weight, names)
+
+    if compiling or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return values()  # these trace, or transform, plain operations only
+    parameters = [part[name] for name in names for part in (layer.randlora_lambda, layer.randlora_gamma)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (weight, *parameters)):
+        return cast("Tensor", _Read.apply(layer, names, values, weight, *parameters))
+    return AdaptedWeight(weight, values)
 
 
-class OutProjection(EncoderLinear):
-    """The ``out_proj`` of an ``nn.MultiheadAttention`` with RandLoRA adapters, which is read and never called."""
+class AdaptedWeight(Tensor):
+    """Stands for W + ΔW, which is computed where an operation first takes it; read-only, and so are views of it."""
 
-    computes_rows = False
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    _make: Callable[[], Tensor]
+    _made: Tensor | None
+
+    @staticmethod
+    def __new__(cls, like: Tensor, make: Callable[[], Tensor]) -> AdaptedWeight:  # noqa: D102 - the class says it
+        made = Tensor._make_wrapper_subclass(
+            cls,
+            like.shape,
+            strides=like.stride(),
+            storage_offset=like.storage_offset(),
+            dtype=like.dtype,
+            device=like.device,
+        )
+        made._make, made._made = make, None
+        return made
+
+    def __init__(self, like: Tensor, make: Callable[[], Tensor]) -> None:
+        super().__init__()
+
+    def plain(self) -> Tensor:
+        """W + ΔW as a plain tensor, without a gradient."""
+        if self._made is None:
+            with torch.no_grad():
+                made = self._make()
+            same = made.stride() == self.stride()
+            self._made = (
+                made
+                if same
+                else torch.empty_strided(self.shape, self.stride(), dtype=made.dtype, device=made.device).copy_(made)
+            )
+        return self._made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func._schema.is_mutable:
+            _require_no_write(func, args, kwargs or {})
+        args, kwargs = tree_map_only(AdaptedWeight, AdaptedWeight.plain, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        if any(out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns):
+            result = tree_map_only(Tensor, lambda view: AdaptedWeight(view, lambda: view), result)
+        return result
+
+    def data_ptr(self) -> int:
+        """Where W + ΔW lies, for kernels that are not torch's."""
+        return self.plain().data_ptr()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        # torch refuses where there is a gradient
+        return cast("Tensor", Tensor.__deepcopy__(self if self.requires_grad else self.plain(), memo))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().detach().__reduce_ex__(protocol)
+
+    def _refuse(self, *args: object) -> NoReturn:
+        raise UnsupportedLayerError(_READ_ONLY)
+
+    requires_grad_ = _refuse  # type: ignore[assignment]
+    requires_grad = property(Tensor.requires_grad.__get__, _refuse)  # type: ignore[attr-defined]
+    data = property(Tensor.data.__get__, _refuse)  # type: ignore[attr-defined]
 
 
-def is_read_by_its_parent(model: nn.Module, name: str) -> bool:
-    """Whether the linear layer of that name is part of an ``nn.TransformerEncoderLayer``."""
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer)
+class _Read(torch.autograd.Function):
+    """A stand-in with a gradient: that of W + ΔW goes on to W, λ and γ."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: RandLoraLayer,
+        names: list[str],
+        values: Callable[[], Tensor],
+        weight: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.layer, ctx.names = layer, names
+        ctx.save_for_backward(*parameters)
+        return AdaptedWeight(weight, values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = [None, None, None, grad if ctx.needs_input_grad[3] else None]
+        again = torch.is_grad_enabled()
+        for i, name in enumerate(ctx.names):
+            needed = ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i]
+            # views, or the hooks of λ and γ would run here too
+            with torch.enable_grad():
+                pair = [tensor.view_as(tensor) for tensor in ctx.saved_tensors[2 * i : 2 * i + 2]]
+                update = ctx.layer.delta_of(name, *pair)
+            wanted = [tensor for tensor, need in zip(pair, needed, strict=True) if need]
+            grads = iter(torch.autograd.grad(update, wanted, grad.to(update), create_graph=again) if wanted else ())
+            found += [next(grads) if need else None for need in needed]
+        return tuple(found)
+
+
+_READ_ONLY = (
+    "the weight of an adapted layer is W + ΔW, computed for each read, and what is written into it would be lost: "
+    "write into the weight of its `base_layer`"
+)
+
+
+def _require_no_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            if any(isinstance(tensor, AdaptedWeight) for tensor in (value if isinstance(value, list) else [value])):
+                raise UnsupportedLayerError(_READ_ONLY)
+
+
+def _require_readable(layer: RandLoraLayer, weight: Tensor, names: list[str], compiling: bool) -> None:
+    called = f"{layer.path!r}" if layer.path else f"a {layer.out_features}×{layer.in_features} layer"
+    mixed = _of_rows(layer, compiling)
+    if mixed:
+        raise AdapterNamesError(
+            f"adapter_names cannot be used while {', '.join(map(repr, mixed))} is named or active and adapts {called}: "
+            "the model reads its weight past its forward, and there is one for all samples. Run the adapters one after "
+            "another, with `set_adapter`"
+        )
+    dropping = [name for name in names if layer.drops_input and layer.drops(name)]
+    if dropping:
+        raise UnsupportedLayerError(
+            f"the model reads the weight of {called} past its forward, so that randlora_dropout of the adapter "
+            f"{dropping[0]!r} cannot be applied: set it to 0, or add the module to `exclude_modules`"
+        )
+    if weight.device.type == "meta" and any(layer.randlora_lambda[name].device.type != "meta" for name in names):
+        raise UnsupportedLayerError(
+            f"the weight of {called} is offloaded, and there is nothing to add its update to: keep its module on a "
+            "device, or merge the adapter"
+        )
+
+
+def _of_rows(layer: RandLoraLayer, compiling: bool) -> list[str]:
+    """Adapters of this layer that a mixed batch of this thread names, or that shape its weight meanwhile."""
+    here = next(iter(_rows.values()), None) if compiling else _rows.get(threading.get_ident())
+    shaping = () if here is None else (*here, *layer.merged_adapters, *layer.active_adapters)
+    return sorted({name for name in shaping if name in layer.r})
