@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from randlora.errors import UnsupportedLayerError
 from randlora.ops.units import unit
 from randlora.tuner.layers.base import RandLoraLayer, innermost, without_autocast
-from randlora.tuner.mixed_batch import mixed_forward
+from randlora.tuner.mixed_batch import calls, mixed_forward
 
 
 class Embedding(nn.Module, RandLoraLayer):
@@ -37,9 +37,8 @@ class Embedding(nn.Module, RandLoraLayer):
         """Rows (..., dim) of the base layer plus those of the active adapters, for indices x (...)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if "adapter_names" in kwargs:
-            return mixed_forward(self, kwargs.pop("adapter_names"), x, *args, **kwargs)
-        return self.forward_with(self.active_adapters, x, *args, **kwargs)
+        mixed = mixed_forward(self, x, *args, **kwargs) if calls.running else None
+        return self.forward_with(self.active_adapters, x, *args, **kwargs) if mixed is None else mixed
 
     def forward_with(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output as if ``adapters`` were the active ones."""

@@ -14,7 +14,7 @@ from randlora.ops.plan import Plan, Problem, call_cost, choose, sum_cost
 from randlora.ops.sparse import SparseBases
 from randlora.tuner.layers.base import RandLoraLayer, compute_dtype, innermost
 from randlora.tuner.layers.held import HeldWeight, may_hold
-from randlora.tuner.mixed_batch import mixed_forward
+from randlora.tuner.mixed_batch import calls, mixed_forward
 
 
 class Linear(nn.Module, RandLoraLayer):
@@ -40,9 +40,8 @@ class Linear(nn.Module, RandLoraLayer):
         """Output (..., out) of the base layer plus the updates of the active adapters, for x (..., in)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if "adapter_names" in kwargs:
-            return mixed_forward(self, kwargs.pop("adapter_names"), x, *args, **kwargs)
-        return self.forward_with(self.active_adapters, x, *args, **kwargs)
+        mixed = mixed_forward(self, x, *args, **kwargs) if calls.running else None
+        return self.forward_with(self.active_adapters, x, *args, **kwargs) if mixed is None else mixed
 
     def forward_with(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output as if ``adapters`` were the active ones."""

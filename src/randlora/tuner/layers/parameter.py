@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ class ParamWrapper(nn.Module, RandLoraLayer):
     same for all. Where the module's ``is_transposed`` says so, the stack is (experts, in, out). Several parameters of
     one module are wrapped one around the other.
 
-    ΔW is added in the dtype of W: in half precision an update of less than half an ulp is rounded away.
+    ΔW is added in the dtype of W: in half precision an update of less than half an ulp is rounded away. Threads run the
+    module one after another, since each would find the other's sum in the place of W.
 
     Args:
         base_layer: the module, or the wrapper of another of its parameters.
@@ -40,10 +43,15 @@ class ParamWrapper(nn.Module, RandLoraLayer):
         self.stack = (count,) if getattr(inner, parameter_name).ndim == 3 else ()
         self._transposed = _is_transposed(inner, parameter_name)
         self._active_adapter = adapter_name
+        self._turn = _Turn()
         self.update_layer(adapter_name, **adapter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Output of the module with the adapted parameter, for whatever the module takes."""
+        with nullcontext() if torch.compiler.is_compiling() else self._turn:
+            return self._forward(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         weight = self._base_weight()
         if weight.device.type == "meta" and any(p.device.type != "meta" for p in self.randlora_lambda.values()):
             raise UnsupportedLayerError(
@@ -92,7 +100,8 @@ class ParamWrapper(nn.Module, RandLoraLayer):
             return super().__getattr__(name)
         except AttributeError:
             if name == self.__dict__.get("parameter_name"):
-                return self.adapted_weight()
+                with nullcontext() if torch.compiler.is_compiling() else self._turn:
+                    return self.adapted_weight()
             if "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.base_layer, name)
@@ -117,6 +126,25 @@ class ParamWrapper(nn.Module, RandLoraLayer):
 
     def __repr__(self) -> str:
         return "randlora." + super().__repr__()
+
+
+class _Turn:
+    """A thread's turn to exchange a parameter, which it may take again within it; a copy has turns of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Turn:
+        return _Turn()
+
+    def __reduce__(self) -> tuple[type[_Turn], tuple[()]]:
+        return _Turn, ()
 
 
 def parts_of_wrapped(model: nn.Module) -> list[tuple[str, nn.Module]]:
