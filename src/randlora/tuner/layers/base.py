@@ -19,6 +19,7 @@ from randlora.tuner.layers.dropout import Dropouts
 from randlora.tuner.layers.scaled import ScaledLayer
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_WITHOUT_AUTOCAST = ("meta", "vulkan")  # torch 2.11 cannot trace the question whether a device has it
 
 
 class RandLoraLayer(ScaledLayer):
@@ -412,14 +413,14 @@ def known_basis(basis: Basis | AwaitedBasis) -> Basis:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast asks for, else that of the input."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if kind not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Within this context products run in the dtype of their operands."""
-    if not torch.amp.is_autocast_available(device.type):  # the meta device, for one
+    if device.type in _WITHOUT_AUTOCAST:
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
