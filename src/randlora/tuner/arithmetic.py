@@ -173,8 +173,8 @@ def _report(errors: dict[str, float], adapter_name: str) -> None:
     worst = max(errors, key=lambda name: errors[name])
     mean = sum(errors.values()) / len(errors)
     warnings.warn(
-        f"adapter {adapter_name!r} is not the sum, but the RandLoRA adapter with the nearest coefficients: its updates miss "
-        f"{mean:.1%} on average and {errors[worst]:.1%} in {worst!r}, relative to those of the sum",
+        f"adapter {adapter_name!r} is not the sum, but the RandLoRA adapter with the nearest coefficients: its "
+        f"updates miss {mean:.1%} on average and {errors[worst]:.1%} in {worst!r}, relative to those of the sum",
         stacklevel=4,
     )
 
