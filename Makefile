@@ -16,6 +16,13 @@ READY := $(VENV)/.ready
 MIN_PEFT := 0.21.0
 MIN_PEFT_DIR := build/peft-$(MIN_PEFT)
 
+# Other versions that pyproject.toml allows, each in a folder of its own; `make test-ranges` runs there what depends on them:
+# compiled code on torch, adapters of Transformers' own on Transformers. torch comes with CUDA's libraries: gigabytes.
+# torchao of constraints.txt does not import with torch 2.6, so that it is hidden there.
+RANGE_TORCH := 2.6.0 2.11.0
+RANGE_TRANSFORMERS := 5.0.0
+RANGES := build/ranges
+
 # What the tests need and cannot have in $(VENV): timm's torchvision comes for CUDA builds of torch only, and what
 # finds it beside another fails on import; DeepSpeed is built from source, against the torch that is there; gptqmodel
 # asks for a newer torch than it needs.
@@ -29,7 +36,7 @@ TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -m "not demo and not browser and not s
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 BROWSER := chromium chromium-driver
 
-.PHONY: help setup aside demo test browser test-browser test-min-peft test-slow docs lint bench clean
+.PHONY: help setup aside demo test browser test-browser test-min-peft test-ranges test-slow docs lint bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +45,7 @@ help:
 	@echo "make browser        install Chromium (Debian and its kin: apt-get, with sudo where needed)"
 	@echo "make test-browser   the tests of the report in Chromium"
 	@echo "make test-min-peft  the tuner's tests against peft $(MIN_PEFT), the oldest supported"
+	@echo "make test-ranges    compiled code and Transformers' flows with the oldest versions allowed (gigabytes)"
 	@echo "make test-slow      what an adapter is promised to survive, tried for hours"
 	@echo "make docs           the documentation as a site, build/site/index.html"
 	@echo "make lint           ruff and mypy"
@@ -106,6 +114,28 @@ test-min-peft: $(MIN_PEFT_DIR)/.ready
 	PYTHONPATH="$(CURDIR)/$(MIN_PEFT_DIR)" $(TEST) tests/tuner \
 		--ignore tests/tuner/test_distributed.py --ignore tests/tuner/test_calibrated.py \
 		--deselect tests/tuner/test_mixed_batch.py::TestGenerate::test_an_encoder_and_a_decoder
+
+$(RANGES)/torch-%/.ready: $(READY)
+	rm -rf $(@D)
+	$(PIP) --target $(@D) torch==$*
+	echo "import sys; sys.modules['torchao'] = None" > $(@D)/sitecustomize.py
+	@touch $@
+
+$(RANGES)/transformers-%/.ready: $(READY)
+	rm -rf $(@D)
+	$(PIP) --no-deps --target $(@D) transformers==$* 'huggingface_hub<2' 'tokenizers<0.23' httpx httpcore
+	@touch $@
+
+.PRECIOUS: $(RANGES)/torch-%/.ready $(RANGES)/transformers-%/.ready
+
+test-torch-%: $(RANGES)/torch-%/.ready
+	PYTHONPATH="$(CURDIR)/$(<D)" OMP_NUM_THREADS=1 $(PY) -m pytest -k compiled tests/tuner/test_layers.py tests/tuner/test_conv.py \
+		tests/tuner/test_embedding.py tests/tuner/test_parameter.py tests/tuner/test_training.py
+
+test-transformers-%: $(RANGES)/transformers-%/.ready
+	PYTHONPATH="$(CURDIR)/$(<D)" OMP_NUM_THREADS=1 $(PY) -m pytest -k TestTransformersFlows tests/tuner/test_register.py
+
+test-ranges: $(RANGE_TORCH:%=test-torch-%) $(RANGE_TRANSFORMERS:%=test-transformers-%)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

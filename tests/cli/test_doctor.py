@@ -1,9 +1,15 @@
 """doctor: a healthy machine, and an ill one."""
 
+from pathlib import Path
+
+import pytest
+import tomllib
 import torch
 
 from cli.helpers import answer, invoke
 from randlora.analysis import environment
+
+PROMISED = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["dependencies"]
 
 
 def test_this_machine_is_healthy():
@@ -27,6 +33,19 @@ def test_a_package_that_is_too_old_is_named_with_the_way_out(monkeypatch):
     true_version = environment.version
     monkeypatch.setattr(environment, "version", lambda name: "0.1" if name == "peft" else true_version(name))
     assert "pip install 'peft>=" in invoke("doctor", code=1).stdout
+
+
+@pytest.mark.parametrize(
+    ("package", "version"), [("torch", "2.5.1"), ("transformers", "4.57.6"), ("transformers", "5.24.0")]
+)
+def test_versions_outside_of_the_promised_ranges_are_named(monkeypatch, package, version):
+    true_version = environment.version
+    monkeypatch.setattr(environment, "version", lambda name: version if name == package else true_version(name))
+    monkeypatch.setattr(environment, "requires", lambda _: PROMISED)
+    found = [finding for finding in environment._versions() if finding.verdict == "broken"]
+    assert [finding.name for finding in found] == [package]
+    assert version in found[0].detail
+    assert f"pip install '{package}" in found[0].detail
 
 
 def test_what_breaks_on_import_is_a_finding(monkeypatch):

@@ -251,7 +251,7 @@ class TestNearest:
 
     def test_where_the_sum_is_an_adapter_it_is_the_sum(self):
         model = adapted(2, "gamma")
-        with pytest.warns(UserWarning, match="nearest"):
+        with pytest.warns(UserWarning, match="nearest coefficients"):
             model.add_weighted_adapter(["p", "q"], [1.0, 0.7], "near", "nearest")
         assert_is_sum(model, "near", {"p": 1.0, "q": 0.7})
 

@@ -1,4 +1,4 @@
-"""Sums of adapters: which of them are RandLoRA adapters again, and how near the nearest one is.
+"""Sums of adapters: which of them are RandLoRA adapters again, and how near the one with the nearest coefficients is.
 
 A sum of adapters with the same bases is a RandLoRA adapter exactly where, basis by basis, its terms share γ (then λ
 adds up) or λ (then γ does), up to a factor; so for one adapter always. ``nearest.py`` has the maths.
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 _REFUSED = (
     "combination_type={kind!r} gives no RandLoRA adapter: {why}. Use 'linear' where the adapters share λ or γ, "
-    "'nearest' for the RandLoRA adapter that comes nearest, `randlora.convert.to_lora(model, {{name: weight, ...}}, "
-    "...)` for a LoRA adapter, or merge: `set_scale`, then `merge_adapter([name, ...])`"
+    "'nearest' for the RandLoRA adapter with the nearest coefficients, `randlora.convert.to_lora(model, "
+    "{{name: weight, ...}}, ...)` for a LoRA adapter, or merge: `set_scale`, then `merge_adapter([name, ...])`"
 )
 _WHY = {
     "svd": "a truncated SVD is a LoRA adapter",
@@ -117,7 +117,8 @@ def _require_exact(fits: dict[str, Fit], adapters: list[str]) -> None:
     if fits[worst].residual > EXACT:
         raise CombinationError(
             f"the sum of {', '.join(map(repr, adapters))} is no RandLoRA adapter: in {worst!r} they share neither λ "
-            f"nor γ, and the nearest adapter misses {fits[worst].residual:.1%}. Take combination_type='nearest' to "
+            f"nor γ, and the adapter with the nearest coefficients misses {fits[worst].residual:.1%} of them. Take "
+            "combination_type='nearest' to "
             "have it all the same, with its error in each layer; `randlora.convert.to_lora(model, {name: weight, ...}, "
             "...)` for a LoRA adapter of the sum; or merge, which adds any adapters exactly: `set_scale`, then "
             "`merge_adapter([name, ...])`."
@@ -172,8 +173,8 @@ def _report(errors: dict[str, float], adapter_name: str) -> None:
     worst = max(errors, key=lambda name: errors[name])
     mean = sum(errors.values()) / len(errors)
     warnings.warn(
-        f"adapter {adapter_name!r} is the nearest RandLoRA adapter to the sum, not the sum: its updates miss "
-        f"{mean:.1%} on average and {errors[worst]:.1%} in {worst!r}, relative to those of the sum",
+        f"adapter {adapter_name!r} is not the sum, but the RandLoRA adapter with the nearest coefficients: its "
+        f"updates miss {mean:.1%} on average and {errors[worst]:.1%} in {worst!r}, relative to those of the sum",
         stacklevel=4,
     )
 

@@ -1,19 +1,20 @@
 """Batches in which each sample has its own adapter: ``model(**batch, adapter_names=["x", "__base__", "y"])``.
 
-The names travel as PEFT's LoRA sends them: hooks, there for the time of one call, add them to the arguments of every
-adapted layer and every module of ``modules_to_save``. They act in the thread of that call alone, and nothing
-else of the model changes, so that threads can share a model.
+For the time of such a call ``calls`` knows the names of every adapted layer and every module of ``modules_to_save``, by
+the thread that calls. Nothing of the model changes, so that threads can share it. PEFT's LoRA sends the names by hooks
+instead. Threads that add and remove hooks of one module disturb each other (torch may give two hooks one id, or lose
+how a hook is to be called), and a compiled module does not see hooks that come later.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils import other
 from torch import Tensor, nn
 
 from randlora.errors import AdapterNamesError
@@ -22,6 +23,54 @@ from randlora.tuner.layers.read import rows_have_adapters
 
 BASE = "__base__"
 """Stands for no adapter in ``adapter_names``."""
+
+
+class Calls:
+    """The calls with ``adapter_names`` that run now, of all models.
+
+    Attributes:
+        running: whether there are any. It is a plain value, on which compiled code is guarded.
+    """
+
+    def __init__(self) -> None:
+        self.running = False
+        self._of_thread: dict[int, dict[nn.Module, tuple[list[str], int]]] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def run(self, names: dict[nn.Module, list[str]], copies: int) -> Iterator[None]:
+        """Within this context ``names`` are those of the modules, in this thread only.
+
+        Args:
+            names: for each module the names, one for each sample.
+            copies: as of :func:`one_adapter_per_sample`.
+        """
+        thread = threading.get_ident()
+        outer = self._of_thread.get(thread, {})
+        self._set(thread, outer | {module: (of_module, copies) for module, of_module in names.items()})
+        try:
+            yield
+        finally:
+            self._set(thread, outer)
+
+    def names(self, module: nn.Module, rows: int) -> list[str] | None:
+        """One name for each row of the input of ``module``, or ``None`` outside of calls of this thread."""
+        known = self._of_thread.get(threading.get_ident(), {}).get(module)
+        if known is None:
+            return None
+        names, copies = known
+        return [name for name in names for _ in range(copies)] if rows == len(names) * copies else names
+
+    def _set(self, thread: int, names: dict[nn.Module, tuple[list[str], int]]) -> None:
+        with self._lock:
+            if names:
+                self._of_thread[thread] = names
+            else:
+                self._of_thread.pop(thread, None)
+            self.running = bool(self._of_thread)
+
+
+calls = Calls()
 
 
 @contextmanager
@@ -39,37 +88,43 @@ def one_adapter_per_sample(model: nn.Module, adapter_names: Sequence[str], copie
     """
     modules = list(model.modules())
     _require_usable(model, modules, adapter_names)
-    with ExitStack() as undo:
-        undo.enter_context(rows_have_adapters(adapter_names))
-        for module in modules:
-            if isinstance(module, RandLoraLayer):
-                if not module.computes_rows:  # refused unless no row changes it
-                    continue
-                known: Container[str] = module.r
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                known = module._adapters
-            else:
+    names: dict[nn.Module, list[str]] = {}
+    for module in modules:
+        if isinstance(module, RandLoraLayer):
+            if not module.computes_rows:  # refused unless no row changes it
                 continue
-            hook = _hook([name if name in known else BASE for name in adapter_names], copies)
-            undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            known: Container[str] = module.r
+        elif isinstance(module, other.AuxiliaryTrainingWrapper):
+            known = module._adapters
+            _let_ask(module)
+        else:
+            continue
+        names[module] = [name if name in known else BASE for name in adapter_names]
+    with rows_have_adapters(adapter_names), calls.run(names, copies):
         yield
 
 
-def mixed_forward(layer: Any, adapter_names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+@torch.compiler.disable  # threads that share a compiled model have names of their own
+def mixed_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """The output of an adapted layer for rows that belong to different adapters.
 
     Each adapter's rows go through the layer as if it were the only active one, hence by the same computation.
 
     Args:
         layer: the adapted layer.
-        adapter_names: one name for each row of ``x``.
         x: input (batch, ...).
         *args: passed on to the layer.
         **kwargs: likewise.
 
+    Returns:
+        The output (batch, ...), or ``None`` if the call in this thread, if any, names no adapters for the layer.
+
     Raises:
         AdapterNamesError: if the numbers of names and rows differ, or adapters are merged.
     """
+    adapter_names = calls.names(layer, len(x))
+    if adapter_names is None:
+        return None
     if len(adapter_names) != len(x):
         raise AdapterNamesError(
             f"adapter_names has {len(adapter_names)} names for {len(x)} inputs of a layer: give one name for each "
@@ -91,27 +146,51 @@ def mixed_forward(layer: Any, adapter_names: Sequence[str], x: Tensor, *args: An
     return layer.base_layer(x, *args, **kwargs) if result is None else result
 
 
+class _Asks(other.AuxiliaryTrainingWrapper):
+    """A module of ``modules_to_save`` that asks for the names of its rows, as adapted layers do."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._with_names(*args, **kwargs) if calls.running else super().forward(*args, **kwargs)
+
+    @torch.compiler.disable
+    def _with_names(self, *args: Any, **kwargs: Any) -> Any:
+        names = calls.names(self, len(args[0])) if args else None
+        return super().forward(*args, **kwargs, **({} if names is None else {"adapter_names": names}))
+
+
+class ModulesToSaveWrapper(_Asks, other.ModulesToSaveWrapper):
+    """PEFT's, which asks for names."""
+
+
+class TrainableTokensWrapper(_Asks, other.TrainableTokensWrapper):
+    """PEFT's, which asks for names."""
+
+
+def _let_ask(wrapper: nn.Module) -> None:
+    """Makes a wrapper ask, for good: compiled code is guarded on the class of a module, and not on its hooks.
+
+    Raises:
+        AdapterNamesError: for a kind of wrapper that is not known.
+    """
+    if isinstance(wrapper, _Asks):
+        return
+    kinds: dict[type, type] = {
+        other.ModulesToSaveWrapper: ModulesToSaveWrapper,
+        other.TrainableTokensWrapper: TrainableTokensWrapper,
+    }
+    if type(wrapper) not in kinds:
+        raise AdapterNamesError(
+            f"adapter_names cannot be used with a {type(wrapper).__name__}: run the adapters one after another, with "
+            "`set_adapter`"
+        )
+    wrapper.__class__ = kinds[type(wrapper)]
+
+
 def copies_per_sample(kwargs: dict[str, Any], model: nn.Module) -> int:
     """Into how many rows ``generate``, called with ``kwargs``, turns a sample."""
     generation = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     numbers = [kwargs.get(name) or getattr(generation, name, None) for name in ("num_beams", "num_return_sequences")]
     return max([1, *(number for number in numbers if isinstance(number, int))])
-
-
-def _hook(names: list[str], copies: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
-    repeated = [name for name in names for _ in range(copies)]
-    owner = threading.get_ident()
-
-    def add_names(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]] | None:
-        # a call of another thread has its own names or none; a compiled model is traced with these
-        if not torch.compiler.is_compiling() and threading.get_ident() != owner:
-            return None
-        rows = len(args[0]) if args else len(names)
-        return args, {**kwargs, "adapter_names": repeated if rows == len(repeated) else names}
-
-    return add_names
 
 
 def _require_usable(model: nn.Module, modules: list[nn.Module], adapter_names: Sequence[str]) -> None:

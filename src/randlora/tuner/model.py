@@ -300,8 +300,8 @@ class RandLoraModel(BaseTuner):
             adapters: names of the adapters.
             weights: one for each.
             adapter_name: name of the new one, which is not made active.
-            combination_type: ``"linear"`` refuses a sum that is no RandLoRA adapter; ``"nearest"`` takes the nearest
-                one, and warns of its error.
+            combination_type: ``"linear"`` refuses a sum that is no RandLoRA adapter; ``"nearest"`` takes the one whose
+                coefficients λ[:, b] ⊗ γ[b, :] are nearest, and warns of its error. Its update need not be the nearest.
 
         Returns:
             By how much the new update of each layer misses the sum, relative to it.

@@ -2,7 +2,7 @@
 
 In an adapter each basis b has the coefficients λ[:, b] ⊗ γ[b, :], a matrix (r, m) of rank one, which multiplies the
 entries of A. A sum adds these matrices; the nearest matrices of rank one are the nearest adapter. For random bases
-that is, on average, the adapter with the nearest update.
+that is, on average, the adapter with the nearest update. For the bases at hand another one may have a nearer update.
 """
 
 from __future__ import annotations

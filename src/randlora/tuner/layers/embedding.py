@@ -13,7 +13,7 @@ from randlora.errors import UnsupportedLayerError
 from randlora.ops.precision import without_autocast
 from randlora.tuner.layers.base import FLOATING, AdaptedModule, RandLoraLayer, innermost
 from randlora.tuner.layers.mergeable import require_exchangeable
-from randlora.tuner.mixed_batch import mixed_forward
+from randlora.tuner.mixed_batch import calls, mixed_forward
 
 
 class Embedding(AdaptedModule, RandLoraLayer):
@@ -41,9 +41,8 @@ class Embedding(AdaptedModule, RandLoraLayer):
         """Rows (..., dim) of the base layer plus those of the active adapters, for indices x (...)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if "adapter_names" in kwargs:
-            return mixed_forward(self, kwargs.pop("adapter_names"), x, *args, **kwargs)
-        return self.forward_with(self.active_adapters, x, *args, **kwargs)
+        mixed = mixed_forward(self, x, *args, **kwargs) if calls.running else None
+        return self.forward_with(self.active_adapters, x, *args, **kwargs) if mixed is None else mixed
 
     def forward_with(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output as if ``adapters`` were the active ones."""

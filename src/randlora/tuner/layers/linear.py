@@ -15,7 +15,7 @@ from randlora.ops.precision import compute_dtype
 from randlora.tuner.layers.base import AdaptedModule, RandLoraLayer, innermost
 from randlora.tuner.layers.held import HeldUpdate, Term, can_compare, may_hold
 from randlora.tuner.layers.mergeable import random_input
-from randlora.tuner.mixed_batch import mixed_forward
+from randlora.tuner.mixed_batch import calls, mixed_forward
 
 
 class Linear(AdaptedModule, RandLoraLayer):
@@ -41,9 +41,8 @@ class Linear(AdaptedModule, RandLoraLayer):
         """Output (..., out) of the base layer plus the updates of the active adapters, for x (..., in)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if "adapter_names" in kwargs:
-            return mixed_forward(self, kwargs.pop("adapter_names"), x, *args, **kwargs)
-        return self.forward_with(self.active_adapters, x, *args, **kwargs)
+        mixed = mixed_forward(self, x, *args, **kwargs) if calls.running else None
+        return self.forward_with(self.active_adapters, x, *args, **kwargs) if mixed is None else mixed
 
     def forward_with(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output as if ``adapters`` were the active ones."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -22,7 +24,8 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
     same for all. Where the module's ``is_transposed`` says so, the stack is (experts, in, out). Several parameters of
     one module are wrapped one around the other.
 
-    ΔW is added in the dtype of W: in half precision an update of less than half an ulp is rounded away.
+    ΔW is added in the dtype of W: in half precision an update of less than half an ulp is rounded away. Threads run the
+    module one after another, since each would find the other's sum in the place of W.
 
     Args:
         base_layer: the module, or the wrapper of another of its parameters.
@@ -42,10 +45,15 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
         self.stack = (count,) if getattr(inner, parameter_name).ndim == 3 else ()
         self._transposed = _is_transposed(inner, parameter_name)
         self._active_adapter = adapter_name
+        self._turn = _Turn()
         self.update_layer(adapter_name, **adapter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Output of the module with the adapted parameter, for whatever the module takes."""
+        with nullcontext() if torch.compiler.is_compiling() else self._turn:
+            return self._forward(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         weight = self._base_weight()
         if weight.device.type == "meta" and any(p.device.type != "meta" for p in self.randlora_lambda.values()):
             raise UnsupportedLayerError(
@@ -103,7 +111,8 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
     def __getattr__(self, name: str) -> Any:
         """What the wrapper has not is the module's own, the adapted parameter aside."""
         if name == self.__dict__.get("parameter_name"):
-            return read_weight(self)
+            with nullcontext() if torch.compiler.is_compiling() else self._turn:  # else W may be a call's W + ΔW
+                return read_weight(self)
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -131,6 +140,25 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
 
     def __repr__(self) -> str:
         return "randlora." + super().__repr__()
+
+
+class _Turn:
+    """A thread's turn to exchange a parameter, which it may take again within it; a copy has turns of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Turn:
+        return _Turn()
+
+    def __reduce__(self) -> tuple[type[_Turn], tuple[()]]:
+        return _Turn, ()
 
 
 def parts_of_wrapped(model: nn.Module) -> list[tuple[str, nn.Module]]:
