@@ -32,6 +32,7 @@ from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
 from randlora.tuner.names import names_alone, names_in, without_biases_of_others
 from randlora.tuner.switch import switch
 from randlora.tuner.withdraw import delete_copies, withdraw_adapter
+from randlora.tuner.wrappers import names_to_load, plain_names, plain_view
 
 
 class RandLoraModel(BaseTuner):
@@ -337,8 +338,8 @@ class RandLoraModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """The adapter's file: λ and γ (the scaling's share folded in), and the bases once."""
+        model, state_dict = plain_view(model), plain_names(model, state_dict)
         content = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        content |= _parameters_below_fsdp(model, adapter_name, state_dict)
         if getattr(config, "bias", "none") == "randlora_only":
             content = without_biases_of_others(content, model, adapter_name)
         content = names_alone(content, model, adapter_name)
@@ -359,6 +360,7 @@ class RandLoraModel(BaseTuner):
         if not isinstance(config, RandLoraConfig):
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         require_sound_values(state_dict)
+        wrapped, model, state_dict = model, plain_view(model), plain_names(model, state_dict)
         layers = checkpoint.adapter_layers(model, adapter_name)
         content = checkpoint.take_projections(state_dict, model, config, adapter_name)
         content = checkpoint.unfold_scaling(content, layers, config, adapter_name)
@@ -366,18 +368,7 @@ class RandLoraModel(BaseTuner):
         content = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, content)
         if reads_a_file():
             keep_base_tensors(model, require_own_tensors(content, model, config, adapter_name))
-        return content
-
-
-def _parameters_below_fsdp(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """λ and γ of layers inside modules that FSDP1 wraps: PEFT looks past a wrapper of the whole model only."""
-    names = [
-        name.replace("_fsdp_wrapped_module.", "")
-        for name, module in model.named_modules()
-        if isinstance(module, RandLoraLayer) and "_fsdp_wrapped_module." in name
-    ]
-    keys = [f"{name}.{group}.{adapter_name}" for name in names for group in RandLoraLayer.adapter_layer_names]
-    return {key: state_dict[key] for key in keys if key in state_dict}
+        return names_to_load(wrapped, content)
 
 
 def _freeze_copies(model: nn.Module, adapter_name: str) -> None:
