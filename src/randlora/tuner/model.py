@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -32,7 +32,16 @@ from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
 from randlora.tuner.names import names_alone, names_in, without_biases_of_others
 from randlora.tuner.switch import switch
 from randlora.tuner.withdraw import delete_copies, withdraw_adapter
-from randlora.tuner.wrappers import names_to_load, plain_names, plain_view
+from randlora.tuner.wrappers import (
+    names_in_tree,
+    names_to_load,
+    plain_names,
+    plain_view,
+    put,
+    renew,
+    step_into,
+    without_steps,
+)
 
 
 class RandLoraModel(BaseTuner):
@@ -101,7 +110,9 @@ class RandLoraModel(BaseTuner):
         try:
             with apart(model, adapter_name):
                 require_usable_name(model, adapter_name)
-                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+                _maybe_include_all_linear_layers(config, plain_view(model))
+                named = None if state_dict is None else names_in_tree(model, state_dict)
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, named)
                 if state_dict is None:
                     self._adapt_what_peft_passes_over(model, adapter_name)
             if adapter_name not in self.active_adapters:
@@ -133,6 +144,11 @@ class RandLoraModel(BaseTuner):
     def _bind_bases(self, layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> None:
         checkpoint.bind_defined_bases(layers, config, adapter_name)
         _warn_of_single_bases(layers, adapter_name)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | re.Match[str] | None:
+        """Whether the config targets a module; a wrapper has the name of what it wraps."""
+        return BaseTuner._check_target_module_exists(peft_config, without_steps(key))
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         """Adapters that target parameters target the same: the names in their files tell how wrappers are nested."""
@@ -186,7 +202,9 @@ class RandLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        config = cast("RandLoraConfig", peft_config)
+        if step_into(target) is not None:
+            return  # what it wraps is a target too
+        config, current_key = cast("RandLoraConfig", peft_config), without_steps(current_key)
         kind = kind_of(target, current_key, self.model, config, parameter_name)
         rank, scaling = config.rank_and_scaling(current_key, min(kind.shape))
         # A config that was saved announces a file, in which γ holds the scaling's share. PEFT's way of loading takes
@@ -241,7 +259,7 @@ class RandLoraModel(BaseTuner):
         what it unwraps to what was inside, which has it already; it stumbles over ``modules_to_save`` that have no
         weight of their own, such as BERT's pooler. Layers place their adapters themselves.
         """
-        setattr(parent, child_name, new_module)
+        put(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """λ and γ are float32; without ``autocast_adapter_dtype`` they take the dtype of their base layer."""
@@ -317,7 +335,10 @@ class RandLoraModel(BaseTuner):
         if merge and safe_merge:
             self._require_finite_merge(adapter_names)
         with one_rounding_warning():
-            return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
+            unloaded = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
+        for module in unloaded.modules():  # PEFT itself takes away what wraps modules that are trained in full
+            renew(module)
+        return unloaded
 
     def _require_finite_merge(self, adapter_names: list[str] | None) -> None:
         """Looks at every layer before any is changed."""

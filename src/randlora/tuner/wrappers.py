@@ -7,7 +7,7 @@ Some of them take it out of ``state_dict()`` again, others out of ``named_parame
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -85,11 +85,39 @@ def plain_view(model: nn.Module) -> Any:
     return view
 
 
+def names_to_load(model: nn.Module, content: Mapping[str, T]) -> dict[str, T]:
+    """``content`` of plain names, by those that ``model.load_state_dict`` takes."""
+    if not _is_wrapped(model):
+        return dict(content)
+    names = {plain_name(model, name): name for name in model.state_dict()}
+    return {names.get(name, name): value for name, value in content.items()}
+
+
+def names_in_tree(model: nn.Module, content: Mapping[str, T]) -> dict[str, T]:
+    """``content``, by the names that the modules have in ``named_modules()`` of ``model``, wrappers included."""
+    if not _is_wrapped(model):
+        return dict(content)
+    paths = {plain_name(model, path): path for path, _ in model.named_modules(remove_duplicate=False)}  # innermost last
+    renamed = {}
+    for name, value in plain_names(model, content).items():
+        owner, inside = name, ""
+        while owner not in paths:
+            owner, _, part = owner.rpartition(".")
+            inside = f".{part}{inside}"
+        renamed[(paths[owner] + inside).lstrip(".")] = value
+    return renamed
+
+
 def put(parent: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts ``module`` into ``parent`` under ``name``; a compiled parent has a hold on what was there before."""
+    """Puts ``module`` into ``parent`` under ``name``."""
     setattr(parent, name, module)
-    if name == "_orig_mod" and hasattr(parent, "dynamo_ctx"):
-        parent._initialize()  # type: ignore[operator]
+    renew(parent)
+
+
+def renew(module: nn.Module) -> None:
+    """Lets a compiled module run what it wraps now: it has a hold on what it wrapped when it was made."""
+    if "_orig_mod" in module._modules:
+        cast("Any", module)._initialize()
 
 
 def _past_wrappers(at: nn.Module | None, part: str) -> tuple[nn.Module | None, bool]:
@@ -135,11 +163,3 @@ def _load_state_dict_of(model: nn.Module) -> Callable[..., Any]:
         return result._replace(**plain)
 
     return load_state_dict
-
-
-def names_to_load(model: nn.Module, content: Mapping[str, T]) -> dict[str, T]:
-    """``content`` of plain names, by those that ``model.load_state_dict`` takes."""
-    if not _is_wrapped(model):
-        return dict(content)
-    names = {plain_name(model, name): name for name in model.state_dict()}
-    return {names.get(name, name): value for name, value in content.items()}
