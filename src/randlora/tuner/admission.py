@@ -104,7 +104,7 @@ def _base_tensors(model: nn.Module, present: set[str], config: RandLoraConfig) -
 
 
 def _warn_of_missing_biases(found: Iterable[str], possible: Iterable[str], config: RandLoraConfig) -> None:
-    """(Of modules that are named so, such as T5's ``relative_attention_bias``, none is a bias.)"""
+    """Modules that are only named so, such as T5's ``relative_attention_bias``, hold no biases."""
     if config.bias == "none" or any(_is_bias(name) for name in found):
         return
     if any(_is_bias(name) for name in possible):

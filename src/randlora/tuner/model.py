@@ -33,6 +33,7 @@ from randlora.tuner.names import names_alone, names_in, without_biases_of_others
 from randlora.tuner.switch import switch
 from randlora.tuner.withdraw import delete_copies, withdraw_adapter
 from randlora.tuner.wrappers import (
+    is_wrapped,
     names_in_tree,
     names_to_load,
     plain_names,
@@ -74,7 +75,10 @@ class RandLoraModel(BaseTuner):
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
         # PeftModel hands over a dict, and reads the bases of a file; direct injection a config, and does not
         if isinstance(peft_config, PeftConfig):
-            checkpoint.warn_of_unread_bases(cast("RandLoraConfig", self.peft_config[adapter_name]))
+            config = cast("RandLoraConfig", self.peft_config[adapter_name])
+            checkpoint.warn_of_unread_bases(config)
+            if config.read_from_file and is_wrapped(model):
+                _warn_of_unknown_names()
 
     @property
     def randlora_A(self) -> Mapping[str, Tensor]:
@@ -390,6 +394,16 @@ class RandLoraModel(BaseTuner):
         if reads_a_file():
             keep_base_tensors(model, require_own_tensors(content, model, config, adapter_name))
         return names_to_load(wrapped, content)
+
+
+def _warn_of_unknown_names() -> None:
+    """For a saved adapter whose file is read past PEFT, as ``model.load_adapter`` of Transformers does."""
+    warnings.warn(
+        "something wraps modules of the model (torch.compile, activation checkpointing, FSDP). Where the adapter's "
+        "file is read past PEFT, as `model.load_adapter` of Transformers does, its tensors do not find the modules "
+        "inside, and the adapter has no effect. `PeftModel.from_pretrained` finds them; or load before you wrap.",
+        stacklevel=4,
+    )
 
 
 def _freeze_copies(model: nn.Module, adapter_name: str) -> None:

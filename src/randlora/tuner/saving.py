@@ -81,12 +81,12 @@ def taken_plain(get_tensors: Callable[..., dict[str, Any]]) -> Callable[..., dic
         given, name = bound.arguments["state_dict"], bound.arguments["adapter_name"]
         if not isinstance(view.peft_config[name], RandLoraConfig):
             return get_tensors(model, *args, **kwargs)
-        content = view.state_dict() if given is None else plain_names(view, given)
+        content = plain_names(view, without_others(view.state_dict() if given is None else given, name))
         if not content and _writes.get() and _is_partitioned(view):
             return _elsewhere(name)
         if _writes.get() or (given is not None and isinstance(view, PreTrainedModel)):  # Transformers' save_pretrained
             _require_whole(view, name, content)
-        bound.arguments["state_dict"] = without_others(content, name)
+        bound.arguments["state_dict"] = content
         return get_tensors(*bound.args, **bound.kwargs)
 
     return get_peft_model_state_dict
@@ -114,7 +114,7 @@ def _elsewhere(adapter_name: str) -> _Elsewhere:
     """Where DeepSpeed keeps all tensors in shares, the Trainer saves nothing first and then DeepSpeed's checkpoint."""
     warnings.warn(
         f"no weights of the adapter {adapter_name!r} are written: DeepSpeed holds them in shares, and none were "
-        "gathered. Its own checkpoint has them; stage3_gather_16bit_weights_on_model_save=True gives an adapter's file.",
+        "gathered. Its own checkpoint has them; stage3_gather_16bit_weights_on_model_save=True gives a file of them.",
         stacklevel=4,
     )
     return _Elsewhere()
@@ -143,7 +143,7 @@ def _require_whole(model: nn.Module, adapter_name: str, content: Mapping[str, Te
         there = f"has it in shape {found[first]}, not {wanted[first]}" if first in content else "has none"
         raise CheckpointError(
             f"the adapter {adapter_name!r} cannot be saved: the state to save lacks {len(lacking)} of "
-            f"{len(wanted)} tensors of λ and γ. Of {first!r} it {there}. Leave `state_dict` out, or hand over the whole "
-            "state of this model: gathered, as `accelerator.get_state_dict(model)` gives it, where processes hold "
-            "shares. Adapters that it does not hold are left out with `selected_adapters`"
+            f"{len(wanted)} tensors of λ and γ. Of {first!r} it {there}. Leave `state_dict` out, or hand over the "
+            "whole state of this model: gathered, as `accelerator.get_state_dict(model)` gives it, where processes "
+            "hold shares. Adapters that it does not hold are left out with `selected_adapters`"
         )

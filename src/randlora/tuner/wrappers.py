@@ -53,7 +53,7 @@ def plain_name(model: nn.Module, name: str) -> str:
     at: nn.Module | None = model
     for part in name.removeprefix(prefix).split("."):
         at, is_step = _past_wrappers(at, part)
-        foreign = part == _OF_PARALLEL and at is root and not kept and part not in root._modules
+        foreign = part == _OF_PARALLEL and at is not None and not _has(at, part)
         if is_step or foreign or part in _STEPS:
             continue
         kept.append(part)
@@ -63,10 +63,8 @@ def plain_name(model: nn.Module, name: str) -> str:
 
 def plain_names(model: nn.Module, content: Mapping[str, T]) -> dict[str, T]:
     """``content`` of ``model``, or of the same model wrapped otherwise, by plain names."""
-    foreign = any(part in name for name in content for part in _STEPS) or any(
-        name.startswith(f"{_OF_PARALLEL}.") for name in content
-    )
-    if not foreign and not _is_wrapped(model):
+    steps = (*_STEPS, f"{_OF_PARALLEL}.")
+    if not any(step in name for name in content for step in steps) and not is_wrapped(model):
         return dict(content)
     return {plain_name(model, name): value for name, value in content.items()}
 
@@ -77,7 +75,7 @@ def plain_view(model: nn.Module) -> Any:
     What has wrappers in it is a shallow copy, the model itself stays as it is. The state of the view is loaded into,
     and taken from, the model with its wrappers, some of which gather it, by plain names.
     """
-    if not _is_wrapped(model):
+    if not is_wrapped(model):
         return model
     whole = _unwrapped_tree(model, {})
     view = _copy_with(whole, whole._modules)  # of its own, whatever else the model is part of
@@ -87,7 +85,7 @@ def plain_view(model: nn.Module) -> Any:
 
 def names_to_load(model: nn.Module, content: Mapping[str, T]) -> dict[str, T]:
     """``content`` of plain names, by those that ``model.load_state_dict`` takes."""
-    if not _is_wrapped(model):
+    if not is_wrapped(model):
         return dict(content)
     names = {plain_name(model, name): name for name in model.state_dict()}
     return {names.get(name, name): value for name, value in content.items()}
@@ -95,7 +93,7 @@ def names_to_load(model: nn.Module, content: Mapping[str, T]) -> dict[str, T]:
 
 def names_in_tree(model: nn.Module, content: Mapping[str, T]) -> dict[str, T]:
     """``content``, by the names that the modules have in ``named_modules()`` of ``model``, wrappers included."""
-    if not _is_wrapped(model):
+    if not is_wrapped(model):
         return dict(content)
     paths = {plain_name(model, path): path for path, _ in model.named_modules(remove_duplicate=False)}  # innermost last
     renamed = {}
@@ -129,7 +127,12 @@ def _past_wrappers(at: nn.Module | None, part: str) -> tuple[nn.Module | None, b
     return at, False
 
 
-def _is_wrapped(model: nn.Module) -> bool:
+def _has(module: nn.Module, name: str) -> bool:
+    return any(name in held for held in (module._modules, module._parameters, module._buffers))
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether ``model`` is a wrapper, or has one in it."""
     return any(step_into(module) is not None for module in model.modules())
 
 
@@ -137,7 +140,9 @@ def _unwrapped_tree(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     """What ``module`` wraps, if need be a copy of it that holds what its children wrap."""
     inner = unwrapped(module)
     if id(inner) not in made:
-        children = {name: None if child is None else _unwrapped_tree(child, made) for name, child in inner._modules.items()}
+        children = {
+            name: None if child is None else _unwrapped_tree(child, made) for name, child in inner._modules.items()
+        }
         same = all(children[name] is child for name, child in inner._modules.items())
         made[id(inner)] = inner if same else _copy_with(inner, children)
     return made[id(inner)]
