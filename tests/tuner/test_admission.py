@@ -1,11 +1,14 @@
 """A file brings what its config announces, finite and whole, and touches nothing else."""
 
+import copy
 import os
+import warnings
 
 import pytest
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 from randlora import CheckpointError, PeftModel, RandLoraConfig, get_peft_model
 
@@ -110,3 +113,22 @@ def test_what_a_program_hands_over_itself_is_not_a_strangers_file():
     other = get_peft_model(stack(), RandLoraConfig(r=4, target_modules=STACK_TARGETS)).eval()
     set_peft_model_state_dict(other, get_peft_model_state_dict(trained))
     assert torch.equal(output(other), output(trained))
+
+
+def test_what_is_only_named_a_bias_is_not_missed(tmp_path):
+    """T5 has ``relative_attention_bias``, an embedding, and no biases; PEFT trains and writes none of it."""
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 28, "num_layers": 1, "num_heads": 2}
+    base = T5ForConditionalGeneration(T5Config(**sizes)).eval()
+    weights = copy.deepcopy(base.state_dict())
+    model = randomise(get_peft_model(base, RandLoraConfig(r=4, target_modules=["q", "v"], bias="all"))).eval()
+    model.save_pretrained(tmp_path)
+    again = T5ForConditionalGeneration(T5Config(**sizes))
+    again.load_state_dict(weights)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*holds no biases")
+        loaded = PeftModel.from_pretrained(again, tmp_path).eval()
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        outputs = [m(input_ids=ids, decoder_input_ids=ids).logits for m in (model, loaded)]
+    assert torch.equal(*outputs)

@@ -26,6 +26,7 @@ from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.folder import read_adapter
 from randlora.tuner.layers.base import RandLoraLayer
 from randlora.tuner.merged import base_model
+from randlora.tuner.wrappers import plain_view
 
 _BIAS: dict[str, Literal["none", "all", "lora_only"]] = {"none": "none", "all": "all", "randlora_only": "lora_only"}
 
@@ -96,6 +97,7 @@ def to_lora(
         UnsupportedLayerError: for a layer of a kind that is not linear.
     """
     _require_choice(rank, energy)
+    model = plain_view(model)
     weights = {adapter_name: 1.0} if isinstance(adapter_name, str) else dict(adapter_name)
     configs = [_config_of(model, name) for name in weights]
     base = base_model(model)

@@ -50,7 +50,7 @@ def require_own_tensors(
 
     Args:
         content: of the file, by the names of ``model``.
-        model: the model with the adapter.
+        model: the model with the adapter, without wrappers.
         config: the adapter's.
         adapter_name: its name.
 
@@ -60,7 +60,7 @@ def require_own_tensors(
     Raises:
         CheckpointError: naming what is missing or too much.
     """
-    names = {_plain(name): name for name in content}
+    names = {_in_base(name): name for name in content}
     wanted = _updates(model, adapter_name)
     missing = [aliases[0] for aliases in wanted if not any(alias in names for alias in aliases)]
     if missing:
@@ -68,8 +68,8 @@ def require_own_tensors(
             f"the file lacks {_some(missing)}: it is damaged, or was made for another model or other targets"
         )
     own = {alias for aliases in wanted for alias in aliases}
-    present = {_plain(name) for name in model.state_dict()}
-    added = [_plain(name) for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    present = {_in_base(name) for name in model.state_dict()}
+    added = [_in_base(name) for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     # With bias="all" PEFT writes the biases of modules_to_save a second time, under names that no model has.
     of_added = {n for n in names if _is_in(n, added) and (adapter_name in n.split(".") or n not in present)}
     rest = [name for name in names if name not in own | of_added]
@@ -94,7 +94,7 @@ def _updates(model: nn.Module, adapter_name: str) -> list[list[str]]:
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name.endswith((f".randlora_lambda.{adapter_name}", f".randlora_gamma.{adapter_name}")):
-            aliases.setdefault(id(parameter), []).append(_plain(name))
+            aliases.setdefault(id(parameter), []).append(_in_base(name))
     return list(aliases.values())
 
 
@@ -104,16 +104,17 @@ def _base_tensors(model: nn.Module, present: set[str], config: RandLoraConfig) -
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         with suppress(AttributeError, NotImplementedError):
             embeddings.append(getattr(model, getter)())
-    places = [_plain(name) for name, m in model.named_modules() if any(m is found for found in embeddings)]
-    adapted = [_plain(name) for name, m in model.named_modules() if isinstance(m, RandLoraLayer)]
-    biases = {name for name in present if "bias" in name and (config.bias == "all" or _is_in(name, adapted))}
+    places = [_in_base(name) for name, m in model.named_modules() if any(m is found for found in embeddings)]
+    adapted = [_in_base(name) for name, m in model.named_modules() if isinstance(m, RandLoraLayer)]
+    biases = {name for name in present if _is_bias(name) and (config.bias == "all" or _is_in(name, adapted))}
     return {name for name in present if _is_in(name, places)} | (set() if config.bias == "none" else biases)
 
 
 def _warn_of_missing_biases(found: Iterable[str], possible: Iterable[str], config: RandLoraConfig) -> None:
-    if config.bias == "none" or any("bias" in name for name in found):
+    """Modules that are only named so, such as T5's ``relative_attention_bias``, hold no biases."""
+    if config.bias == "none" or any(_is_bias(name) for name in found):
         return
-    if any("bias" in name for name in possible):
+    if any(_is_bias(name) for name in possible):
         warnings.warn(
             f"the adapter was trained with bias={config.bias!r}, and its file holds no biases: PEFT wrote none before "
             "0.21. Those of the base model stay, and outputs are not those of the trained model.",
@@ -121,9 +122,14 @@ def _warn_of_missing_biases(found: Iterable[str], possible: Iterable[str], confi
         )
 
 
-def _plain(name: str) -> str:
-    """The name in the base model, whatever wraps that."""
-    return name.replace("_fsdp_wrapped_module.", "").removeprefix("base_model.model.")
+def _is_bias(name: str) -> bool:
+    """Whether PEFT counts a tensor among the biases that it writes."""
+    return name == "bias" or name.endswith(".bias")
+
+
+def _in_base(name: str) -> str:
+    """The name in the base model."""
+    return name.removeprefix("base_model.model.")
 
 
 def _is_in(name: str, modules: Iterable[str]) -> bool:

@@ -20,6 +20,7 @@ from randlora.tuner.folder import require_loadable
 from randlora.tuner.layers.base import RandLoraLayer
 from randlora.tuner.loading import base_put_back_on_failure, named_errors, put_back_on_failure
 from randlora.tuner.names import names_in
+from randlora.tuner.wrappers import plain_names, plain_view, unwrapped
 
 Layers = dict[str, RandLoraLayer]
 """The adapter's layers by their path in the base model."""
@@ -52,7 +53,7 @@ def hotswap_adapter(
         BasisMismatchError: if the new adapter's bases are not those that it was trained with.
         CheckpointError: if its file is damaged. After any error the model is as it was.
     """
-    plain: Any = getattr(model, "_orig_mod", model)
+    plain = plain_view(model)
     layers = _layers(plain, adapter_name)
     require_loadable(model_name_or_path, kwargs.get("subfolder"))
     with named_errors(plain, model_name_or_path), base_put_back_on_failure():
@@ -63,7 +64,7 @@ def _swap(
     plain: Any, layers: Layers, path: str, adapter_name: str, torch_device: str | None, kwargs: dict[str, Any]
 ) -> None:
     config = RandLoraConfig.from_pretrained(path, **kwargs)
-    content = load_peft_weights(path, device=torch_device, **kwargs)
+    content = plain_names(plain, load_peft_weights(path, device=torch_device, **kwargs))
     _require_same_modules(plain.peft_config[adapter_name], config)
     _require_same_tensors(layers, names_in(plain, content, adapter_name), adapter_name)
 
@@ -83,7 +84,7 @@ def hotswap_randlora_too(swap: Callable[..., None]) -> Callable[..., None]:
     def hotswap(
         model: nn.Module, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
     ) -> None:
-        config = getattr(getattr(model, "_orig_mod", model), "peft_config", {}).get(adapter_name)
+        config = getattr(unwrapped(model), "peft_config", {}).get(adapter_name)
         chosen = hotswap_adapter if isinstance(config, RandLoraConfig) else swap
         chosen(model, model_name_or_path, adapter_name, torch_device, **kwargs)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from randlora.errors import MergeError
 from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.wrappers import plain_view
 
 
 class MergedTensor(NamedTuple):
@@ -33,7 +34,8 @@ class MergedTensor(NamedTuple):
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model inside PEFT's wrappers, which carries the adapted layers."""
+    """The model inside PEFT's wrappers and all others, which carries the adapted layers."""
+    model = plain_view(model)
     if isinstance(model, PeftModel):
         model = model.base_model
     return model.model if isinstance(model, BaseTuner) else model

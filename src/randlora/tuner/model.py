@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -37,6 +37,17 @@ from randlora.tuner.switch import switch
 from randlora.tuner.unmatched import instead_of_peft_warnings, warn_of_unmatched
 from randlora.tuner.unused import name_unused_layers
 from randlora.tuner.withdraw import delete_copies, withdraw_adapter
+from randlora.tuner.wrappers import (
+    is_wrapped,
+    names_in_tree,
+    names_to_load,
+    plain_names,
+    plain_view,
+    put,
+    renew,
+    step_into,
+    without_steps,
+)
 
 
 class RandLoraModel(BaseTuner):
@@ -69,7 +80,10 @@ class RandLoraModel(BaseTuner):
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
         # PeftModel hands over a dict, and reads the bases of a file; direct injection a config, and does not
         if isinstance(peft_config, PeftConfig):
-            checkpoint.warn_of_unread_bases(cast("RandLoraConfig", self.peft_config[adapter_name]))
+            config = cast("RandLoraConfig", self.peft_config[adapter_name])
+            checkpoint.warn_of_unread_bases(config)
+            if config.read_from_file and is_wrapped(model):
+                _warn_of_unknown_names()
 
     @property
     def randlora_A(self) -> Mapping[str, Tensor]:
@@ -107,13 +121,15 @@ class RandLoraModel(BaseTuner):
                 require_usable_name(model, adapter_name)
                 asked = copy.copy(config)
                 if state_dict is None:
-                    config = self.peft_config[adapter_name] = with_experts(config, model)
-                    warn_of_experts_left_out(config, model)
+                    config = self.peft_config[adapter_name] = with_experts(config, plain_view(model))
+                    warn_of_experts_left_out(config, plain_view(model))
+                _maybe_include_all_linear_layers(config, plain_view(model))
+                named = None if state_dict is None else names_in_tree(model, state_dict)
                 with instead_of_peft_warnings(config):
-                    super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+                    super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, named)
                 if state_dict is None:
                     self._adapt_what_peft_passes_over(model, adapter_name)
-                    warn_of_unmatched(asked, model, adapter_name)
+                    warn_of_unmatched(asked, plain_view(model), adapter_name)
             if adapter_name not in self.active_adapters:
                 _freeze_copies(model, adapter_name)
             layers = checkpoint.adapter_layers(model, adapter_name)
@@ -147,6 +163,11 @@ class RandLoraModel(BaseTuner):
     def _bind_bases(self, layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> None:
         checkpoint.bind_defined_bases(layers, config, adapter_name)
         _warn_of_single_bases(layers, adapter_name)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | re.Match[str] | None:
+        """Whether the config targets a module; a wrapper has the name of what it wraps."""
+        return BaseTuner._check_target_module_exists(peft_config, without_steps(key))
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         """Adapters that target parameters target the same: the names in their files tell how wrappers are nested."""
@@ -200,7 +221,9 @@ class RandLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        config = cast("RandLoraConfig", peft_config)
+        if step_into(target) is not None:
+            return  # what it wraps is a target too
+        config, current_key = cast("RandLoraConfig", peft_config), without_steps(current_key)
         kind = kind_of(target, current_key, self.model, config, parameter_name)
         rank, scaling = config.rank_and_scaling(current_key, min(kind.shape))
         # A config that was saved announces a file, in which γ holds the scaling's share. PEFT's way of loading takes
@@ -256,7 +279,7 @@ class RandLoraModel(BaseTuner):
         what it unwraps to what was inside, which has it already; it stumbles over ``modules_to_save`` that have no
         weight of their own, such as BERT's pooler. Layers place their adapters themselves.
         """
-        setattr(parent, child_name, new_module)
+        put(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """λ and γ are float32; without ``autocast_adapter_dtype`` they take the dtype of their base layer."""
@@ -332,7 +355,10 @@ class RandLoraModel(BaseTuner):
         if merge:
             self._require_mergeable(adapter_names, safe_merge)
         with one_rounding_warning():
-            return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
+            unloaded: Any = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
+        for module in unloaded.modules():  # PEFT itself takes away what wraps modules that are trained in full
+            renew(module)
+        return unloaded
 
     def _require_mergeable(self, adapter_names: list[str] | None, require_finite: bool) -> None:
         """Looks at every layer before any is changed."""
@@ -357,8 +383,8 @@ class RandLoraModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """The adapter's file: λ and γ (the scaling's share folded in), and the bases once."""
+        model, state_dict = plain_view(model), plain_names(model, state_dict)
         content = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        content |= _parameters_below_fsdp(model, adapter_name, state_dict)
         if getattr(config, "bias", "none") == "randlora_only":
             content = without_biases_of_others(content, model, adapter_name)
         content = names_alone(content, model, adapter_name)
@@ -379,6 +405,7 @@ class RandLoraModel(BaseTuner):
         if not isinstance(config, RandLoraConfig):
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         require_sound_values(state_dict)
+        wrapped, model, state_dict = model, plain_view(model), plain_names(model, state_dict)
         layers = checkpoint.adapter_layers(model, adapter_name)
         content = checkpoint.take_projections(state_dict, model, config, adapter_name)
         content = checkpoint.unfold_scaling(content, layers, config, adapter_name)
@@ -386,18 +413,17 @@ class RandLoraModel(BaseTuner):
         content = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, content)
         if reads_a_file():
             keep_base_tensors(model, require_own_tensors(content, model, config, adapter_name))
-        return content
+        return names_to_load(wrapped, content)
 
 
-def _parameters_below_fsdp(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """λ and γ of layers inside modules that FSDP1 wraps: PEFT looks past a wrapper of the whole model only."""
-    names = [
-        name.replace("_fsdp_wrapped_module.", "")
-        for name, module in model.named_modules()
-        if isinstance(module, RandLoraLayer) and "_fsdp_wrapped_module." in name
-    ]
-    keys = [f"{name}.{group}.{adapter_name}" for name in names for group in RandLoraLayer.adapter_layer_names]
-    return {key: state_dict[key] for key in keys if key in state_dict}
+def _warn_of_unknown_names() -> None:
+    """For a saved adapter whose file is read past PEFT, as ``model.load_adapter`` of Transformers does."""
+    warnings.warn(
+        "something wraps modules of the model (torch.compile, activation checkpointing, FSDP). Where the adapter's "
+        "file is read past PEFT, as `model.load_adapter` of Transformers does, its tensors do not find the modules "
+        "inside, and the adapter has no effect. `PeftModel.from_pretrained` finds them; or load before you wrap.",
+        stacklevel=4,
+    )
 
 
 def _freeze_copies(model: nn.Module, adapter_name: str) -> None:

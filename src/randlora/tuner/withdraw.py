@@ -8,6 +8,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.wrappers import put
 
 
 def withdraw_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -28,7 +29,7 @@ def withdraw_adapter(model: nn.Module, adapter_name: str) -> None:
             continue
         if inner is not None:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, inner)
+            put(model.get_submodule(parent), child, inner)
 
 
 def delete_copies(model: nn.Module, adapter_name: str) -> None:

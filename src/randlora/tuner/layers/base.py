@@ -176,6 +176,11 @@ class RandLoraLayer(ScaledLayer):
         self._require_grad([adapter_name], False)  # until it is active
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
+        """Of λ and γ, whatever parts of them this process holds."""
+        r, n = self.r[adapter_name], self.num_bases[adapter_name]
+        return {"randlora_lambda": (*self.stack, r, n), "randlora_gamma": (*self.stack, n, self.min_dim)}
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Makes adapters the active ones, and those that train, unless ``inference_mode``: no other does.
 

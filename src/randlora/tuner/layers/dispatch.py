@@ -19,6 +19,7 @@ from randlora.tuner.layers.embedding import Embedding, embedding_shape
 from randlora.tuner.layers.linear import Linear, OutProjection, linear_shape
 from randlora.tuner.layers.parameter import ParamWrapper, stacked_shape
 from randlora.tuner.layers.quantized import quantization_backend, quantized_class
+from randlora.tuner.wrappers import unwrapped
 
 
 class Kind(NamedTuple):
@@ -48,7 +49,7 @@ def kind_of(
     Raises:
         UnsupportedLayerError: if no kind fits.
     """
-    base_layer = innermost(target)
+    base_layer = unwrapped(innermost(target))
     if parameter_name is not None:
         create = functools.partial(ParamWrapper, parameter_name=parameter_name)
         return Kind(create, stacked_shape(base_layer, parameter_name, name)[1:])

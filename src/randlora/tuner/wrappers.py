@@ -1,0 +1,170 @@
+"""A model as it is without what wraps its modules: the one place that knows which wrappers there are, and their names.
+
+``torch.compile``, activation checkpointing, FSDP, DDP and averaging put a step into the names of all that is inside.
+Some of them take it out of ``state_dict()`` again, others out of ``named_parameters()``. Files hold plain names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+_STEPS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Where wrappers hold what they wrap; modules of no other kind have such names."""
+_PARALLEL = (DataParallel, DistributedDataParallel, AveragedModel)
+_OF_PARALLEL = "module"
+_PREFIX = "base_model.model."
+
+T = TypeVar("T")
+
+
+def step_into(module: nn.Module) -> str | None:
+    """The name under which ``module`` holds what it wraps, if it is a wrapper."""
+    for step in _STEPS:
+        if module._modules.get(step) is not None:
+            return step
+    return _OF_PARALLEL if isinstance(module, _PARALLEL) else None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What ``module`` wraps, in however many wrappers, or itself."""
+    while (step := step_into(module)) is not None:
+        module = getattr(module, step)
+    return module
+
+
+def without_steps(name: str) -> str:
+    """``name`` without steps that only wrappers have; ``plain_name`` knows more, where there is a model."""
+    return ".".join(part for part in name.split(".") if part not in _STEPS)
+
+
+def plain_name(model: nn.Module, name: str) -> str:
+    """The name that a module or tensor of ``model`` has without wrappers.
+
+    ``name`` may be of the same model wrapped otherwise: by ``state_dict()`` of a compiled one, for instance.
+    """
+    root = unwrapped(model)
+    prefix = _PREFIX if name.startswith(_PREFIX) and "base_model" not in root._modules else ""
+    kept: list[str] = []
+    at: nn.Module | None = model
+    for part in name.removeprefix(prefix).split("."):
+        at, is_step = _past_wrappers(at, part)
+        foreign = part == _OF_PARALLEL and at is not None and not _has(at, part)
+        if is_step or foreign or part in _STEPS:
+            continue
+        kept.append(part)
+        at = at._modules.get(part) if at is not None else None
+    return prefix + ".".join(kept)
+
+
+def plain_names(model: nn.Module, content: Mapping[str, T]) -> dict[str, T]:
+    """``content`` of ``model``, or of the same model wrapped otherwise, by plain names."""
+    steps = (*_STEPS, f"{_OF_PARALLEL}.")
+    if not any(step in name for name in content for step in steps) and not is_wrapped(model):
+        return dict(content)
+    return {plain_name(model, name): value for name, value in content.items()}
+
+
+def plain_view(model: nn.Module) -> Any:
+    """``model`` without wrappers, sharing all its tensors; itself, if there are none.
+
+    What has wrappers in it is a shallow copy, the model itself stays as it is. The state of the view is loaded into,
+    and taken from, the model with its wrappers, some of which gather it, by plain names.
+    """
+    if not is_wrapped(model):
+        return model
+    whole = _unwrapped_tree(model, {})
+    view = _copy_with(whole, whole._modules)  # of its own, whatever else the model is part of
+    view.__dict__ |= {"state_dict": _state_dict_of(model), "load_state_dict": _load_state_dict_of(model)}
+    return view
+
+
+def names_to_load(model: nn.Module, content: Mapping[str, T]) -> dict[str, T]:
+    """``content`` of plain names, by those that ``model.load_state_dict`` takes."""
+    if not is_wrapped(model):
+        return dict(content)
+    names = {plain_name(model, name): name for name in model.state_dict()}
+    return {names.get(name, name): value for name, value in content.items()}
+
+
+def names_in_tree(model: nn.Module, content: Mapping[str, T]) -> dict[str, T]:
+    """``content``, by the names that the modules have in ``named_modules()`` of ``model``, wrappers included."""
+    if not is_wrapped(model):
+        return dict(content)
+    paths = {plain_name(model, path): path for path, _ in model.named_modules(remove_duplicate=False)}  # innermost last
+    renamed = {}
+    for name, value in plain_names(model, content).items():
+        owner, inside = name, ""
+        while owner not in paths:
+            owner, _, part = owner.rpartition(".")
+            inside = f".{part}{inside}"
+        renamed[(paths[owner] + inside).lstrip(".")] = value
+    return renamed
+
+
+def put(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts ``module`` into ``parent`` under ``name``."""
+    setattr(parent, name, module)
+    renew(parent)
+
+
+def renew(module: nn.Module) -> None:
+    """Lets a compiled module run what it wraps now: it has a hold on what it wrapped when it was made."""
+    if "_orig_mod" in module._modules:
+        cast("Any", module)._initialize()
+
+
+def _past_wrappers(at: nn.Module | None, part: str) -> tuple[nn.Module | None, bool]:
+    """Where a name goes on from ``at``, and whether ``part`` of it was a wrapper's step."""
+    while at is not None and (step := step_into(at)) is not None:
+        at = getattr(at, step)
+        if part == step:
+            return at, True
+    return at, False
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return any(name in held for held in (module._modules, module._parameters, module._buffers))
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether ``model`` is a wrapper, or has one in it."""
+    return any(step_into(module) is not None for module in model.modules())
+
+
+def _unwrapped_tree(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """What ``module`` wraps, if need be a copy of it that holds what its children wrap."""
+    inner = unwrapped(module)
+    if id(inner) not in made:
+        children = {
+            name: None if child is None else _unwrapped_tree(child, made) for name, child in inner._modules.items()
+        }
+        same = all(children[name] is child for name, child in inner._modules.items())
+        made[id(inner)] = inner if same else _copy_with(inner, children)
+    return made[id(inner)]
+
+
+def _copy_with(module: nn.Module, children: dict[str, nn.Module | None]) -> nn.Module:
+    copy: nn.Module = object.__new__(type(module))
+    copy.__dict__ = module.__dict__ | {"_modules": children}
+    return copy
+
+
+def _state_dict_of(model: nn.Module) -> Callable[..., dict[str, Any]]:
+    def state_dict(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return plain_names(model, model.state_dict(*args, **kwargs))
+
+    return state_dict
+
+
+def _load_state_dict_of(model: nn.Module) -> Callable[..., Any]:
+    def load_state_dict(content: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = model.load_state_dict(names_to_load(model, content), *args, **kwargs)
+        plain = {group: [plain_name(model, n) for n in names] for group, names in result._asdict().items()}
+        return result._replace(**plain)
+
+    return load_state_dict
