@@ -60,7 +60,11 @@ def trials(device: torch.device, M: int, m: int, T: int, r: int) -> list[Trial]:
 
     A, natural, W, x, u, h = draw(r, m), draw(M, q) / q**0.5, draw(M, m), draw(T, m), draw(T, M), draw(T, q)
     lam, gamma = torch.randn(r, n, device=device), torch.randn(n, m, device=device)
-    B, plain, kernels = grouped(natural, r), DenseBases(A, natural, dtype), availability.kernels(device, dtype)
+    B, plain, kernels = (
+        grouped(natural, r),
+        DenseBases(A.unsqueeze(1), natural, dtype),
+        availability.kernels(device, dtype),
+    )
     factors = (A, lam, gamma)
     two, small = 2, 4 * (lam.numel() + gamma.numel()) + 2 * A.numel()  # bytes of an entry; of what Ã is made of
 

@@ -72,11 +72,11 @@ class Case:
             wide = torch.promote_types(self.dtype, torch.float32)
             return sparse_bases(self.A.to(wide), self.B.to(wide), self.dtype)
         if self.kind == "codes":
-            return DenseBases(self.A.to(torch.int8), pack(self.B.to(torch.int8)), self.dtype)
+            return DenseBases(self.A.to(torch.int8).unsqueeze(1), pack(self.B.to(torch.int8)), self.dtype)
         if self.kind == "grouped":
             return GroupedBases(self.A, grouped(in_units(self.B, self.dtype), len(self.A)), self.dtype)
         B = self.B.bfloat16() if self.kind == "split" else in_units(self.B, self.dtype)
-        return DenseBases(self.A, B, self.dtype)
+        return DenseBases(self.A.unsqueeze(1), B, self.dtype)
 
     def run(self, leaves, update=None):
         return adapted_linear(
@@ -257,7 +257,7 @@ class TestPieces:
     def test_scaled_basis_is_formed_in_the_wider_dtype(self):
         case = Case(9, 6, 4, dtype=torch.bfloat16)
         lam, gamma, bases = case.leaves["lam"], case.leaves["gamma"], case.bases()
-        exact = DenseBases(case.A.double(), case.B, torch.float64).scaled(lam.double(), gamma.double())
+        exact = DenseBases(case.A.double().unsqueeze(1), case.B, torch.float64).scaled(lam.double(), gamma.double())
         found = bases._replace(dtype=torch.float32).scaled(lam, gamma)
         torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
         assert bases.scaled(lam, gamma).dtype == torch.bfloat16

@@ -78,7 +78,7 @@ def measured(problem: Problem, r: int, plan: Plan, with_weight: bool) -> tuple[i
     x = torch.randn(problem.tokens, in_, requires_grad=problem.input_needs_grad)
     weight = torch.randn(out, in_) if with_weight else None
     lam, gamma = torch.randn(r, n, requires_grad=True), torch.randn(n, m, requires_grad=True)
-    bases = DenseBases(torch.randn(r, m), torch.randn(M, n * r), torch.float32)
+    bases = DenseBases(torch.randn(r, 1, m), torch.randn(M, n * r), torch.float32)
     with force(plan), FlopCounterMode(display=False) as forward:
         y = adapted_linear(x, bases, lam, gamma, 1.0, out, weight)
     with FlopCounterMode(display=False) as backward:

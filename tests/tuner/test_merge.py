@@ -258,3 +258,43 @@ def test_merge_with_a_trainable_bias_keeps_it():
     assert isinstance(merged.tall, nn.Linear)
     assert torch.equal(merged.tall.bias, torch.full((17,), 0.25))
     assert_close(output(merged).detach(), before, 1e-5)
+
+
+def assign(model, state):
+    model.load_state_dict(state, assign=True)
+
+
+def write_past_the_counter(model, state):
+    dict(model.named_parameters())["base_model.model.tall.base_layer.weight"].data.mul_(2)
+
+
+def swap_rows(model, state):
+    weight = dict(model.named_parameters())["base_model.model.tall.base_layer.weight"]
+    with torch.no_grad():
+        weight[[0, 1]] = weight[[1, 0]]
+
+
+@pytest.mark.parametrize("change", [lambda m, s: m.load_state_dict(s), assign, write_past_the_counter, swap_rows])
+def test_a_base_weight_that_is_changed_while_merged_is_not_replaced_silently(change):
+    model = randomise(get_peft_model(stack(), RandLoraConfig(r=4, target_modules=STACK_TARGETS)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: value + 1 if name.endswith("base_layer.weight") else value for name, value in before.items()}
+    model.merge_adapter()
+    merged = copy.deepcopy(model.state_dict())
+    change(model, state)
+    changed = copy.deepcopy(model.state_dict())
+    with pytest.raises(MergeError, match="was changed while default was merged"):
+        model.unmerge_adapter()
+    assert_same_tensors(dict(model.state_dict()), changed)
+    model.load_state_dict(merged)
+    model.unmerge_adapter()
+    assert_same_tensors(dict(model.state_dict()), before)
+
+
+def test_a_merged_model_that_is_cast_and_moved_unmerges():
+    model = randomise(get_peft_model(stack(), RandLoraConfig(r=4, target_modules=STACK_TARGETS)))
+    expected = copy.deepcopy(model).double().state_dict()
+    model.merge_adapter()
+    copy.deepcopy(model.double()).unmerge_adapter()
+    model.unmerge_adapter()
+    assert_same_tensors(dict(model.state_dict()), dict(expected))

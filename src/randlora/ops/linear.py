@@ -202,22 +202,7 @@ class _Transformable(torch.autograd.Function):
         return *found, None, None, None, *(None for _ in tensors)
 
 
-def _output(x: Tensor, *rest: Any) -> Tensor:
-    if autocasts(x.device.type):
-        with without_autocast(x.device.type):
-            return _computed_output(x, *rest)
-    return _computed_output(x, *rest)
-
-
-def _gradients(grad: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-    """dx, dλ, dγ, nothing for the weight, and the gradient of the bias."""
-    if autocasts(grad.device.type):
-        with without_autocast(grad.device.type):
-            return _computed_gradients(grad, *rest)
-    return _computed_gradients(grad, *rest)
-
-
-def _computed_output(
+def _output(
     x: Tensor,
     operands: Operands,
     lam: Tensor,
@@ -230,6 +215,9 @@ def _computed_output(
 ) -> Tensor:
     if update is not None and weight is not None:
         return with_update(x, weight, update, bias)
+    if autocasts(x.device.type):
+        with without_autocast(x.device.type):
+            return _output(x, operands, lam, gamma, weight, bias, call, update, seed)
     scaling, out_features, plan = call
     wide = out_features < x.shape[-1]
     operands = operands.ready()
@@ -242,7 +230,7 @@ def _computed_output(
     return y if x2 is x else y.reshape(*x.shape[:-1], out_features)
 
 
-def _computed_gradients(
+def _gradients(
     grad: Tensor,
     x: Tensor,
     lam: Tensor,
@@ -255,6 +243,11 @@ def _computed_gradients(
     bias_dtype: torch.dtype | None,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
+    """dx, dλ, dγ, nothing for the weight, and the gradient of the bias."""
+    if autocasts(grad.device.type):
+        with without_autocast(grad.device.type):
+            saved = (x, lam, gamma, weight, update, seed)
+            return _gradients(grad, *saved, call, operands, bias_dtype, needed)
     scaling, out_features, plan = call
     wide = out_features < x.shape[-1]
     operands = operands.ready()

@@ -194,6 +194,11 @@ def force(plan: Plan) -> Iterator[None]:
         _forced = previous
 
 
+def forced() -> Plan | None:
+    """Return the plan that every call takes now, if one is forced."""
+    return _forced
+
+
 def set_rates(new: Rates) -> None:
     """Makes ``choose`` count with the rates of another machine."""
     global rates  # noqa: PLW0603 - as above

@@ -22,6 +22,11 @@ def set_stochastic_rounding(enabled: bool) -> None:
     _stochastic = enabled
 
 
+def is_enabled() -> bool:
+    """Return whether stochastic rounding was asked for."""
+    return _stochastic
+
+
 def is_stochastic(compute: torch.dtype, weight: torch.dtype) -> bool:
     """Whether W + ΔW is to be rounded stochastically."""
     return _stochastic and compute == weight == torch.bfloat16

@@ -186,7 +186,7 @@ class TestLayers:
             found = results(GroupedBases(d.A, grouped(d.B, r), d.dtype), tensors, weight, bias, grad)
             wide = [value.double() for value in (weight, bias, grad)]
             expected = results(
-                DenseBases(d.A.double(), d.B.double(), torch.float64), [t.double() for t in tensors], *wide
+                DenseBases(d.A.double().unsqueeze(1), d.B.double(), torch.float64), [t.double() for t in tensors], *wide
             )
         for name, value in expected.items():
             error = (found[name].double() - value).norm() / value.norm()
@@ -205,7 +205,7 @@ class TestLayers:
         with force(plan):
             bases = GroupedBases(d.A, B if codes else in_units(B, torch.float16), d.dtype)
             found = results(bases, tensors, weight, None, grad)
-            exact = DenseBases(d.A.double(), d.B.double(), torch.float64)
+            exact = DenseBases(d.A.double().unsqueeze(1), d.B.double(), torch.float64)
             expected = results(exact, [t.double() for t in tensors], weight.double(), None, grad.double())
         for name, value in expected.items():
             error = (found[name].double() - value).norm() / value.norm()

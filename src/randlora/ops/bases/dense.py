@@ -86,12 +86,12 @@ class DenseStored:
         if self.b.dtype == torch.bfloat16 and bf16.splits(self.b.numel(), device, dtype):
             return self.lookup(device, dtype, sizes)
         A, B = self._on(device, dtype)
-        return DenseBases(A[:, : sizes.min_dim], B[: sizes.max_dim, :columns], dtype)
+        return DenseBases(A[:, None, : sizes.min_dim], B[: sizes.max_dim, :columns], dtype)
 
     def lookup(self, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> DenseBases:
         """Return a layer's slices as they are stored."""
         A, B = self._on(device, None)
-        return DenseBases(A[:, : sizes.min_dim], B[: sizes.max_dim, : sizes.num_bases * self.rank], dtype)
+        return DenseBases(A[:, None, : sizes.min_dim], B[: sizes.max_dim, : sizes.num_bases * self.rank], dtype)
 
     def tensors(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return copies of A (r, m) and B (M, n·r)."""
@@ -129,7 +129,7 @@ class DenseBases(NamedTuple):
     ``ready`` unpacks. For products in float16, B stands in its unit (``units.py``).
 
     Attributes:
-        A: (r, m); codes are int8.
+        A: (r, 1, m); codes are int8.
         B: (M, q), over (n, r); codes are four to a byte (``codes.py``).
         dtype: of the products.
     """
@@ -165,7 +165,7 @@ class DenseBases(NamedTuple):
 
     def costs(self, tokens: int) -> Costs:
         """Return the costs of products with matrices."""
-        sizes = Sizes(self.B.shape[0], self.A.shape[1], self._columns // max(self.A.shape[0], 1))
+        sizes = Sizes(self.B.shape[0], self.A.shape[2], self._columns // max(self.A.shape[0], 1))
         return dense_costs(self.A.shape[0], sizes, tokens, self._splits)
 
     def scaled(self, lam: Tensor, gamma: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class DenseBases(NamedTuple):
         A = self.A
         if not A.dtype == lam.dtype == self.dtype:
             A = A.to(torch.promote_types(lam.dtype, self.dtype))
-        scaled = torch.mul(lam.unsqueeze(-1), A.unsqueeze(1))
+        scaled = torch.mul(lam.unsqueeze(-1), A)
         # fresh memory of this size can cost more than what is written to it
         scaled = (scaled * gamma if bf16.is_watched() else scaled.mul_(gamma)).flatten(0, 1)
         return scaled if scaled.dtype == self.dtype else scaled.to(self.dtype)
@@ -192,7 +192,7 @@ class DenseBases(NamedTuple):
 
     def widen(self, v: Tensor, scaled: Tensor, beside: Beside | None) -> Tensor:
         """Return v Ãᵀ Bᵀ (+ the base layer's product)."""
-        return with_base(v @ scaled.T, self.B.T, beside)
+        return with_base(F.linear(v, scaled), self.B.T, beside)
 
     def project(self, u: Tensor, scaled: Tensor | None = None) -> Tensor:
         """Return u B, (T, q)."""
@@ -227,7 +227,7 @@ class DenseBases(NamedTuple):
     @property
     def _columns(self) -> int:
         """Q = n·r with n = ceil(m / r)."""
-        rank, min_dim = self.A.shape
+        rank, _, min_dim = self.A.shape
         return -(-min_dim // rank) * rank
 
     @property
@@ -246,7 +246,7 @@ class DenseBases(NamedTuple):
     def _gradients(self, d_scaled: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """dλ (r, n) and dγ (n, m) from dÃ, which is read once; summed in the wider of the dtypes."""
         if lam.dtype == gamma.dtype == d_scaled.dtype == self.A.dtype and d_scaled.numel() <= _IN_CACHE:
-            weighted = d_scaled.view(*lam.shape, -1) * self.A.unsqueeze(1)  # (r, n, m)
+            weighted = d_scaled.view(*lam.shape, -1) * self.A  # (r, n, m)
             return (weighted * gamma).sum(-1), (weighted * lam.unsqueeze(-1)).sum(0)
         dtype = torch.promote_types(lam.dtype, d_scaled.dtype)
         lam, gamma = lam.to(dtype), gamma.to(dtype)
@@ -254,7 +254,7 @@ class DenseBases(NamedTuple):
         d_lam, d_gamma = [], torch.zeros_like(gamma)
         blocks = (t.split(step) for t in (d_scaled.view(*lam.shape, -1), self.A.to(dtype), lam))
         for gradient, A, scale in zip(*blocks, strict=True):
-            weighted = gradient.to(dtype) * A.unsqueeze(1)  # (rows, n, m)
+            weighted = gradient.to(dtype) * A  # (rows, n, m)
             d_lam.append((weighted * gamma).sum(-1))
             d_gamma = d_gamma + (weighted * scale.unsqueeze(-1)).sum(0)
         return torch.cat(d_lam), d_gamma

@@ -123,7 +123,7 @@ class TernaryStored:
 
         meta = device.type == "meta"
         a, b = (on_meta(self.a, None), on_meta(self.packed, None)) if meta else self.forms.get((device,), make)
-        return DenseBases(a[:, : sizes.min_dim], b[: sizes.max_dim], dtype)
+        return DenseBases(a[:, None, : sizes.min_dim], b[: sizes.max_dim], dtype)
 
     def numbers(self) -> tuple[Tensor, Tensor]:
         """Return the codes in int8."""

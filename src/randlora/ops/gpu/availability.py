@@ -26,6 +26,11 @@ def set_kernels(enabled: bool) -> None:
     _enabled = enabled
 
 
+def enabled() -> bool:
+    """Return whether the kernels may be used."""
+    return _enabled
+
+
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why products in ``dtype`` on ``device`` are torch's own; ``None`` where the kernels run."""
     if not _enabled:

@@ -19,6 +19,7 @@ from randlora.ops.bases.dense import DenseBases
 from randlora.ops.bases.spec import RowOperands
 from randlora.ops.operands import Operands, Sizes
 from randlora.ops.precision import at_least_float32, without_autocast
+from randlora.tuner.layers.checksum import checksum
 from randlora.tuner.layers.dropout import Dropouts
 from randlora.tuner.layers.mergeable import require_linear, require_stored
 from randlora.tuner.layers.plain import has_plain_product, is_only_moved, is_plain
@@ -65,6 +66,15 @@ class AdaptedModule(nn.Module):
                 "`unmerge_adapter()` first"
             )
         setattr(layer.base_layer, name, param)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves or casts; a merged weight that was intact before is so afterwards."""
+        layer = cast("RandLoraLayer", self)
+        intact = bool(layer.merged) and layer._is_intact()
+        result = super()._apply(fn, recurse)
+        if intact:
+            layer._merged_bits = layer._weight_bits()
+        return result
 
 
 class RandLoraLayer(ScaledLayer):
@@ -122,6 +132,7 @@ class RandLoraLayer(ScaledLayer):
         self._may_train: set[str] = set()  # without being active: `set_requires_grad` has said so
         self.merged_adapters: list[str] = []
         self._unmerged_weight: tuple[nn.Parameter] | None = None  # in a tuple it is no parameter of this module
+        self._merged_bits: int | None = None
 
     @property
     def min_dim(self) -> int:
@@ -258,7 +269,7 @@ class RandLoraLayer(ScaledLayer):
         lam, gamma = lam.to(device), gamma.to(device)
         A, B = self.basis(adapter).tensors(device, at_least_float32(lam.dtype))
         A, B = A[:, : self.min_dim], B[: self.max_dim, : lam.numel()]
-        scaled = DenseBases(A, B, B.dtype).scaled(lam, gamma)
+        scaled = DenseBases(A.unsqueeze(1), B, B.dtype).scaled(lam, gamma)
         return (scaled, B) if self.out_features >= self.in_features else (B.T, scaled.T)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -313,7 +324,9 @@ class RandLoraLayer(ScaledLayer):
         if not names:
             return
         self.require_mergeable()
+        self._require_intact()
         self._put_merged_weight(self.merged_weight(names, safe_merge))
+        self._merged_bits = self._weight_bits()
         self.merged_adapters.extend(names)
 
     def require_mergeable(self) -> None:
@@ -366,12 +379,35 @@ class RandLoraLayer(ScaledLayer):
         return merged
 
     def unmerge(self) -> None:
-        """Puts the original base weight back, bit for bit."""
+        """Puts the original base weight back, bit for bit.
+
+        Raises:
+            MergeError: if the merged weight was written or replaced, so that the original is not its base any more.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self._require_intact()
         self._restore_base_weight()
+        self._merged_bits = None
         self.merged_adapters = []
+
+    def _weight_bits(self) -> int | None:
+        weight = getattr(self.get_base_layer(), self.parameter_name, None)
+        return checksum(weight) if isinstance(weight, Tensor) else None
+
+    def _is_intact(self) -> bool:
+        """Whether the base weight is what merging has put there, as far as that can be told."""
+        found = None if self._merged_bits is None else self._weight_bits()
+        return found is None or found == self._merged_bits
+
+    def _require_intact(self) -> None:
+        if not self._is_intact():
+            raise MergeError(
+                f"the base weight of {self._where()} was changed while {', '.join(self.merged_adapters)} was merged "
+                "into it, so that it is no sum with the weight that unmerging would put back. To keep it as it is now, "
+                "call `unload()`; to go back, load the merged weight again."
+            )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """The update is additive, so that PEFT can approximate it by a LoRA."""
@@ -481,6 +517,15 @@ class RandLoraLayer(ScaledLayer):
 
     def _sizes(self, adapter_name: str) -> Sizes:
         return Sizes(self.max_dim, self.min_dim, self.num_bases[adapter_name])
+
+    def _scalings(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """λ and γ; as attributes they would take longer to look up than a small product."""
+        modules = cast("Any", self)._modules
+        held = [modules[group]._parameters.get(adapter_name) for group in self.adapter_layer_names]
+        lam, gamma = held
+        if lam is None or gamma is None:  # below FSDP they are no parameters
+            return self.randlora_lambda[adapter_name], self.randlora_gamma[adapter_name]
+        return lam, gamma
 
     def _scaling(self, adapter_name: str) -> float:
         """What the operands' update is multiplied with."""

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from randlora.ops import linear as ops
+from randlora.ops.operands import Operands
 from randlora.ops.plan import Plan, Problem, call_cost, choose, sum_cost
 from randlora.ops.precision import compute_dtype
+from randlora.ops.prepared import Prepared, PreparedCalls
 from randlora.tuner.layers.base import AdaptedModule, RandLoraLayer, innermost
 from randlora.tuner.layers.held import HeldUpdate, Term, can_compare, may_hold
 from randlora.tuner.layers.mergeable import random_input
@@ -35,6 +37,7 @@ class Linear(AdaptedModule, RandLoraLayer):
         self.fan_in_fan_out = isinstance(inner, Conv1D)
         self._active_adapter = adapter_name
         self._held = HeldUpdate()
+        self._prepared = PreparedCalls()
         self.update_layer(adapter_name, **adapter)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -94,10 +97,12 @@ class Linear(AdaptedModule, RandLoraLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter, and what may have been held of it."""
         self._held.release()
+        self._prepared.clear()
         super().delete_adapter(adapter_name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
         self._held.release()  # in another dtype or on another device it is of no use
+        self._prepared.clear()
         return super()._apply(fn, recurse)
 
     def _kept_update(self, names: list[str], x: Tensor, dtype: torch.dtype, weight: Tensor) -> Tensor | None:
@@ -150,17 +155,27 @@ class Linear(AdaptedModule, RandLoraLayer):
         bias: Tensor | None = None,
         kept: Tensor | None = None,
     ) -> Tensor:
-        return ops.adapted_linear(
-            self._own_input(name, x).to(dtype),
-            self._operands(name, x.device, dtype, x.numel() // max(x.shape[-1], 1)),
-            self.randlora_lambda[name],
-            self.randlora_gamma[name],
-            self._scaling(name),
-            self.out_features,
-            weight,
-            bias,
-            kept,
-        )
+        x = self._own_input(name, x)
+        x = x if x.dtype == dtype else x.to(dtype)
+        operands, plan, factor = self._prepared_call(name, x, weight)
+        lam, gamma = self._scalings(name)
+        scaling = self.scaling[name] * factor
+        return ops.adapted_linear(x, operands, lam, gamma, scaling, self.out_features, weight, bias, kept, plan)
+
+    def _prepared_call(self, name: str, x: Tensor, weight: Tensor | None) -> Prepared:
+        tokens, basis = x.numel() // max(x.shape[-1], 1), self.basis(name)
+
+        def make() -> tuple[Operands, Problem]:
+            operands = basis.operands(x.device, x.dtype, self._sizes(name), tokens)
+            fusible = weight is not None and ops.fuses(x.dtype, weight.dtype)
+            needs_grad, shape = x.requires_grad, (self.out_features, self.in_features)
+            return operands, ops.problem_of(operands, tokens, *shape, fusible, needs_grad)
+
+        if torch.compiler.is_compiling():  # numbers of tokens are symbols there
+            operands, problem = make()
+            return Prepared(operands, choose(problem), basis.factor)
+        weight_dtype = None if weight is None else weight.dtype
+        return self._prepared.get((name, x.device, x.dtype, tokens, weight_dtype, x.requires_grad), basis, make)
 
     def _takeable_weight(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The base weight, if the product with it may be done here, together with the update.
