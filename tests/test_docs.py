@@ -166,9 +166,9 @@ def test_commands_of_the_page_exist(page: Path) -> None:
 
 
 def missing_names(text: str) -> list[str]:
-    """Modules, classes and functions of this package that the text names and that do not exist."""
+    """Modules, classes and functions of this package that the text or its autodoc names and that do not exist."""
     missing = []
-    for name in re.findall(r"`(randlora(?:\.\w+)+)`", text):
+    for name in re.findall(r"(?:`|^\.\. auto\w+:: )(randlora(?:\.\w+)+)(?:`|$)", text, re.MULTILINE):
         try:
             pkgutil.resolve_name(name)
         except (ImportError, AttributeError):
@@ -247,6 +247,7 @@ def test_a_broken_command_is_seen(line: str) -> None:
 
 def test_a_missing_name_is_seen() -> None:
     assert missing_names("`randlora.cli.nothing`, `randlora.train.run.train`") == ["randlora.cli.nothing"]
+    assert missing_names(".. autofunction:: randlora.ops.nothing\n   :members:\n") == ["randlora.ops.nothing"]
 
 
 def test_a_broken_link_is_seen(tmp_path: Path) -> None:
