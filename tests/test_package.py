@@ -83,8 +83,15 @@ def test_the_design_lays_out_every_file_and_nothing_else() -> None:
 
 
 def test_the_layout_is_read_with_its_folders() -> None:
-    lines = ["    src/randlora/", "      errors.py   one", "      ops/  two", "        plan.py  three", "        gpu/  four"]
-    rest = ["        gpu/tiles.py  five", "                     goes on", "      text.py   six", "    src/randlora_cli/  seven"]
-    assert laid_out("\n".join(["## 5. Layout", *lines, *rest])) == [
-        *("errors.py", "ops/", "ops/plan.py", "ops/gpu/", "ops/gpu/tiles.py", "text.py"),
-    ]
+    text = """## 5. Layout
+
+    src/randlora/
+      errors.py            one
+      ops/                 two
+        plan.py              three
+        gpu/tiles.py         four, which goes
+                             on.py
+      text.py              five
+    src/randlora_cli/      six
+"""
+    assert laid_out(text) == ["errors.py", "ops/", "ops/plan.py", "ops/gpu/tiles.py", "text.py"]
