@@ -166,9 +166,9 @@ def test_commands_of_the_page_exist(page: Path) -> None:
 
 
 def missing_names(text: str) -> list[str]:
-    """Modules, classes and functions of this package that the text names and that do not exist."""
+    """Modules, classes and functions of this package that the text or its autodoc names and that do not exist."""
     missing = []
-    for name in re.findall(r"`(randlora(?:\.\w+)+)`", text):
+    for name in re.findall(r"(?:`|^\.\. auto\w+:: )(randlora(?:\.\w+)+)(?:`|$)", text, re.MULTILINE):
         try:
             pkgutil.resolve_name(name)
         except (ImportError, AttributeError):
@@ -179,6 +179,17 @@ def missing_names(text: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_names_of_the_page_exist(page: Path) -> None:
     assert not missing_names(page.read_text())
+
+
+def missing_files(text: str) -> list[str]:
+    """Python files that the text names from the root, from src/randlora/ or from tests/, and that do not exist."""
+    named = re.findall(r"`(\w+/[\w/]*\.py)(?:::[\w:]+)?`", text)
+    return [name for name in named if not any((ROOT / top / name).exists() for top in ("", "src/randlora", "tests"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_the_page_names_exist(page: Path) -> None:
+    assert not missing_files(page.read_text())
 
 
 # --- Links to files and headings
@@ -247,6 +258,14 @@ def test_a_broken_command_is_seen(line: str) -> None:
 
 def test_a_missing_name_is_seen() -> None:
     assert missing_names("`randlora.cli.nothing`, `randlora.train.run.train`") == ["randlora.cli.nothing"]
+    assert missing_names(".. autofunction:: randlora.ops.nothing\n   :members:\n") == ["randlora.ops.nothing"]
+
+
+def test_a_missing_file_is_seen() -> None:
+    assert missing_files("`ops/plan.py`, `ops/gone.py`, `test_docs.py`, `tests/gone.py::test`") == [
+        "ops/gone.py",
+        "tests/gone.py",
+    ]
 
 
 def test_a_broken_link_is_seen(tmp_path: Path) -> None:

@@ -61,12 +61,37 @@ def test_fresh_memory_is_nan() -> None:
     assert torch.empty_like(torch.ones(3, dtype=torch.bfloat16)).isnan().all()
 
 
-def test_every_file_that_the_design_lays_out_exists() -> None:
-    layout = (ROOT / "docs" / "design.md").read_text().partition("## 5. Layout")[2]
-    folder, missing = "", []
-    for indent, name in re.findall(r"^    ( +)([\w/]+(?:\.py|/))", layout, re.MULTILINE):
+def laid_out(text: str) -> list[str]:
+    """The files of the design's layout, relative to src/randlora; a folder stands for its ``__init__.py`` too."""
+    layout = text.partition("## 5. Layout")[2].partition("    src/randlora_cli/")[0]
+    part, files = "", []
+    for indent, name in re.findall(r"^ {4}( {2}| {4})(\S+)", layout, re.MULTILINE):
         if len(indent) == 2:
-            folder = name if name.endswith("/") else ""
-        path = ROOT / "src" / "randlora" / (folder if len(indent) > 2 else "") / name
-        missing += [] if path.exists() else [name]
-    assert not missing
+            part = name if name.endswith("/") else ""
+        files.append(name if len(indent) == 2 else part + name)
+    return files
+
+
+def test_the_design_lays_out_every_file_and_nothing_else() -> None:
+    source = ROOT / "src" / "randlora"
+    named = laid_out((ROOT / "docs" / "design.md").read_text())
+    folders = {name for name in named if name.endswith("/")}
+    there = {str(path.relative_to(source)) for path in source.rglob("*.py")}
+    assert {name for name in named if name.endswith(".py")} | {f"{name}__init__.py" for name in folders} >= there
+    assert not [name for name in named if not (source / name).exists()]
+    assert len(named) == len(set(named))
+
+
+def test_the_layout_is_read_with_its_folders() -> None:
+    text = """## 5. Layout
+
+    src/randlora/
+      errors.py            one
+      ops/                 two
+        plan.py              three
+        gpu/tiles.py         four, which goes
+                             on.py
+      text.py              five
+    src/randlora_cli/      six
+"""
+    assert laid_out(text) == ["errors.py", "ops/", "ops/plan.py", "ops/gpu/tiles.py", "text.py"]
