@@ -18,7 +18,7 @@ from torch import nn
 from randlora.errors import CombinationError
 from randlora.ops.bases import Basis
 from randlora.tuner.config import RandLoraConfig
-from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.layers.base import RandLoraLayer, adapted
 from randlora.tuner.layers.parameter import ParamWrapper
 from randlora.tuner.nearest import EXACT, Fit, fit
 
@@ -44,11 +44,7 @@ def add_weighted_adapter(
 ) -> dict[str, float]:
     """What :meth:`RandLoraModel.add_weighted_adapter` does."""
     weight_of = _weight_of(tuner, adapters, weights, adapter_name, combination_type)
-    layers = {
-        name: layer
-        for name, layer in tuner.model.named_modules()
-        if isinstance(layer, RandLoraLayer) and any(adapter in layer.r for adapter in weight_of)
-    }
+    layers = adapted(tuner.model, *weight_of)
     carried = {name: {a: w for a, w in weight_of.items() if a in layer.r} for name, layer in layers.items()}
     bases = {name: _common_basis(name, layer, list(carried[name])) for name, layer in layers.items()}
     fits = {name: fit(layer, carried[name]) for name, layer in layers.items()}

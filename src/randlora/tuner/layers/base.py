@@ -23,6 +23,7 @@ from randlora.tuner.layers.dropout import Dropouts
 from randlora.tuner.layers.mergeable import require_linear, require_stored
 from randlora.tuner.layers.plain import has_plain_product, is_only_moved, is_plain
 from randlora.tuner.layers.read import read_weight
+from randlora.tuner.layers.rows import calls, mixed_forward
 from randlora.tuner.layers.scaled import ScaledLayer
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -49,6 +50,23 @@ class AdaptedModule(nn.Module):
                 pass
             raise
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output of the base layer plus the updates of the active adapters.
+
+        Args:
+            x: the input of the base layer; its kind says of which shape.
+            *args: passed on to the base layer.
+            **kwargs: likewise.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        mixed = mixed_forward(self, x, *args, **kwargs) if calls.running else None
+        return self.forward_with(self.active_adapters, x, *args, **kwargs) if mixed is None else mixed
+
+    def forward_with(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output as if ``adapters`` were the active ones."""
+        raise NotImplementedError
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Gives a weight or bias to the base layer, whose it is: so another is tied to it.
 
@@ -65,6 +83,9 @@ class AdaptedModule(nn.Module):
                 "`unmerge_adapter()` first"
             )
         setattr(layer.base_layer, name, param)
+
+    def __repr__(self) -> str:
+        return "randlora." + super().__repr__()
 
 
 class RandLoraLayer(ScaledLayer):
@@ -531,6 +552,14 @@ class ProjectionView(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._bases())
+
+
+def adapted(model: nn.Module, *adapters: str) -> dict[str, RandLoraLayer]:
+    """Return the adapted layers of ``model`` by name; given adapters, only the layers that carry one of them."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, RandLoraLayer)}
+    if not adapters:
+        return layers
+    return {name: layer for name, layer in layers.items() if any(a in layer.r for a in adapters)}
 
 
 def innermost(layer: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from randlora.errors import UnsupportedLayerError
-from randlora.tuner.layers.base import AdaptedModule, RandLoraLayer, innermost
+from randlora.tuner.layers.base import AdaptedModule, RandLoraLayer, adapted, innermost
 from randlora.tuner.layers.mergeable import require_exchangeable
 from randlora.tuner.layers.read import read_weight
 
@@ -66,8 +66,8 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
         names = [name for name in self.active_adapters if name in self.randlora_lambda]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(*args, **kwargs)
-        adapted = self.with_updates(weight, names)
-        return functional_call(self.base_layer, {self._path(): adapted}, args, kwargs)
+        total = self.with_updates(weight, names)
+        return functional_call(self.base_layer, {self._path(): total}, args, kwargs)
 
     def _exchanges_weight(self) -> bool:
         return True
@@ -95,12 +95,11 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
             if merge:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             layer = layer.base_layer
-        for name, part in list(layer.named_modules()):
-            if isinstance(part, RandLoraLayer):
-                if merge:
-                    part.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-                parent, _, child = name.rpartition(".")
-                setattr(layer.get_submodule(parent), child, part.base_layer)
+        for name, part in adapted(layer).items():
+            if merge:
+                part.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            parent, _, child = name.rpartition(".")
+            setattr(layer.get_submodule(parent), child, part.base_layer)
         return layer
 
     @property
@@ -137,9 +136,6 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
     def extra_repr(self) -> str:
         """The parameter's name."""
         return f"parameter_name={self.parameter_name!r}"
-
-    def __repr__(self) -> str:
-        return "randlora." + super().__repr__()
 
 
 class _Turn:
