@@ -19,7 +19,6 @@ from randlora.errors import CombinationError
 from randlora.ops.bases import Basis
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import RandLoraLayer, adapted
-from randlora.tuner.layers.parameter import ParamWrapper
 from randlora.tuner.nearest import EXACT, Fit, fit
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ def _combined_config(tuner: RandLoraModel, layers: dict[str, RandLoraLayer], ada
     config.modules_to_save = sorted({name for c in configs for name in c.modules_to_save or []}) or None
     if any(adapters[0] not in layer.r for layer in layers.values()):
         ranks = {name: next(layer.r[a] for a in adapters if a in layer.r) for name, layer in layers.items()}
-        paths = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
+        paths = [name for name, layer in layers.items() if not layer.adapts_parameter]
         config.target_modules = "|".join(re.escape(path.replace(".base_layer", "")) for path in paths)
         config.target_parameters = next((c.target_parameters for c in configs if c.target_parameters), None)
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None

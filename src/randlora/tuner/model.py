@@ -29,6 +29,7 @@ from randlora.tuner.layers.base import ProjectionView, RandLoraLayer, adapted
 from randlora.tuner.layers.dispatch import kind_of
 from randlora.tuner.layers.parameter import parts_of_wrapped
 from randlora.tuner.layers.quantized import one_rounding_warning
+from randlora.tuner.layers.read import reads_weight_of
 from randlora.tuner.loading import keep_base_tensors, reads_a_file
 from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
 from randlora.tuner.names import names_alone, names_in, without_biases_of_others
@@ -242,6 +243,8 @@ class RandLoraModel(BaseTuner):
             return
         layer: Any = kind.create(target, adapter_name, **adapter)
         layer.path = current_key
+        if reads_weight_of(parent, target_name):
+            layer.read_by_parent = True
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not active, hence not trained
         self._replace_module(parent, target_name, layer, target)

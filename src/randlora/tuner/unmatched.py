@@ -14,7 +14,6 @@ from torch import nn
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.experts import former_names, former_paths, means_all_layers
 from randlora.tuner.layers.base import adapted
-from randlora.tuner.layers.parameter import ParamWrapper
 
 _OF_PEFT = (
     "The following (rank|alpha)_pattern keys did not match",  # said of keys that match parameters too
@@ -119,7 +118,7 @@ def _layers_not_there(config: RandLoraConfig, adapted: list[str]) -> list[_Fault
 def _adapted(model: nn.Module, adapter_name: str) -> list[str]:
     """Paths of adapted modules and parameters."""
     return [
-        _plain(path) + (f".{layer.parameter_name}" if isinstance(layer, ParamWrapper) else "")
+        _plain(path) + (f".{layer.parameter_name}" if layer.adapts_parameter else "")
         for path, layer in adapted(model, adapter_name).items()
     ]
 

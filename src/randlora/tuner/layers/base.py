@@ -102,7 +102,11 @@ class RandLoraLayer(ScaledLayer):
         scaling: per adapter the factor of the update.
         gamma_factor: per adapter the share of the scaling that γ holds already, 1 unless γ is as a file has it.
         parameter_name: name of the weight in the base layer.
+        adapts_parameter: whether `target_parameters` names what it adapts, and not `target_modules`.
         stack: leading dimensions of λ and γ, one for a weight that is a stack of matrices, each with its own.
+        fan_in_fan_out: whether the weight is stored as (in, out).
+        is_linear: whether the layer multiplies its input with the weight, as a LoRA of a matrix does.
+        read_by_parent: whether a module around the layer computes with the weight itself, as far as is known.
         computes_rows: whether each row of an input can be given an adapter of its own.
         path: name of the base layer in its model when it was adapted.
         drops_input: whether dropout is applied to what the adapters see.
@@ -110,7 +114,11 @@ class RandLoraLayer(ScaledLayer):
     """
 
     parameter_name: str = "weight"
+    adapts_parameter: bool = False
     stack: tuple[int, ...] = ()
+    fan_in_fan_out: bool = False
+    is_linear: bool = False
+    read_by_parent: bool = False
     computes_rows: bool = True
     path: str = ""
     drops_input: bool = True
@@ -395,8 +403,19 @@ class RandLoraLayer(ScaledLayer):
         self.merged_adapters = []
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """The update is additive, so that PEFT can approximate it by a LoRA."""
-        return True
+        """Return whether a LoRA in PEFT can take the place of the update, as PEFT asks before it converts."""
+        return self.why_no_lora() is None
+
+    def why_no_lora(self) -> str | None:
+        """Return why no LoRA in PEFT can take the place of the update, or ``None`` if one can."""
+        if not self.is_linear:
+            return "only the weights of linear layers can be converted"
+        if self.read_by_parent:
+            return (
+                "the module around it computes with its weight and does not call it, so that a LoRA would have no "
+                "effect there"
+            )
+        return None
 
     def _base_weight(self) -> nn.Parameter:
         return cast("nn.Parameter", getattr(self.get_base_layer(), self.parameter_name))

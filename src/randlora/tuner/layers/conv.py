@@ -85,10 +85,6 @@ class _Conv(AdaptedModule, RandLoraLayer):
         """Whether one convolution may do both: see :meth:`RandLoraLayer._plain_weight` and ``ops.can_fuse``."""
         return self._plain_weight(name, x) is not None and ops.can_fuse(compute_dtype(x), self._base_weight().dtype)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT converts matrices of linear layers only."""
-        return False
-
     def _to_weight_layout(self, update: Tensor) -> Tensor:
         base: Any = self.get_base_layer()  # a computed weight is not to be computed for its shape
         return update.reshape(base.out_channels, base.in_channels // base.groups, *base.kernel_size)

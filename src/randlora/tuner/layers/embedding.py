@@ -92,10 +92,6 @@ class Embedding(AdaptedModule, RandLoraLayer):
             rows = rows.masked_fill((ids == base.padding_idx).unsqueeze(-1), 0)
         return rows
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT converts matrices of linear layers only."""
-        return False
-
     def _to_weight_layout(self, update: Tensor) -> Tensor:
         padding_idx = getattr(self.get_base_layer(), "padding_idx", None)
         if padding_idx is None:

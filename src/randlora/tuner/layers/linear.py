@@ -26,6 +26,8 @@ class Linear(AdaptedModule, RandLoraLayer):
         **adapter: its values, as of :meth:`RandLoraLayer.update_layer`.
     """
 
+    is_linear = True
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, **adapter: Any) -> None:
         super().__init__()
         inner = innermost(base_layer)
@@ -180,6 +182,7 @@ class OutProjection(Linear):
     """The ``out_proj`` of an ``nn.MultiheadAttention`` with RandLoRA adapters, which is read and never called."""
 
     computes_rows = False
+    read_by_parent = True
 
 
 def _traces() -> bool:

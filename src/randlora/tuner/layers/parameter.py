@@ -15,6 +15,9 @@ from randlora.tuner.layers.base import AdaptedModule, RandLoraLayer, adapted, in
 from randlora.tuner.layers.mergeable import require_exchangeable
 from randlora.tuner.layers.read import read_weight
 
+_LINEAR = ((nn.Linear, "weight"), (nn.MultiheadAttention, "in_proj_weight"))
+"""Parameters that PEFT's LoRA of their module adapts."""
+
 
 class ParamWrapper(AdaptedModule, RandLoraLayer):
     """A module of which one parameter has RandLoRA adapters.
@@ -35,6 +38,7 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
     """
 
     computes_rows = False
+    adapts_parameter = True
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, **adapter: Any) -> None:
         super().__init__()
@@ -44,6 +48,9 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
         self.parameter_name = parameter_name
         self.stack = (count,) if getattr(inner, parameter_name).ndim == 3 else ()
         self._transposed = _is_transposed(inner, parameter_name)
+        self.is_linear = base_layer is inner and any(
+            isinstance(inner, kind) and parameter_name == name for kind, name in _LINEAR
+        )
         self._active_adapter = adapter_name
         self._turn = _Turn()
         self.update_layer(adapter_name, **adapter)
@@ -81,10 +88,6 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
             return self._update_of(adapter, lam, gamma)
 
         return self._to_weight_layout(torch.vmap(update)(lam, gamma))
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT converts matrices of linear layers only."""
-        return False
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
