@@ -155,6 +155,15 @@ def test_a_lora_has_no_effect_where_it_is_refused(case):
         assert torch.equal(lora(x()), base(x()))
 
 
+@pytest.mark.parametrize("case", ["weight of a linear layer", "projections of attention"])
+def test_what_peft_cannot_convert_is_not_offered_to_it(case):
+    """Its config would name no targets, so that its LoRA could not be loaded."""
+    build, targets, parameters = CONVERTED[case]
+    model = adapted(built(build), targets, parameters)
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(model, 2)
+
+
 def test_experts_are_refused():
     model = adapted(qwen3(), [], ["mlp.experts.gate_up_proj"])
     with pytest.raises(UnsupportedLayerError, match="only the weights of linear layers can be converted"):

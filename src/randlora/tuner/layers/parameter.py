@@ -89,6 +89,10 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
 
         return self._to_weight_layout(torch.vmap(update)(lam, gamma))
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return False: PEFT's own conversion writes a config from `target_modules` alone, which cannot be loaded."""
+        return False
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
