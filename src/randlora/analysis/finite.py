@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.layers.base import RandLoraLayer, adapted
 
 
 def first_not_finite(model: nn.Module, *args: Any, **kwargs: Any) -> str | None:
@@ -24,7 +24,7 @@ def first_not_finite(model: nn.Module, *args: Any, **kwargs: Any) -> str | None:
         first layer to be called that makes such an output of an input that is finite. ``None`` if there is none.
         Gradients that a GradScaler has not unscaled yet overflow now and then: it skips that step.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, RandLoraLayer)}
+    layers = adapted(model)
     for name, layer in layers.items():
         for what, tensor in _trained(layer):
             if not tensor.isfinite().all():

@@ -17,14 +17,13 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from randlora.errors import CheckpointError, CombinationError, ConfigError, UnsupportedLayerError
 from randlora.tuner.atomic import folder_atomically, write_atomically, write_json
 from randlora.tuner.base_model import base_path_of, empty_base, with_adapter
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.folder import read_adapter
-from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.layers.base import RandLoraLayer, adapted
 from randlora.tuner.merged import base_model
 from randlora.tuner.wrappers import plain_view
 
@@ -94,7 +93,8 @@ def to_lora(
         ConfigError: if not exactly one of ``rank`` and ``energy`` is given, or it means nothing.
         CheckpointError: if an update is not finite.
         CombinationError: for a sum of adapters that hold more than updates.
-        UnsupportedLayerError: for a layer of a kind that is not linear.
+        UnsupportedLayerError: for a layer whose update no LoRA can take the place of: one of a kind that is not
+            linear, or one whose weight is read by the module around it, which never calls the layer.
     """
     _require_choice(rank, energy)
     model = plain_view(model)
@@ -102,9 +102,11 @@ def to_lora(
     configs = [_config_of(model, name) for name in weights]
     base = base_model(model)
     found, tensors = [], {}
-    for name, layer in _adapted(base, weights).items():
-        update = sum(weight * layer.get_delta_weight(a) for a, weight in weights.items() if a in layer.r)
-        oriented = _oriented(cast("Tensor", update), layer, name)
+    layers = adapted(base, *weights)
+    _require_convertible(layers)
+    for name, layer in layers.items():
+        update = cast("Tensor", sum(w * layer.get_delta_weight(a) for a, w in weights.items() if a in layer.r))
+        oriented = (update.T if layer.fan_in_fan_out else update).float()
         if not oriented.isfinite().all():
             raise CheckpointError(f"the update of {name!r} is not finite: the run that made it had diverged")
         U, S, Vh = torch.linalg.svd(oriented, full_matrices=False)
@@ -117,7 +119,7 @@ def to_lora(
         tensors |= _other_tensors(model, next(iter(weights)))
     else:
         _require_updates_only(dict(zip(weights, configs, strict=True)))
-    return LoraConversion(_lora_config(base, configs[0], found), tensors, tuple(found))
+    return LoraConversion(_lora_config(base, configs[0], layers, found), tensors, tuple(found))
 
 
 def convert_folder_to_lora(
@@ -171,22 +173,14 @@ def _config_of(model: nn.Module, adapter_name: str) -> RandLoraConfig:
     return configs[adapter_name]
 
 
-def _adapted(base: nn.Module, weights: Mapping[str, float]) -> dict[str, RandLoraLayer]:
-    return {
-        name: module
-        for name, module in base.named_modules()
-        if isinstance(module, RandLoraLayer) and any(adapter in module.r for adapter in weights)
-    }
-
-
-def _oriented(update: Tensor, layer: RandLoraLayer, name: str) -> Tensor:
-    """(out, in), as LoRA's factors multiply."""
-    if update.ndim != 2 or isinstance(layer.get_base_layer(), nn.Embedding):
-        raise UnsupportedLayerError(
-            f"{name!r} is a {type(layer.get_base_layer()).__name__}; only linear layers can be converted to LoRA. "
-            "Merge the adapter instead (`randlora.convert.save_merged`)"
-        )
-    return (update.T if isinstance(layer.get_base_layer(), Conv1D) else update).float()
+def _require_convertible(layers: Mapping[str, RandLoraLayer]) -> None:
+    for name, layer in layers.items():
+        reason = layer.why_no_lora()
+        if reason is not None:
+            raise UnsupportedLayerError(
+                f"{name!r}, a {type(layer.get_base_layer()).__name__}, cannot be converted to LoRA: {reason}. Merge "
+                "the adapter instead (`randlora.convert.save_merged`)"
+            )
 
 
 def _rank_of(ranks: Mapping[str, int], name: str) -> int:
@@ -233,12 +227,12 @@ def _require_updates_only(configs: Mapping[str, RandLoraConfig]) -> None:
             raise CombinationError(f"adapter {name!r} has bias={config.bias!r}; biases cannot be added in a LoRA")
 
 
-def _lora_config(base: nn.Module, config: RandLoraConfig, layers: list[ConvertedLayer]) -> LoraConfig:
-    usual = Counter(layer.rank for layer in layers).most_common(1)[0][0]
-    names = {layer.name for layer in layers}
-    targets, excluded = _targets(base, names)
-    ranks = {f"^{layer.name}": layer.rank for layer in layers if layer.rank != usual}
-    adapted = [cast("RandLoraLayer", base.get_submodule(name)).get_base_layer() for name in names]
+def _lora_config(
+    base: nn.Module, config: RandLoraConfig, layers: Mapping[str, RandLoraLayer], found: list[ConvertedLayer]
+) -> LoraConfig:
+    usual = Counter(layer.rank for layer in found).most_common(1)[0][0]
+    targets, excluded = _targets(base, set(layers))
+    ranks = {f"^{layer.name}": layer.rank for layer in found if layer.rank != usual}
     tokens = {
         name: getattr(config, name)
         for name in ("trainable_token_indices", "ensure_weight_tying")
@@ -251,7 +245,7 @@ def _lora_config(base: nn.Module, config: RandLoraConfig, layers: list[Converted
         alpha_pattern=dict(ranks),
         target_modules=targets,
         exclude_modules=excluded or None,
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in adapted),
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
         bias=_BIAS[config.bias],
         modules_to_save=config.modules_to_save,
         task_type=config.task_type,

@@ -7,8 +7,8 @@ import os
 from torch import nn
 
 from randlora.errors import ConfigError
-from randlora.tuner.layers.base import RandLoraLayer
-from randlora.tuner.mixed_batch import BASE
+from randlora.tuner.layers.base import adapted
+from randlora.tuner.layers.rows import BASE
 
 _AROUND = ("base_model", "model", "base_layer", "modules_to_save", "original_module", "token_adapter")
 """Modules that PEFT puts around those of a base model."""
@@ -20,7 +20,7 @@ def require_usable_name(model: nn.Module, adapter_name: str) -> None:
     Raises:
         ConfigError: naming what is wrong with it.
     """
-    if any(adapter_name in m.r for m in model.modules() if isinstance(m, RandLoraLayer)):
+    if adapted(model, adapter_name):
         return
     fault = _fault(adapter_name) or _clash(model, adapter_name)
     if fault:

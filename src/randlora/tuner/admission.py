@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from randlora.errors import CheckpointError
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.experts import SINGLE_EXPERTS
-from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.layers.base import adapted
 
 _OURS = ("randlora_A", "randlora_B", "randlora_lambda", "randlora_gamma")
 
@@ -105,8 +105,8 @@ def _base_tensors(model: nn.Module, present: set[str], config: RandLoraConfig) -
         with suppress(AttributeError, NotImplementedError):
             embeddings.append(getattr(model, getter)())
     places = [_in_base(name) for name, m in model.named_modules() if any(m is found for found in embeddings)]
-    adapted = [_in_base(name) for name, m in model.named_modules() if isinstance(m, RandLoraLayer)]
-    biases = {name for name in present if _is_bias(name) and (config.bias == "all" or _is_in(name, adapted))}
+    inside = [_in_base(name) for name in adapted(model)]
+    biases = {name for name in present if _is_bias(name) and (config.bias == "all" or _is_in(name, inside))}
     return {name for name in present if _is_in(name, places)} | (set() if config.bias == "none" else biases)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.layers.base import RandLoraLayer, adapted
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def apart(model: nn.Module, adapter_name: str) -> Iterator[None]:
 
     Other adapters cannot be used meanwhile. Afterwards they are there again, in the same order, also after an error.
     """
-    layers = [module for module in model.modules() if isinstance(module, RandLoraLayer)]
+    layers = adapted(model).values()
     holders: list[Any] = [held for x in layers for held in (x.randlora_lambda, x.randlora_gamma)]
     whole = [(held._keys, held._parameters) for held in holders]
     # with `pop` and `update`, as ParameterDict has them, all this would take longer than the walks

@@ -18,8 +18,7 @@ from torch import nn
 from randlora.errors import CombinationError
 from randlora.ops.bases import Basis
 from randlora.tuner.config import RandLoraConfig
-from randlora.tuner.layers.base import RandLoraLayer
-from randlora.tuner.layers.parameter import ParamWrapper
+from randlora.tuner.layers.base import RandLoraLayer, adapted
 from randlora.tuner.nearest import EXACT, Fit, fit
 
 if TYPE_CHECKING:
@@ -44,11 +43,7 @@ def add_weighted_adapter(
 ) -> dict[str, float]:
     """What :meth:`RandLoraModel.add_weighted_adapter` does."""
     weight_of = _weight_of(tuner, adapters, weights, adapter_name, combination_type)
-    layers = {
-        name: layer
-        for name, layer in tuner.model.named_modules()
-        if isinstance(layer, RandLoraLayer) and any(adapter in layer.r for adapter in weight_of)
-    }
+    layers = adapted(tuner.model, *weight_of)
     carried = {name: {a: w for a, w in weight_of.items() if a in layer.r} for name, layer in layers.items()}
     bases = {name: _common_basis(name, layer, list(carried[name])) for name, layer in layers.items()}
     fits = {name: fit(layer, carried[name]) for name, layer in layers.items()}
@@ -133,7 +128,7 @@ def _combined_config(tuner: RandLoraModel, layers: dict[str, RandLoraLayer], ada
     config.modules_to_save = sorted({name for c in configs for name in c.modules_to_save or []}) or None
     if any(adapters[0] not in layer.r for layer in layers.values()):
         ranks = {name: next(layer.r[a] for a in adapters if a in layer.r) for name, layer in layers.items()}
-        paths = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
+        paths = [name for name, layer in layers.items() if not layer.adapts_parameter]
         config.target_modules = "|".join(re.escape(path.replace(".base_layer", "")) for path in paths)
         config.target_parameters = next((c.target_parameters for c in configs if c.target_parameters), None)
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None

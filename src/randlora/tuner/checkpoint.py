@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from randlora.errors import BasisMismatchError, CheckpointError
 from randlora.ops.bases import AwaitedBasis, Basis, BasisSpec, basis_from_projections, get_basis
 from randlora.tuner.config import RandLoraConfig
-from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.layers.base import RandLoraLayer, adapted
 
 _GAMMA = "randlora_gamma"
 _PROJECTIONS = {"randlora_A": "A", "randlora_B": "B", "randlora_A_used": "A", "randlora_B_used": "B"}
@@ -27,11 +27,6 @@ _PROJECTIONS = {"randlora_A": "A", "randlora_B": "B", "randlora_A_used": "A", "r
 class _Pair(NamedTuple):
     A: Tensor  # (r, 1, m)
     B: Tensor  # (M, n, r)
-
-
-def adapter_layers(model: nn.Module, adapter_name: str) -> list[RandLoraLayer]:
-    """The layers of ``model`` that carry the adapter."""
-    return [m for m in model.modules() if isinstance(m, RandLoraLayer) and adapter_name in m.randlora_lambda]
 
 
 def define_bases(layers: Sequence[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> dict[int, BasisSpec]:
@@ -150,7 +145,7 @@ def take_projections(
     """
     rest = {key: value for key, value in state_dict.items() if key.rpartition(".")[2] not in _PROJECTIONS}
     pairs = _pairs({key: value for key, value in state_dict.items() if key not in rest})
-    layers = adapter_layers(model, adapter_name)
+    layers = list(adapted(model, adapter_name).values())
     main = [layer for layer in layers if layer.r[adapter_name] == config.r]
     bound = [_bind(pair, main, adapter_name, owner) for owner, pair in pairs.items()]
     if any(basis is not bound[0] for basis in bound):

@@ -17,7 +17,7 @@ from randlora.errors import HotswapError
 from randlora.tuner import checkpoint
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.folder import require_loadable
-from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.layers.base import RandLoraLayer, adapted
 from randlora.tuner.loading import base_put_back_on_failure, named_errors, put_back_on_failure
 from randlora.tuner.names import names_in
 from randlora.tuner.wrappers import plain_names, plain_view, unwrapped
@@ -93,13 +93,9 @@ def hotswap_randlora_too(swap: Callable[..., None]) -> Callable[..., None]:
 
 def _layers(model: Any, adapter_name: str) -> Layers:
     base = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "model", model)
-    layers = {
-        path: module
-        for path, module in base.named_modules()
-        if isinstance(module, RandLoraLayer) and adapter_name in module.randlora_lambda
-    }
+    layers = adapted(base, adapter_name)
     if not layers:
-        known = {name for m in base.modules() if isinstance(m, RandLoraLayer) for name in m.randlora_lambda}
+        known = {name for layer in adapted(base).values() for name in layer.randlora_lambda}
         raise HotswapError(
             f"the model has no RandLoRA adapter {adapter_name!r} to replace, only {sorted(known)}: load the first one "
             "with `load_adapter`"

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from randlora.errors import BasisMismatchError, CheckpointError, RandLoraError
 from randlora.tuner.apart import apart
-from randlora.tuner.checkpoint import adapter_layers, fingerprint
+from randlora.tuner.checkpoint import fingerprint
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.folder import require_loadable
-from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.layers.base import adapted
 from randlora.tuner.withdraw import withdraw_adapter
 
 _Kept = list[tuple[nn.Module, str, Tensor, Tensor]]  # module, attribute, tensor, a copy of its values
@@ -59,7 +59,7 @@ def taken_back_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
 def put_back_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
     """Gives ``adapter``, which ``model`` has, its values and bases back if the context ends with an error."""
     values = [(p, p.detach().clone()) for name, p in model.named_parameters() if adapter in name.split(".")]
-    layers = [m for m in model.modules() if isinstance(m, RandLoraLayer) and adapter in m.bases]
+    layers = [layer for layer in adapted(model).values() if adapter in layer.bases]
     bases = [layer.bases[adapter] for layer in layers]
     numbers = [(held, held[adapter]) for x in layers for held in (x.scaling, x.initial_scaling, x.gamma_factor)]
     try:
@@ -173,7 +173,7 @@ def _require_bases_of(config: RandLoraConfig, path: str | os.PathLike[str], mode
     Raises:
         BasisMismatchError: if it was trained with other bases.
     """
-    expected, found = config.basis_fingerprint, fingerprint(adapter_layers(model, adapter), adapter)
+    expected, found = config.basis_fingerprint, fingerprint(list(adapted(model, adapter).values()), adapter)
     if expected not in (None, found):
         raise BasisMismatchError(
             f"the adapter in {os.fspath(path)!r} was trained with bases of fingerprint {expected}, {adapter!r} has "
@@ -189,5 +189,5 @@ def _config_of(arguments: dict[str, Any]) -> RandLoraConfig | None:
 
 def _has(model: nn.Module, adapter: str) -> bool:
     """Whether a layer has the adapter, or a part of it."""
-    layers = (module for module in model.modules() if isinstance(module, RandLoraLayer))
+    layers = adapted(model).values()
     return any(adapter in getattr(x, name) for x in layers for name in x.adapter_layer_names + x.other_param_names)

@@ -1,76 +1,22 @@
 """Batches in which each sample has its own adapter: ``model(**batch, adapter_names=["x", "__base__", "y"])``.
 
-For the time of such a call ``calls`` knows the names of every adapted layer and every module of ``modules_to_save``, by
-the thread that calls. Nothing of the model changes, so that threads can share it. PEFT's LoRA sends the names by hooks
-instead. Threads that add and remove hooks of one module disturb each other (torch may give two hooks one id, or lose
-how a hook is to be called), and a compiled module does not see hooks that come later.
+While such a call runs, the layers ask ``calls`` (``layers/rows.py``) for the names of their rows.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.utils import other
-from torch import Tensor, nn
+from torch import nn
 
 from randlora.errors import AdapterNamesError
 from randlora.tuner.layers.base import RandLoraLayer
 from randlora.tuner.layers.read import rows_have_adapters
-
-BASE = "__base__"
-"""Stands for no adapter in ``adapter_names``."""
-
-
-class Calls:
-    """The calls with ``adapter_names`` that run now, of all models.
-
-    Attributes:
-        running: whether there are any. It is a plain value, on which compiled code is guarded.
-    """
-
-    def __init__(self) -> None:
-        self.running = False
-        self._of_thread: dict[int, dict[nn.Module, tuple[list[str], int]]] = {}
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def run(self, names: dict[nn.Module, list[str]], copies: int) -> Iterator[None]:
-        """Within this context ``names`` are those of the modules, in this thread only.
-
-        Args:
-            names: for each module the names, one for each sample.
-            copies: as of :func:`one_adapter_per_sample`.
-        """
-        thread = threading.get_ident()
-        outer = self._of_thread.get(thread, {})
-        self._set(thread, outer | {module: (of_module, copies) for module, of_module in names.items()})
-        try:
-            yield
-        finally:
-            self._set(thread, outer)
-
-    def names(self, module: nn.Module, rows: int) -> list[str] | None:
-        """One name for each row of the input of ``module``, or ``None`` outside of calls of this thread."""
-        known = self._of_thread.get(threading.get_ident(), {}).get(module)
-        if known is None:
-            return None
-        names, copies = known
-        return [name for name in names for _ in range(copies)] if rows == len(names) * copies else names
-
-    def _set(self, thread: int, names: dict[nn.Module, tuple[list[str], int]]) -> None:
-        with self._lock:
-            if names:
-                self._of_thread[thread] = names
-            else:
-                self._of_thread.pop(thread, None)
-            self.running = bool(self._of_thread)
-
-
-calls = Calls()
+from randlora.tuner.layers.rows import BASE, calls
 
 
 @contextmanager
@@ -102,48 +48,6 @@ def one_adapter_per_sample(model: nn.Module, adapter_names: Sequence[str], copie
         names[module] = [name if name in known else BASE for name in adapter_names]
     with rows_have_adapters(adapter_names), calls.run(names, copies):
         yield
-
-
-@torch.compiler.disable  # threads that share a compiled model have names of their own
-def mixed_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-    """The output of an adapted layer for rows that belong to different adapters.
-
-    Each adapter's rows go through the layer as if it were the only active one, hence by the same computation.
-
-    Args:
-        layer: the adapted layer.
-        x: input (batch, ...).
-        *args: passed on to the layer.
-        **kwargs: likewise.
-
-    Returns:
-        The output (batch, ...), or ``None`` if the call in this thread, if any, names no adapters for the layer.
-
-    Raises:
-        AdapterNamesError: if the numbers of names and rows differ, or adapters are merged.
-    """
-    adapter_names = calls.names(layer, len(x))
-    if adapter_names is None:
-        return None
-    if len(adapter_names) != len(x):
-        raise AdapterNamesError(
-            f"adapter_names has {len(adapter_names)} names for {len(x)} inputs of a layer: give one name for each "
-            f"sample, {BASE!r} for none. (A layer whose input is not one row or sequence for each sample cannot be "
-            "used so.)"
-        )
-    if layer.merged:
-        raise AdapterNamesError(
-            f"adapter_names cannot be used while {', '.join(layer.merged_adapters)} is merged: call "
-            "`unmerge_adapter()` first"
-        )
-    result: Tensor | None = None
-    for name in dict.fromkeys(adapter_names):
-        rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-        part = layer.forward_with([] if name == BASE else [name], x.index_select(0, rows), *args, **kwargs)
-        if result is None:
-            result = part.new_empty(len(x), *part.shape[1:])
-        result = result.index_copy(0, rows, part)
-    return layer.base_layer(x, *args, **kwargs) if result is None else result
 
 
 class _Asks(other.AuxiliaryTrainingWrapper):

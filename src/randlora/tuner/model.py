@@ -25,10 +25,11 @@ from randlora.tuner.admission import require_own_tensors, require_sound_values
 from randlora.tuner.apart import apart
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.experts import warn_of_experts_left_out, with_experts
-from randlora.tuner.layers.base import ProjectionView, RandLoraLayer
+from randlora.tuner.layers.base import ProjectionView, RandLoraLayer, adapted
 from randlora.tuner.layers.dispatch import kind_of
 from randlora.tuner.layers.parameter import parts_of_wrapped
 from randlora.tuner.layers.quantized import one_rounding_warning
+from randlora.tuner.layers.read import reads_weight_of
 from randlora.tuner.loading import keep_base_tensors, reads_a_file
 from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
 from randlora.tuner.names import names_alone, names_in, without_biases_of_others
@@ -98,8 +99,7 @@ class RandLoraModel(BaseTuner):
     def _bases(self) -> dict[str, Basis | AwaitedBasis]:
         return {
             name: basis
-            for layer in self.model.modules()
-            if isinstance(layer, RandLoraLayer)
+            for layer in adapted(self.model).values()
             for name, basis in layer.bases.items()
             if layer.r[name] == cast("RandLoraConfig", self.peft_config[name]).r
         }
@@ -114,7 +114,7 @@ class RandLoraModel(BaseTuner):
     ) -> None:
         """Adds the adapter's layers, then their bases; on failure the model is as it was."""
         config = self.peft_config[adapter_name] = RandLoraConfig.adopt(self.peft_config[adapter_name])
-        there = [module for module in model.modules() if isinstance(module, RandLoraLayer)]
+        there = adapted(model).values()
         disabled = bool(there) and all(layer.disable_adapters for layer in there)
         try:
             with apart(model, adapter_name):
@@ -132,7 +132,7 @@ class RandLoraModel(BaseTuner):
                     warn_of_unmatched(asked, plain_view(model), adapter_name)
             if adapter_name not in self.active_adapters:
                 _freeze_copies(model, adapter_name)
-            layers = checkpoint.adapter_layers(model, adapter_name)
+            layers = list(adapted(model, adapter_name).values())
             if layers:
                 self._bind_bases(layers, config, adapter_name)
             if is_reference(self.peft_config, adapter_name):
@@ -149,9 +149,9 @@ class RandLoraModel(BaseTuner):
         """Targets inside of modules of which earlier adapters have wrapped a parameter: PEFT looks into no layer."""
         config = self.peft_config[adapter_name]
         for path, part in parts_of_wrapped(model):
-            adapted = isinstance(part, RandLoraLayer) and adapter_name in part.randlora_lambda
+            done = isinstance(part, RandLoraLayer) and adapter_name in part.randlora_lambda
             plain = path.replace(".base_layer", "")
-            if not adapted and self._check_target_module_exists(config, plain):
+            if not done and self._check_target_module_exists(config, plain):
                 parent, _, name = path.rpartition(".")
                 trainable = [(parameter, parameter.requires_grad) for parameter in part.parameters()]
                 self._create_and_replace(config, adapter_name, part, name, model.get_submodule(parent), plain)
@@ -198,7 +198,7 @@ class RandLoraModel(BaseTuner):
         """
         active = [name for name in self.active_adapters if name != adapter_name]
         was_active = adapter_name in self.active_adapters
-        layers = checkpoint.adapter_layers(self.model, adapter_name)
+        layers = adapted(self.model, adapter_name).values()
         if not any(adapter_name in layer.merged_adapters for layer in layers):  # else PEFT refuses
             delete_copies(self.model, adapter_name)
         super().delete_adapter(adapter_name)
@@ -243,6 +243,8 @@ class RandLoraModel(BaseTuner):
             return
         layer: Any = kind.create(target, adapter_name, **adapter)
         layer.path = current_key
+        if reads_weight_of(parent, target_name):
+            layer.read_by_parent = True
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not active, hence not trained
         self._replace_module(parent, target_name, layer, target)
@@ -283,7 +285,7 @@ class RandLoraModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """λ and γ are float32; without ``autocast_adapter_dtype`` they take the dtype of their base layer."""
-        for layer in checkpoint.adapter_layers(self.model, adapter_name):
+        for layer in adapted(self.model, adapter_name).values():
             dtype = torch.float32
             if not autocast_adapter_dtype:
                 _, base_dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
@@ -362,9 +364,7 @@ class RandLoraModel(BaseTuner):
 
     def _require_mergeable(self, adapter_names: list[str] | None, require_finite: bool) -> None:
         """Looks at every layer before any is changed."""
-        for layer in self.model.modules():
-            if not isinstance(layer, RandLoraLayer):
-                continue
+        for layer in adapted(self.model).values():
             wanted = layer.active_adapters if adapter_names is None else adapter_names
             names = [n for n in wanted if n in layer.randlora_lambda and n not in layer.merged_adapters]
             if names:
@@ -388,7 +388,7 @@ class RandLoraModel(BaseTuner):
         if getattr(config, "bias", "none") == "randlora_only":
             content = without_biases_of_others(content, model, adapter_name)
         content = names_alone(content, model, adapter_name)
-        layers = checkpoint.adapter_layers(model, adapter_name)
+        layers = list(adapted(model, adapter_name).values())
         if not layers or not isinstance(config, RandLoraConfig):
             return content
         config.record(checkpoint.fingerprint(layers, adapter_name))
@@ -406,7 +406,7 @@ class RandLoraModel(BaseTuner):
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         require_sound_values(state_dict)
         wrapped, model, state_dict = model, plain_view(model), plain_names(model, state_dict)
-        layers = checkpoint.adapter_layers(model, adapter_name)
+        layers = list(adapted(model, adapter_name).values())
         content = checkpoint.take_projections(state_dict, model, config, adapter_name)
         content = checkpoint.unfold_scaling(content, layers, config, adapter_name)
         content = names_in(model, content, adapter_name)

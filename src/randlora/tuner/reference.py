@@ -13,7 +13,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
-from randlora.tuner.checkpoint import adapter_layers
+from randlora.tuner.layers.base import adapted
 
 _TRAINED, _REFERENCE = "default", "ref"
 
@@ -26,7 +26,7 @@ def is_reference(configs: Mapping[str, PeftConfig], adapter_name: str) -> bool:
 @torch.no_grad()
 def fill_reference(model: nn.Module) -> None:
     """Gives the reference what TRL leaves out, and what no parameter holds: the bases of a file, the scaling."""
-    for layer in adapter_layers(model, _REFERENCE):
+    for layer in adapted(model, _REFERENCE).values():
         layer.bind_basis(_REFERENCE, layer.bases[_TRAINED])
         for held in (layer.scaling, layer.initial_scaling, layer.gamma_factor):
             held[_REFERENCE] = held[_TRAINED]

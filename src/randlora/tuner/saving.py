@@ -20,7 +20,7 @@ from randlora.errors import CheckpointError
 from randlora.tuner.apart import without_others
 from randlora.tuner.atomic import write_atomically
 from randlora.tuner.config import RandLoraConfig
-from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.layers.base import adapted
 from randlora.tuner.wrappers import plain_names, plain_view
 
 _writes: ContextVar[bool] = ContextVar("writes", default=False)
@@ -132,8 +132,7 @@ def _require_whole(model: nn.Module, adapter_name: str, content: Mapping[str, Te
     """
     wanted = {
         f"{path}.{group}.{adapter_name}": shape
-        for path, layer in model.named_modules()
-        if isinstance(layer, RandLoraLayer) and adapter_name in layer.r
+        for path, layer in adapted(model, adapter_name).items()
         for group, shape in layer.shapes(adapter_name).items()
     }
     found = {name: tuple(getattr(content.get(name), "shape", ())) for name in wanted}

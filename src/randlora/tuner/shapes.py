@@ -12,10 +12,10 @@ from randlora.errors import ConfigError
 from randlora.ops.bases import Basis
 from randlora.ops.bases.dense import DenseStored
 from randlora.tuner.base_model import base_path_of, empty_base
-from randlora.tuner.checkpoint import adapter_layers, define_bases
+from randlora.tuner.checkpoint import define_bases
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.folder import AdapterFolder
-from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.layers.base import RandLoraLayer, adapted
 from randlora.tuner.model import RandLoraModel
 
 
@@ -51,7 +51,7 @@ def unbound_model(model: nn.Module, config: RandLoraConfig) -> RandLoraModel:
 def adapted_layers(model: nn.Module, config: RandLoraConfig) -> dict[str, RandLoraLayer]:
     """The layers that an adapter with this config has, by their names in the base model; as :func:`unbound_model`."""
     tuner = unbound_model(model, config)
-    return {name: m for name, m in tuner.model.named_modules() if isinstance(m, RandLoraLayer)}
+    return adapted(tuner.model)
 
 
 def bind_empty_bases(model: nn.Module) -> list[Tensor]:
@@ -62,7 +62,7 @@ def bind_empty_bases(model: nn.Module) -> list[Tensor]:
     """
     held: list[Tensor] = []
     for tuner in [m for m in model.modules() if isinstance(m, _Unbound)]:
-        layers = adapter_layers(tuner.model, "default")
+        layers = list(adapted(tuner.model, "default").values())
         config = cast("RandLoraConfig", tuner.peft_config["default"])
         for rank, spec in define_bases(layers, config, "default").items():
             a = torch.empty(rank, spec.used_min_dim, dtype=torch.bfloat16)

@@ -13,8 +13,7 @@ from torch import nn
 
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.experts import former_names, former_paths, means_all_layers
-from randlora.tuner.layers.base import RandLoraLayer
-from randlora.tuner.layers.parameter import ParamWrapper
+from randlora.tuner.layers.base import adapted
 
 _OF_PEFT = (
     "The following (rank|alpha)_pattern keys did not match",  # said of keys that match parameters too
@@ -119,9 +118,8 @@ def _layers_not_there(config: RandLoraConfig, adapted: list[str]) -> list[_Fault
 def _adapted(model: nn.Module, adapter_name: str) -> list[str]:
     """Paths of adapted modules and parameters."""
     return [
-        _plain(path) + (f".{layer.parameter_name}" if isinstance(layer, ParamWrapper) else "")
-        for path, layer in model.named_modules()
-        if isinstance(layer, RandLoraLayer) and adapter_name in layer.randlora_lambda
+        _plain(path) + (f".{layer.parameter_name}" if layer.adapts_parameter else "")
+        for path, layer in adapted(model, adapter_name).items()
     ]
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.layers.base import RandLoraLayer, adapted
 
 _awaiting: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -31,7 +31,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not any(trained.values()):  # some take a step only to make their state
         return
     for model in list(_awaiting):
-        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, RandLoraLayer)}
+        layers = adapted(model)
         used = {name: _used(layer, trained) for name, layer in layers.items()}
         if any(value is not None for value in used.values()):
             _awaiting.discard(model)

@@ -24,6 +24,7 @@ from randlora.tuner.layers.dropout import Dropouts
 from randlora.tuner.layers.mergeable import require_linear, require_stored
 from randlora.tuner.layers.plain import has_plain_product, is_only_moved, is_plain
 from randlora.tuner.layers.read import read_weight
+from randlora.tuner.layers.rows import calls, mixed_forward
 from randlora.tuner.layers.scaled import ScaledLayer
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -49,6 +50,23 @@ class AdaptedModule(nn.Module):
             except AttributeError:
                 pass
             raise
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output of the base layer plus the updates of the active adapters.
+
+        Args:
+            x: the input of the base layer; its kind says of which shape.
+            *args: passed on to the base layer.
+            **kwargs: likewise.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        mixed = mixed_forward(self, x, *args, **kwargs) if calls.running else None
+        return self.forward_with(self.active_adapters, x, *args, **kwargs) if mixed is None else mixed
+
+    def forward_with(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output as if ``adapters`` were the active ones."""
+        raise NotImplementedError
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Gives a weight or bias to the base layer, whose it is: so another is tied to it.
@@ -76,6 +94,9 @@ class AdaptedModule(nn.Module):
             layer._merged_bits = layer._weight_bits()
         return result
 
+    def __repr__(self) -> str:
+        return "randlora." + super().__repr__()
+
 
 class RandLoraLayer(ScaledLayer):
     """Adapters of one base layer.
@@ -91,7 +112,11 @@ class RandLoraLayer(ScaledLayer):
         scaling: per adapter the factor of the update.
         gamma_factor: per adapter the share of the scaling that γ holds already, 1 unless γ is as a file has it.
         parameter_name: name of the weight in the base layer.
+        adapts_parameter: whether `target_parameters` names what it adapts, and not `target_modules`.
         stack: leading dimensions of λ and γ, one for a weight that is a stack of matrices, each with its own.
+        fan_in_fan_out: whether the weight is stored as (in, out).
+        is_linear: whether the layer multiplies its input with the weight, as a LoRA of a matrix does.
+        read_by_parent: whether a module around the layer computes with the weight itself, as far as is known.
         computes_rows: whether each row of an input can be given an adapter of its own.
         path: name of the base layer in its model when it was adapted.
         drops_input: whether dropout is applied to what the adapters see.
@@ -99,7 +124,11 @@ class RandLoraLayer(ScaledLayer):
     """
 
     parameter_name: str = "weight"
+    adapts_parameter: bool = False
     stack: tuple[int, ...] = ()
+    fan_in_fan_out: bool = False
+    is_linear: bool = False
+    read_by_parent: bool = False
     computes_rows: bool = True
     path: str = ""
     drops_input: bool = True
@@ -410,8 +439,19 @@ class RandLoraLayer(ScaledLayer):
             )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """The update is additive, so that PEFT can approximate it by a LoRA."""
-        return True
+        """Return whether a LoRA in PEFT can take the place of the update, as PEFT asks before it converts."""
+        return self.why_no_lora() is None
+
+    def why_no_lora(self) -> str | None:
+        """Return why no LoRA in PEFT can take the place of the update, or ``None`` if one can."""
+        if not self.is_linear:
+            return "only the weights of linear layers can be converted"
+        if self.read_by_parent:
+            return (
+                "the module around it computes with its weight and does not call it, so that a LoRA would have no "
+                "effect there"
+            )
+        return None
 
     def _base_weight(self) -> nn.Parameter:
         return cast("nn.Parameter", getattr(self.get_base_layer(), self.parameter_name))
@@ -576,6 +616,14 @@ class ProjectionView(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._bases())
+
+
+def adapted(model: nn.Module, *adapters: str) -> dict[str, RandLoraLayer]:
+    """Return the adapted layers of ``model`` by name; given adapters, only the layers that carry one of them."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, RandLoraLayer)}
+    if not adapters:
+        return layers
+    return {name: layer for name, layer in layers.items() if any(a in layer.r for a in adapters)}
 
 
 def innermost(layer: nn.Module) -> nn.Module:

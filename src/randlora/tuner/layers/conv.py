@@ -13,7 +13,6 @@ from randlora.ops.precision import compute_dtype, without_autocast
 from randlora.tuner.layers.base import AdaptedModule, RandLoraLayer, innermost
 from randlora.tuner.layers.mergeable import random_input
 from randlora.tuner.layers.plain import has_plain_convolution
-from randlora.tuner.mixed_batch import calls, mixed_forward
 
 ConvNd = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -35,13 +34,6 @@ class _Conv(AdaptedModule, RandLoraLayer):
         RandLoraLayer.__init__(self, base_layer, *conv_shape(innermost(base_layer)))
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, **adapter)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Output of the base layer plus the updates of the active adapters, for x ([batch,] in, *size)."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        mixed = mixed_forward(self, x, *args, **kwargs) if calls.running else None
-        return self.forward_with(self.active_adapters, x, *args, **kwargs) if mixed is None else mixed
 
     def forward_with(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output as if ``adapters`` were the active ones."""
@@ -93,16 +85,9 @@ class _Conv(AdaptedModule, RandLoraLayer):
         """Whether one convolution may do both: see :meth:`RandLoraLayer._plain_weight` and ``ops.can_fuse``."""
         return self._plain_weight(name, x) is not None and ops.can_fuse(compute_dtype(x), self._base_weight().dtype)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT converts matrices of linear layers only."""
-        return False
-
     def _to_weight_layout(self, update: Tensor) -> Tensor:
         base: Any = self.get_base_layer()  # a computed weight is not to be computed for its shape
         return update.reshape(base.out_channels, base.in_channels // base.groups, *base.kernel_size)
-
-    def __repr__(self) -> str:
-        return "randlora." + super().__repr__()
 
 
 class Conv1d(_Conv):

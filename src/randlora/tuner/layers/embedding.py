@@ -13,11 +13,10 @@ from randlora.errors import UnsupportedLayerError
 from randlora.ops.precision import without_autocast
 from randlora.tuner.layers.base import FLOATING, AdaptedModule, RandLoraLayer, innermost
 from randlora.tuner.layers.mergeable import require_exchangeable
-from randlora.tuner.mixed_batch import calls, mixed_forward
 
 
 class Embedding(AdaptedModule, RandLoraLayer):
-    """An embedding (weight (num_embeddings, dim)) with RandLoRA adapters.
+    """An embedding (weight (num_embeddings, dim)) with RandLoRA adapters, for indices x (...).
 
     It is the linear layer of a one-hot input: in = num_embeddings, out = dim. The row of ``padding_idx`` gets no
     update. ``randlora_dropout`` does nothing here, because indices cannot be dropped.
@@ -36,13 +35,6 @@ class Embedding(AdaptedModule, RandLoraLayer):
         RandLoraLayer.__init__(self, base_layer, inner.num_embeddings, inner.embedding_dim)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, **adapter)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Rows (..., dim) of the base layer plus those of the active adapters, for indices x (...)."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        mixed = mixed_forward(self, x, *args, **kwargs) if calls.running else None
-        return self.forward_with(self.active_adapters, x, *args, **kwargs) if mixed is None else mixed
 
     def forward_with(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output as if ``adapters`` were the active ones."""
@@ -100,19 +92,12 @@ class Embedding(AdaptedModule, RandLoraLayer):
             rows = rows.masked_fill((ids == base.padding_idx).unsqueeze(-1), 0)
         return rows
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT converts matrices of linear layers only."""
-        return False
-
     def _to_weight_layout(self, update: Tensor) -> Tensor:
         padding_idx = getattr(self.get_base_layer(), "padding_idx", None)
         if padding_idx is None:
             return update.T
         rows = torch.arange(self.in_features, device=update.device).unsqueeze(-1)
         return update.T.masked_fill(rows == padding_idx, 0)
-
-    def __repr__(self) -> str:
-        return "randlora." + super().__repr__()
 
 
 def embedding_shape(base_layer: nn.Embedding, name: str) -> tuple[int, int]:

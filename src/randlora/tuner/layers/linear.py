@@ -17,17 +17,18 @@ from randlora.ops.prepared import Prepared, PreparedCalls
 from randlora.tuner.layers.base import AdaptedModule, RandLoraLayer, innermost
 from randlora.tuner.layers.held import HeldUpdate, Term, can_compare, may_hold
 from randlora.tuner.layers.mergeable import random_input
-from randlora.tuner.mixed_batch import calls, mixed_forward
 
 
 class Linear(AdaptedModule, RandLoraLayer):
-    """A linear layer with RandLoRA adapters.
+    """A linear layer with RandLoRA adapters, for x (..., in).
 
     Args:
         base_layer: the ``nn.Linear`` (weight (out, in)) or ``Conv1D`` (weight (in, out)) to adapt.
         adapter_name: name of the first adapter.
         **adapter: its values, as of :meth:`RandLoraLayer.update_layer`.
     """
+
+    is_linear = True
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **adapter: Any) -> None:
         super().__init__()
@@ -39,13 +40,6 @@ class Linear(AdaptedModule, RandLoraLayer):
         self._held = HeldUpdate()
         self._prepared = PreparedCalls()
         self.update_layer(adapter_name, **adapter)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Output (..., out) of the base layer plus the updates of the active adapters, for x (..., in)."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        mixed = mixed_forward(self, x, *args, **kwargs) if calls.running else None
-        return self.forward_with(self.active_adapters, x, *args, **kwargs) if mixed is None else mixed
 
     def forward_with(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output as if ``adapters`` were the active ones."""
@@ -195,9 +189,6 @@ class Linear(AdaptedModule, RandLoraLayer):
     def _product(self, x: Tensor, update: Tensor) -> Tensor:
         return x @ (update if self.fan_in_fan_out else update.T)
 
-    def __repr__(self) -> str:
-        return "randlora." + super().__repr__()
-
     def _to_weight_layout(self, update: Tensor) -> Tensor:
         return update.T if self.fan_in_fan_out else update
 
@@ -206,6 +197,7 @@ class OutProjection(Linear):
     """The ``out_proj`` of an ``nn.MultiheadAttention`` with RandLoRA adapters, which is read and never called."""
 
     computes_rows = False
+    read_by_parent = True
 
 
 def _traces() -> bool:

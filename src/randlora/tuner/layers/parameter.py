@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from randlora.errors import UnsupportedLayerError
-from randlora.tuner.layers.base import AdaptedModule, RandLoraLayer, innermost
+from randlora.tuner.layers.base import AdaptedModule, RandLoraLayer, adapted, innermost
 from randlora.tuner.layers.mergeable import require_exchangeable
 from randlora.tuner.layers.read import read_weight
+
+_LINEAR = ((nn.Linear, "weight"), (nn.MultiheadAttention, "in_proj_weight"))
+"""Parameters that PEFT's LoRA of their module adapts."""
 
 
 class ParamWrapper(AdaptedModule, RandLoraLayer):
@@ -35,6 +38,7 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
     """
 
     computes_rows = False
+    adapts_parameter = True
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, **adapter: Any) -> None:
         super().__init__()
@@ -44,6 +48,9 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
         self.parameter_name = parameter_name
         self.stack = (count,) if getattr(inner, parameter_name).ndim == 3 else ()
         self._transposed = _is_transposed(inner, parameter_name)
+        self.is_linear = base_layer is inner and any(
+            isinstance(inner, kind) and parameter_name == name for kind, name in _LINEAR
+        )
         self._active_adapter = adapter_name
         self._turn = _Turn()
         self.update_layer(adapter_name, **adapter)
@@ -66,8 +73,8 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
         names = [name for name in self.active_adapters if name in self.randlora_lambda]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(*args, **kwargs)
-        adapted = self.with_updates(weight, names)
-        return functional_call(self.base_layer, {self._path(): adapted}, args, kwargs)
+        total = self.with_updates(weight, names)
+        return functional_call(self.base_layer, {self._path(): total}, args, kwargs)
 
     def _exchanges_weight(self) -> bool:
         return True
@@ -83,7 +90,7 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
         return self._to_weight_layout(torch.vmap(update)(lam, gamma))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT converts matrices of linear layers only."""
+        """Return False: PEFT's own conversion writes a config from `target_modules` alone, which cannot be loaded."""
         return False
 
     def unload_and_optionally_merge_module(
@@ -95,12 +102,11 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
             if merge:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             layer = layer.base_layer
-        for name, part in list(layer.named_modules()):
-            if isinstance(part, RandLoraLayer):
-                if merge:
-                    part.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-                parent, _, child = name.rpartition(".")
-                setattr(layer.get_submodule(parent), child, part.base_layer)
+        for name, part in adapted(layer).items():
+            if merge:
+                part.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            parent, _, child = name.rpartition(".")
+            setattr(layer.get_submodule(parent), child, part.base_layer)
         return layer
 
     @property
@@ -137,9 +143,6 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
     def extra_repr(self) -> str:
         """The parameter's name."""
         return f"parameter_name={self.parameter_name!r}"
-
-    def __repr__(self) -> str:
-        return "randlora." + super().__repr__()
 
 
 class _Turn:

@@ -65,6 +65,8 @@ def read_weight(layer: RandLoraLayer) -> Tensor:
 
     def values() -> Tensor:
         _require_readable(layer, weight, names, compiling)
+        if not (compiling or layer.read_by_parent):
+            layer.read_by_parent = _within_a_call()
         return layer.with_updates(weight, names)
 
     if compiling or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
@@ -73,6 +75,28 @@ def read_weight(layer: RandLoraLayer) -> Tensor:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (weight, *parameters)):
         return cast("Tensor", _Read.apply(layer, names, values, weight, *parameters))
     return AdaptedWeight(weight, values)
+
+
+def reads_weight_of(parent: nn.Module, name: str) -> bool:
+    """Return whether a module of torch reads the weight of its child ``name`` where no gradient is asked for.
+
+    It has a kernel for the whole block then (:class:`torch.nn.TransformerEncoderLayer`). Other modules are known to
+    read once they have done so.
+    """
+    return (
+        isinstance(parent, nn.TransformerEncoderLayer)
+        and name in ("linear1", "linear2", "self_attn")
+        and bool(parent.activation_relu_or_gelu)
+        and parent.self_attn.batch_first
+    )
+
+
+def _within_a_call() -> bool:
+    """Return whether a module runs in this thread, so that it is no person who looks at a weight."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 class AdaptedWeight(Tensor):
