@@ -113,7 +113,7 @@ test-min-peft: $(MIN_PEFT_DIR)/.ready
 	PYTHONPATH="$(CURDIR)/$(MIN_PEFT_DIR)" $(PY) -c 'import peft; assert peft.__version__ == "$(MIN_PEFT)", peft.__version__'
 	PYTHONPATH="$(CURDIR)/$(MIN_PEFT_DIR)" $(TEST) tests/tuner \
 		--ignore tests/tuner/test_distributed.py --ignore tests/tuner/test_calibrated.py \
-		--deselect tests/tuner/test_mixed_batch.py::TestGenerate::test_an_encoder_and_a_decoder
+		--deselect tests/tuner/adapters/test_mixed_batch.py::TestGenerate::test_an_encoder_and_a_decoder
 
 $(RANGES)/torch-%/.ready: $(READY)
 	rm -rf $(@D)
@@ -129,8 +129,8 @@ $(RANGES)/transformers-%/.ready: $(READY)
 .PRECIOUS: $(RANGES)/torch-%/.ready $(RANGES)/transformers-%/.ready
 
 test-torch-%: $(RANGES)/torch-%/.ready
-	PYTHONPATH="$(CURDIR)/$(<D)" OMP_NUM_THREADS=1 $(PY) -m pytest -k compiled tests/tuner/test_layers.py tests/tuner/test_conv.py \
-		tests/tuner/test_embedding.py tests/tuner/test_parameter.py tests/tuner/test_training.py
+	PYTHONPATH="$(CURDIR)/$(<D)" OMP_NUM_THREADS=1 $(PY) -m pytest -k compiled tests/tuner/layers/test_linear.py tests/tuner/layers/test_conv.py \
+		tests/tuner/layers/test_embedding.py tests/tuner/layers/test_parameter.py tests/tuner/test_training.py
 
 test-transformers-%: $(RANGES)/transformers-%/.ready
 	PYTHONPATH="$(CURDIR)/$(<D)" OMP_NUM_THREADS=1 $(PY) -m pytest -k TestTransformersFlows tests/tuner/test_register.py

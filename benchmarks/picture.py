@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from randlora.tuner.atomic import write_atomically
+from randlora.tuner.files.atomic import write_atomically
 
 from .methods import DENSE, FROZEN, FULL, LORA, PEFT_DENSE, VERY_SPARSE
 

@@ -19,11 +19,11 @@ from randlora.errors import (
 )
 from randlora.ops.rounding import set_stochastic_rounding
 from randlora.tuner.config import RandLoraConfig
-from randlora.tuner.hotswap import hotswap_adapter
+from randlora.tuner.files.hotswap import hotswap_adapter
 from randlora.tuner.layers.base import RandLoraLayer
-from randlora.tuner.layers.held import set_weight_cache
 from randlora.tuner.layers.linear import Linear
 from randlora.tuner.layers.quantized import Linear4bit, Linear8bitLt, QuantizedLinear
+from randlora.tuner.layers.weight_cache import set_weight_cache
 from randlora.tuner.model import RandLoraModel
 from randlora.tuner.register import register
 

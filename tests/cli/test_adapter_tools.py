@@ -272,6 +272,6 @@ def test_an_interruption_of_a_merge_leaves_nothing(adapter, tmp_path, monkeypatc
     def interrupt(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("randlora.convert.merged._write_shard", interrupt)
+    monkeypatch.setattr("randlora.convert.shards._write_shard", interrupt)
     assert "nothing has been written" in invoke("merge", adapter, tmp_path / "merged", code=130).output
     assert not list(tmp_path.iterdir())

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from randlora import BasisMismatchError, CheckpointError, ConfigError
 from randlora.convert import compact, compact_adapter
+from tuner.files.test_checkpoint import load, saved, saved_by_peft
 from tuner.helpers import STACK_TARGETS, output
-from tuner.test_checkpoint import load, saved, saved_by_peft
 
 WEIGHTS = "adapter_model.safetensors"
 

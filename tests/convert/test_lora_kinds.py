@@ -16,8 +16,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from randlora import RandLoraConfig, UnsupportedLayerError, get_peft_model
 from randlora.convert import to_lora
 from tuner.helpers import assert_close, layers_of, randomise
+from tuner.layers.test_read_weight import MODELS, first
 from tuner.test_experts import qwen3
-from tuner.test_read_weights import MODELS, first
 
 DIM = 8
 

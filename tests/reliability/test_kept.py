@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from randlora import PeftModel, RandLoraConfig, get_peft_model, set_weight_cache
 from randlora.ops import naive
-from randlora.tuner.layers.held import held_bytes
+from randlora.tuner.layers.weight_cache import held_bytes
 from tuner.helpers import assert_close, layers_of, randomise, theirs
 
 from .children import SLOW

@@ -16,7 +16,7 @@ from randlora.train.measure import StepTimer
 from randlora.train.run import train
 from randlora.train.settings import load_settings
 from randlora.train.tasks import TASKS
-from randlora.tuner.folder import read_adapter
+from randlora.tuner.files.adapter_folder import read_adapter
 from randlora.tuner.shapes import known_shapes
 
 

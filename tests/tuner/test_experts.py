@@ -26,7 +26,7 @@ from transformers import (
 
 from randlora import CheckpointError, ConfigError, PeftModel, RandLoraConfig, UnsupportedLayerError, get_peft_model
 from randlora.analysis.budget import Budget, Setup, plan_training
-from randlora.tuner.folder import read_adapter
+from randlora.tuner.files.adapter_folder import read_adapter
 from randlora.tuner.layers.base import RandLoraLayer
 from randlora.tuner.shapes import known_shapes
 

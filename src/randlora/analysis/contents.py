@@ -13,7 +13,7 @@ from torch import Tensor
 from randlora.analysis.spectrum import spectrum
 from randlora.errors import BasisMismatchError, CheckpointError, ConfigError
 from randlora.ops.bases import Basis
-from randlora.tuner.folder import AdapterFolder, SavedLayer, content_of, read_adapter
+from randlora.tuner.files.adapter_folder import AdapterFolder, SavedLayer, content_of, read_adapter
 from randlora.tuner.layers.base import RandLoraLayer
 from randlora.tuner.shapes import known_shapes
 

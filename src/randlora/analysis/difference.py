@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from randlora.errors import ConfigError
-from randlora.tuner.folder import AdapterFolder, content_of, read_adapter
+from randlora.tuner.files.adapter_folder import AdapterFolder, content_of, read_adapter
 from randlora.tuner.shapes import known_shapes
 
 _UNIMPORTANT = ("peft_version", "inference_mode", "auto_mapping")

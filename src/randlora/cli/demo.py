@@ -69,7 +69,7 @@ def _save(result: DemoResult, rows: list[Row], folder: Path) -> None:
     from randlora.report.page import write_report
     from randlora.report.table import markdown_table
     from randlora.train.demo import MODULE
-    from randlora.tuner.atomic import write_json, write_text
+    from randlora.tuner.files.atomic import write_json, write_text
 
     write_json(asdict(result), folder, "results.json")
     write_text(folder / "table.md", markdown_table(rows))

@@ -43,7 +43,7 @@ def predict(
     with answering(json, "nothing has been written") as out:
         from randlora.train.infer import predict_labels
         from randlora.train.trained import load_trained
-        from randlora.tuner.atomic import write_text
+        from randlora.tuner.files.atomic import write_text
 
         texts = _texts(text or [], data, input_column)
         if output is not None:  # before anything is computed

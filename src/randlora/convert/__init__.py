@@ -2,7 +2,7 @@
 
 from randlora.convert.compact import Compacted, compact_adapter
 from randlora.convert.lora import ConvertedLayer, LoraConversion, convert_folder_to_lora, to_lora
-from randlora.convert.merged import save_merged
+from randlora.convert.shards import save_merged
 
 __all__ = [
     "Compacted",

@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from randlora.errors import CheckpointError, CombinationError, ConfigError, UnsupportedLayerError
-from randlora.tuner.atomic import folder_atomically, write_atomically, write_json
+from randlora.tuner.adapters.merged import base_model
 from randlora.tuner.base_model import base_path_of, empty_base, with_adapter
 from randlora.tuner.config import RandLoraConfig
-from randlora.tuner.folder import read_adapter
+from randlora.tuner.files.adapter_folder import read_adapter
+from randlora.tuner.files.atomic import folder_atomically, write_atomically, write_json
+from randlora.tuner.files.wrappers import plain_view
 from randlora.tuner.layers.base import RandLoraLayer, adapted
-from randlora.tuner.merged import base_model
-from randlora.tuner.wrappers import plain_view
 
 _BIAS: dict[str, Literal["none", "all", "lora_only"]] = {"none": "none", "all": "all", "randlora_only": "lora_only"}
 

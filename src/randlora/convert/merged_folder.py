@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from randlora.convert.merged import save_merged
+from randlora.convert.shards import save_merged
 from randlora.errors import ConfigError
 from randlora.tuner.base_model import base_path_of
-from randlora.tuner.folder import adapter_path, head_size, label_names, read_randlora_config
+from randlora.tuner.files.adapter_folder import adapter_path, head_size, label_names, read_randlora_config
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from randlora.tuner.atomic import write_atomically
+from randlora.tuner.files.atomic import write_atomically
 
 # Okabe and Ito's colours, which most kinds of colour-blindness keep apart; line styles say the same again.
 _STYLES = {

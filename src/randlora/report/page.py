@@ -23,7 +23,7 @@ from randlora.report import charts
 from randlora.report.runs import Entry, Run, number, read_runs
 from randlora.report.summary import COLUMNS, summary
 from randlora.report.updates import Updates, measure_updates
-from randlora.tuner.atomic import write_text
+from randlora.tuner.files.atomic import write_text
 
 WORST = 20  # examples shown of each run
 _MOST_TEXT = 500  # characters shown of an example

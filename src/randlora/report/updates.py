@@ -11,8 +11,8 @@ from torch import Tensor
 
 from randlora.analysis.spectrum import Spectrum, spectrum, spectrum_of_product
 from randlora.errors import ConfigError, RandLoraError
-from randlora.tuner.folder import read_adapter, read_config
-from randlora.tuner.lora_folder import read_lora
+from randlora.tuner.files.adapter_folder import read_adapter, read_config
+from randlora.tuner.files.lora_folder import read_lora
 from randlora.tuner.shapes import known_shapes
 
 _MOST_COLUMNS = 32

@@ -27,7 +27,7 @@ from randlora.errors import ConfigError, RandLoraError
 from randlora.train.record import HISTORY
 from randlora.train.settings import TrainSettings
 from randlora.train.verify import Verification
-from randlora.tuner.atomic import write_text
+from randlora.tuner.files.atomic import write_text
 from randlora.tuner.layers.linear import linear_shape
 
 RANK = 32

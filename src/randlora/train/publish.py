@@ -16,9 +16,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from randlora.errors import CheckpointError, ConfigError, RandLoraError
 from randlora.train.tasks import TASKS
-from randlora.tuner.atomic import write_text
 from randlora.tuner.base_model import AUTO_CLASSES, base_path_of
-from randlora.tuner.folder import CONFIG, head_size, read_config
+from randlora.tuner.files.adapter_folder import CONFIG, head_size, read_config
+from randlora.tuner.files.atomic import write_text
 
 _PIPELINES = {
     "CAUSAL_LM": "text-generation",

@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from randlora.train.measure import StepTimer, device_memory_bytes, memory_bytes
-from randlora.tuner.atomic import write_json, write_text
+from randlora.tuner.files.atomic import write_json, write_text
 
 HISTORY = "history.jsonl"
 PREDICTIONS = "predictions.jsonl"

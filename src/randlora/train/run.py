@@ -29,7 +29,7 @@ from randlora.train.progress import CostInLines, CostOnBar
 from randlora.train.resume import checkpoint_to_resume, is_finished
 from randlora.train.settings import TrainSettings
 from randlora.train.tasks import TASKS, require_length
-from randlora.tuner.atomic import write_atomically, write_json, write_text
+from randlora.tuner.files.atomic import write_atomically, write_json, write_text
 
 
 @dataclass(frozen=True)

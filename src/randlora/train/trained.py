@@ -18,7 +18,7 @@ from randlora.train.tasks import TASKS, Task
 from randlora.train.tasks.classification import head_for
 from randlora.train.tasks.quantized import weights_as
 from randlora.tuner.base_model import base_path_of, load_base, model_config, with_adapter
-from randlora.tuner.folder import CONFIG, head_size, label_names, read_config
+from randlora.tuner.files.adapter_folder import CONFIG, head_size, label_names, read_config
 
 _LENGTH = 256  # of an input, where no run says
 

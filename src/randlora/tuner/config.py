@@ -13,8 +13,8 @@ from peft.utils.other import get_pattern_key
 
 from randlora.errors import ConfigError
 from randlora.ops.bases import BasisKind, Dense, Ternary, num_bases
-from randlora.tuner.atomic import write_json
 from randlora.tuner.field_types import type_faults
+from randlora.tuner.files.atomic import write_json
 
 MAX_RANK = 2**16
 """No weight that is adapted has so large a smaller dimension; beyond it a config asks for memory only."""

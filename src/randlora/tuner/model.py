@@ -19,26 +19,21 @@ from torch import Tensor, nn
 
 from randlora.errors import ConfigError
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
-from randlora.tuner import arithmetic, checkpoint
 from randlora.tuner.adapter_name import require_usable_name
-from randlora.tuner.admission import require_own_tensors, require_sound_values
-from randlora.tuner.apart import apart
+from randlora.tuner.adapters import weighted_sum as arithmetic
+from randlora.tuner.adapters.alone import alone
+from randlora.tuner.adapters.mixed_batch import copies_per_sample, one_adapter_per_sample
+from randlora.tuner.adapters.reference import fill_reference, is_reference
+from randlora.tuner.adapters.switch import switch
+from randlora.tuner.adapters.unused import name_unused_layers
+from randlora.tuner.adapters.withdraw import delete_copies, withdraw_adapter
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.experts import warn_of_experts_left_out, with_experts
-from randlora.tuner.layers.base import ProjectionView, RandLoraLayer, adapted
-from randlora.tuner.layers.dispatch import kind_of
-from randlora.tuner.layers.parameter import parts_of_wrapped
-from randlora.tuner.layers.quantized import one_rounding_warning
-from randlora.tuner.layers.read import reads_weight_of
-from randlora.tuner.loading import keep_base_tensors, reads_a_file
-from randlora.tuner.mixed_batch import copies_per_sample, one_adapter_per_sample
-from randlora.tuner.names import names_alone, names_in, without_biases_of_others
-from randlora.tuner.reference import fill_reference, is_reference
-from randlora.tuner.switch import switch
-from randlora.tuner.unmatched import instead_of_peft_warnings, warn_of_unmatched
-from randlora.tuner.unused import name_unused_layers
-from randlora.tuner.withdraw import delete_copies, withdraw_adapter
-from randlora.tuner.wrappers import (
+from randlora.tuner.files import checkpoint
+from randlora.tuner.files.checks import require_own_tensors, require_sound_values
+from randlora.tuner.files.key_names import names_alone, names_in, without_biases_of_others
+from randlora.tuner.files.loading import keep_base_tensors, reads_a_file
+from randlora.tuner.files.wrappers import (
     is_wrapped,
     names_in_tree,
     names_to_load,
@@ -49,6 +44,12 @@ from randlora.tuner.wrappers import (
     step_into,
     without_steps,
 )
+from randlora.tuner.layers.base import ProjectionView, RandLoraLayer, adapted
+from randlora.tuner.layers.kinds import kind_of
+from randlora.tuner.layers.parameter import parts_of_wrapped
+from randlora.tuner.layers.quantized import one_rounding_warning
+from randlora.tuner.layers.read_weight import reads_weight_of
+from randlora.tuner.unmatched import instead_of_peft_warnings, warn_of_unmatched
 
 
 class RandLoraModel(BaseTuner):
@@ -117,7 +118,7 @@ class RandLoraModel(BaseTuner):
         there = adapted(model).values()
         disabled = bool(there) and all(layer.disable_adapters for layer in there)
         try:
-            with apart(model, adapter_name):
+            with alone(model, adapter_name):
                 require_usable_name(model, adapter_name)
                 asked = copy.copy(config)
                 if state_dict is None:

@@ -22,12 +22,12 @@ from peft.mapping import (
 )
 
 from randlora.tuner.config import RandLoraConfig
-from randlora.tuner.folder import refuse_pickle
-from randlora.tuner.hotswap import hotswap_randlora_too
-from randlora.tuner.layers.scaled import ScaledLayer
-from randlora.tuner.loading import from_pretrained_or_nothing, load_adapter_or_nothing
+from randlora.tuner.files.adapter_folder import refuse_pickle
+from randlora.tuner.files.hotswap import hotswap_randlora_too
+from randlora.tuner.files.loading import from_pretrained_or_nothing, load_adapter_or_nothing
+from randlora.tuner.files.saving import put_plain, saved_whole, taken_plain, written_whole
+from randlora.tuner.layers.scale import ScaledLayer
 from randlora.tuner.model import RandLoraModel
-from randlora.tuner.saving import put_plain, saved_whole, taken_plain, written_whole
 
 
 def register() -> None:

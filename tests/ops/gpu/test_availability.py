@@ -62,7 +62,7 @@ def test_bases_lie_as_the_kernels_read_them(monkeypatch, kind):
     assert isinstance(bases, GroupedBases)
     assert bases.B.dtype == (torch.bfloat16 if kind == Dense() else torch.int8)
     plain = basis.lookup(CPU, torch.bfloat16, Sizes(9, 6, 2)).ready()
-    assert torch.equal(bases.A, plain.A)
+    assert torch.equal(bases.A, plain.A.squeeze(1))
     for b in range(2):
         assert torch.equal(bases.B[:, 4 * b : 4 * b + 4].bfloat16(), plain.B.view(9, 4, 2)[:, :, b])
     assert basis.operands(CPU, torch.bfloat16, Sizes(17, 6, 2)).B.data_ptr() == bases.B.data_ptr()

@@ -23,9 +23,9 @@ from randlora.tuner.layers.checksum import checksum
 from randlora.tuner.layers.dropout import Dropouts
 from randlora.tuner.layers.mergeable import require_linear, require_stored
 from randlora.tuner.layers.plain import has_plain_product, is_only_moved, is_plain
-from randlora.tuner.layers.read import read_weight
+from randlora.tuner.layers.read_weight import read_weight
 from randlora.tuner.layers.rows import calls, mixed_forward
-from randlora.tuner.layers.scaled import ScaledLayer
+from randlora.tuner.layers.scale import ScaledLayer
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -250,7 +250,7 @@ class RandLoraLayer(ScaledLayer):
         """No adapter trains; only those that may are looked at."""
         self._require_grad([*self.active_adapters, *self._may_train], False)
         if self._may_train:
-            here = self.randlora_lambda  # without those that `apart` hides
+            here = self.randlora_lambda  # without those that `alone` hides
             self._may_train = {name for name in self._may_train if name not in here}
 
     def _require_grad(self, adapter_names: Iterable[str], requires_grad: bool) -> None:

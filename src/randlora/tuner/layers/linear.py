@@ -15,8 +15,8 @@ from randlora.ops.plan import Plan, Problem, call_cost, choose, sum_cost
 from randlora.ops.precision import compute_dtype
 from randlora.ops.prepared import Prepared, PreparedCalls
 from randlora.tuner.layers.base import AdaptedModule, RandLoraLayer, innermost
-from randlora.tuner.layers.held import HeldUpdate, Term, can_compare, may_hold
 from randlora.tuner.layers.mergeable import random_input
+from randlora.tuner.layers.weight_cache import HeldUpdate, Term, can_compare, may_hold
 
 
 class Linear(AdaptedModule, RandLoraLayer):

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from randlora.errors import UnsupportedLayerError
 from randlora.tuner.layers.base import AdaptedModule, RandLoraLayer, adapted, innermost
 from randlora.tuner.layers.mergeable import require_exchangeable
-from randlora.tuner.layers.read import read_weight
+from randlora.tuner.layers.read_weight import read_weight
 
 _LINEAR = ((nn.Linear, "weight"), (nn.MultiheadAttention, "in_proj_weight"))
 """Parameters that PEFT's LoRA of their module adapts."""

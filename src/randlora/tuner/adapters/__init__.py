@@ -1,0 +1,1 @@
+"""Operations on the adapters of one model."""

@@ -1,0 +1,1 @@
+"""An adapter on disk: its names, what it may hold, saving, loading and swapping."""

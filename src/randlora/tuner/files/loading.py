@@ -1,0 +1,193 @@
+"""Loads that fail say why, and leave the model as it was.
+
+PEFT first puts a new adapter into the model and then reads its file; where the file is refused, it leaves the adapter
+there, untrained; and where one of its tensors is refused, those before it are in place already.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from randlora.errors import BasisMismatchError, CheckpointError, RandLoraError
+from randlora.tuner.adapters.alone import alone
+from randlora.tuner.adapters.withdraw import withdraw_adapter
+from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.files.adapter_folder import require_loadable
+from randlora.tuner.files.checkpoint import fingerprint
+from randlora.tuner.layers.base import adapted
+
+_Kept = list[tuple[nn.Module, str, Tensor, Tensor]]  # module, attribute, tensor, a copy of its values
+_kept: ContextVar[_Kept | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def taken_back_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Takes back ``adapter`` if ``model`` has been given it within the context, and that ends with an error.
+
+    Within the context the model holds no other adapter's λ and γ.
+    """
+    was_there, had_config = _has(model, adapter), hasattr(model, "peft_config")
+    try:
+        with alone(model, adapter):
+            trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+            yield
+    except Exception:
+        if not was_there:
+            if _has(model, adapter):  # else what was injected has been withdrawn
+                withdraw_adapter(model, adapter)
+                getattr(model, "peft_config", {}).pop(adapter, None)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+        if not had_config and not getattr(model, "peft_config", True):
+            del model.peft_config
+        raise
+
+
+@contextmanager
+def put_back_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Gives ``adapter``, which ``model`` has, its values and bases back if the context ends with an error."""
+    values = [(p, p.detach().clone()) for name, p in model.named_parameters() if adapter in name.split(".")]
+    layers = [layer for layer in adapted(model).values() if adapter in layer.bases]
+    bases = [layer.bases[adapter] for layer in layers]
+    numbers = [(held, held[adapter]) for x in layers for held in (x.scaling, x.initial_scaling, x.gamma_factor)]
+    try:
+        yield
+    except Exception:
+        with torch.no_grad():
+            for parameter, value in values:
+                parameter.copy_(value)
+        for layer, basis in zip(layers, bases, strict=True):
+            layer.bind_basis(adapter, basis)
+        for held, number in numbers:
+            held[adapter] = number
+        raise
+
+
+def reads_a_file() -> bool:
+    """Whether an adapter's file is being loaded, rather than tensors that a program hands over."""
+    return _kept.get() is not None
+
+
+def keep_base_tensors(model: nn.Module, names: Iterable[str]) -> None:
+    """To be called before a file writes into tensors of the base model: trained biases, resized embeddings."""
+    kept = _kept.get()
+    assert kept is not None
+    for name in names:
+        parent, _, attribute = name.rpartition(".")
+        module = model.get_submodule(parent)
+        tensor = getattr(module, attribute)
+        kept.append((module, attribute, tensor, tensor.detach().clone()))
+
+
+@contextmanager
+def base_put_back_on_failure() -> Iterator[None]:
+    """Gives the base model what ``keep_base_tensors`` has kept if the context ends with an error."""
+    kept: _Kept = []
+    token = _kept.set(kept)
+    try:
+        yield
+    except Exception:
+        with torch.no_grad():
+            for module, attribute, tensor, values in kept:
+                tensor.copy_(values)
+                setattr(module, attribute, tensor)  # a load that assigns has put another one there
+        raise
+    finally:
+        _kept.reset(token)
+
+
+@contextmanager
+def named_errors(model: nn.Module, path: str | os.PathLike[str]) -> Iterator[None]:
+    """What PEFT, safetensors or torch raise for a bad RandLoRA adapter, as errors of ours.
+
+    Raises:
+        CheckpointError: with the other error as its cause.
+    """
+    try:
+        yield
+    except (RandLoraError, OSError, torch.OutOfMemoryError):
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError, re.error) as error:
+        reason = " ".join(str(error).split())[:500]
+        raise CheckpointError(
+            f"the adapter in {os.fspath(path)!r} cannot be loaded onto {type(model).__name__}: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+
+
+def from_pretrained_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
+    """``PeftModel.from_pretrained``, the function of the class method, made so."""
+    signature = inspect.signature(load)
+
+    @functools.wraps(load)
+    def from_pretrained(cls: type, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(cls, model, *args, **kwargs).arguments
+        with ExitStack() as undo:
+            if _config_of(bound):
+                undo.enter_context(named_errors(model, bound["model_id"]))
+            undo.enter_context(taken_back_on_failure(model, bound.get("adapter_name", "default")))
+            return load(cls, model, *args, **kwargs)
+
+    return from_pretrained
+
+
+def load_adapter_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
+    """``PeftModel.load_adapter``, made so."""
+    signature = inspect.signature(load)
+
+    @functools.wraps(load)
+    def load_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(model, *args, **kwargs).arguments
+        adapter = bound["adapter_name"]
+        with ExitStack() as undo:
+            if config := _config_of(bound):
+                undo.enter_context(named_errors(model, bound["model_id"]))
+            undo.enter_context(taken_back_on_failure(model, adapter))
+            undo.enter_context(base_put_back_on_failure())
+            if not _has(model, adapter):
+                return load(model, *args, **kwargs)
+            undo.enter_context(put_back_on_failure(model, adapter))
+            result = load(model, *args, **kwargs)
+            if config:
+                _require_bases_of(config, bound["model_id"], model, adapter)
+            return result
+
+    return load_adapter
+
+
+def _require_bases_of(config: RandLoraConfig, path: str | os.PathLike[str], model: nn.Module, adapter: str) -> None:
+    """What was loaded from ``path`` into an adapter that was there, whose config PEFT has kept.
+
+    Raises:
+        BasisMismatchError: if it was trained with other bases.
+    """
+    expected, found = config.basis_fingerprint, fingerprint(list(adapted(model, adapter).values()), adapter)
+    if expected not in (None, found):
+        raise BasisMismatchError(
+            f"the adapter in {os.fspath(path)!r} was trained with bases of fingerprint {expected}, {adapter!r} has "
+            f"those of {found}: load it under another name, or call hotswap_adapter, which takes over its config"
+        )
+
+
+def _config_of(arguments: dict[str, Any]) -> RandLoraConfig | None:
+    """The config of the adapter of RandLoRA that PEFT is to load; a folder that cannot be one is refused at once."""
+    given: PeftConfig | None = arguments.get("config")
+    return require_loadable(arguments["model_id"], arguments.get("kwargs", {}).get("subfolder"), given)
+
+
+def _has(model: nn.Module, adapter: str) -> bool:
+    """Whether a layer has the adapter, or a part of it."""
+    layers = adapted(model).values()
+    return any(adapter in getattr(x, name) for x in layers for name in x.adapter_layer_names + x.other_param_names)
