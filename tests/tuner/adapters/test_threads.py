@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from randlora import AdapterNamesError, RandLoraConfig, get_peft_model
 
 from ..helpers import assert_close, features, randomise
-from .adapters.test_mixed_batch import BASE, Experts, adapted, alone
+from .test_mixed_batch import BASE, Experts, adapted, alone
 
 PATIENCE = 20.0
 NAMES = ["x", BASE, "y"]

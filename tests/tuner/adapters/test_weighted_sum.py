@@ -24,7 +24,7 @@ from ..helpers import (
     snapshot,
     stack,
 )
-from .layers.test_attention import encoder, x
+from ..layers.test_attention import encoder, x
 
 WEIGHTS = st.floats(-3, 3).filter(lambda weight: abs(weight) > 0.05)
 SHARED = st.sampled_from(["lambda", "gamma"])

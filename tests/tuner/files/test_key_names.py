@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from randlora import RandLoraConfig, get_peft_model, hotswap_adapter
 
 from ..helpers import assert_close, output, randomise, stack
-from .layers.test_attention import encoder, x
+from ..layers.test_attention import encoder, x
 
 FILE = "adapter_model.safetensors"
 INSIDE = {"r": 3, "target_modules": ["out_proj", "linear2"]}
