@@ -23,7 +23,8 @@ from randlora.ops.plan import Plan, force
 from randlora.ops.units import in_units
 
 WAYS = ("token", "weight", "fused")
-PLANS = [Plan(*ways) for ways in itertools.product(WAYS, WAYS, WAYS[:2])]
+# Output and gradients are computed apart, so that each way of the output and each pair of the gradients' is enough.
+PLANS = [Plan(o, *ways) for o, ways in zip(WAYS * 2, itertools.product(WAYS, WAYS[:2]), strict=True)]
 UNIFORM = [Plan("token", "token", "token"), Plan("weight", "weight", "weight"), Plan("fused", "fused", "weight")]
 KINDS = ("dense", "split", "codes", "sparse", "grouped")
 SCALING = 1.7
