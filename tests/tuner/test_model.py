@@ -10,7 +10,7 @@ from torch import nn
 
 from randlora import RandLoraConfig, RandLoraModel, UnsupportedLayerError, get_peft_model
 from randlora.ops.bases import get_basis
-from randlora.tuner.files.checkpoint import define_bases
+from randlora.tuner.bases import define_bases
 
 from .helpers import (
     LLAMA_TARGETS,
@@ -384,7 +384,7 @@ class TestFailedInjection:
         def fail(*args):
             raise MemoryError("no room for the bases")
 
-        monkeypatch.setattr("randlora.tuner.files.checkpoint.get_basis", fail)
+        monkeypatch.setattr("randlora.tuner.bases.get_basis", fail)
         with pytest.raises(MemoryError):
             model.add_adapter("w", RandLoraConfig(r=3, target_modules=["tall", "head"]))
         monkeypatch.undo()

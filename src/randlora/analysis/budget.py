@@ -25,8 +25,8 @@ from randlora.ops.linear import fuses
 from randlora.ops.operands import Sizes
 from randlora.ops.plan import Problem, step_cost
 from randlora.tuner.base_model import empty_base, model_config
+from randlora.tuner.bases import define_bases
 from randlora.tuner.config import MAX_RANK, RandLoraConfig
-from randlora.tuner.files.checkpoint import define_bases
 from randlora.tuner.layers.base import RandLoraLayer
 from randlora.tuner.shapes import adapted_layers, unbound_model
 

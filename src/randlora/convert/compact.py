@@ -18,9 +18,9 @@ from torch import Tensor
 
 from randlora.errors import CheckpointError, ConfigError
 from randlora.ops.bases import Basis
+from randlora.tuner.bases import combined_fingerprint, define_bases
 from randlora.tuner.files.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, content_of, read_adapter
 from randlora.tuner.files.atomic import disk_errors, folder_atomically, write_atomically, write_json
-from randlora.tuner.files.checkpoint import combined_fingerprint, define_bases
 from randlora.tuner.shapes import known_shapes
 
 

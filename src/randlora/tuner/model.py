@@ -27,6 +27,7 @@ from randlora.tuner.adapters.reference import fill_reference, is_reference
 from randlora.tuner.adapters.switch import switch
 from randlora.tuner.adapters.unused import name_unused_layers
 from randlora.tuner.adapters.withdraw import delete_copies, withdraw_adapter
+from randlora.tuner.bases import bind_defined_bases, fingerprint
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.experts import warn_of_experts_left_out, with_experts
 from randlora.tuner.files import checkpoint
@@ -162,7 +163,7 @@ class RandLoraModel(BaseTuner):
                 layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _bind_bases(self, layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> None:
-        checkpoint.bind_defined_bases(layers, config, adapter_name)
+        bind_defined_bases(layers, config, adapter_name)
         _warn_of_single_bases(layers, adapter_name)
 
     @staticmethod
@@ -392,7 +393,7 @@ class RandLoraModel(BaseTuner):
         layers = list(adapted(model, adapter_name).values())
         if not layers or not isinstance(config, RandLoraConfig):
             return content
-        config.record(checkpoint.fingerprint(layers, adapter_name))
+        config.record(fingerprint(layers, adapter_name))
         content = checkpoint.fold_scaling(content, layers, config, adapter_name)
         prefix = "base_model." if any(key.startswith("base_model.model.") for key in content) else ""
         projections = checkpoint.projections_to_save(layers, config, adapter_name)

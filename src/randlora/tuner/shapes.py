@@ -12,9 +12,9 @@ from randlora.errors import ConfigError
 from randlora.ops.bases import Basis
 from randlora.ops.bases.dense import DenseStored
 from randlora.tuner.base_model import base_path_of, empty_base
+from randlora.tuner.bases import define_bases
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.files.adapter_folder import AdapterFolder
-from randlora.tuner.files.checkpoint import define_bases
 from randlora.tuner.layers.base import RandLoraLayer, adapted
 from randlora.tuner.model import RandLoraModel
 

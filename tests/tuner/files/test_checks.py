@@ -101,7 +101,7 @@ def test_rank_and_file_are_compared_before_anything_is_made(tmp_path, monkeypatc
     (tmp_path / "adapter_config.json").write_text(
         (tmp_path / "adapter_config.json").read_text().replace('"r": 4', '"r": 60000')
     )
-    monkeypatch.setattr("randlora.tuner.files.checkpoint.get_basis", lambda spec: pytest.fail("bases were drawn"))
+    monkeypatch.setattr("randlora.tuner.bases.get_basis", lambda spec: pytest.fail("bases were drawn"))
     with pytest.raises(CheckpointError, match="whose rank is 60000"):
         PeftModel.from_pretrained(stack(), tmp_path)
 

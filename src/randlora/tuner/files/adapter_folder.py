@@ -20,8 +20,8 @@ from randlora.errors import BasisMismatchError, CheckpointError
 from randlora.ops import linear as ops
 from randlora.ops.bases import Basis, BasisSpec, basis_from_projections, get_basis
 from randlora.ops.operands import Sizes
+from randlora.tuner.bases import combined_fingerprint, define_bases
 from randlora.tuner.config import RandLoraConfig
-from randlora.tuner.files.checkpoint import combined_fingerprint, define_bases
 from randlora.tuner.layers.base import RandLoraLayer
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from randlora.errors import BasisMismatchError, CheckpointError
-from randlora.ops.bases import AwaitedBasis, Basis, BasisSpec, basis_from_projections, get_basis
+from randlora.ops.bases import AwaitedBasis, Basis, basis_from_projections, get_basis
+from randlora.tuner.bases import fingerprint
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import RandLoraLayer, adapted
 
@@ -27,64 +27,6 @@ _PROJECTIONS = {"randlora_A": "A", "randlora_B": "B", "randlora_A_used": "A", "r
 class _Pair(NamedTuple):
     A: Tensor  # (r, 1, m)
     B: Tensor  # (M, n, r)
-
-
-def define_bases(layers: Sequence[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> dict[int, BasisSpec]:
-    """Which bases the adapter needs, by rank.
-
-    As PEFT does, they are drawn for the largest output and the largest input dimension among all layers of the
-    adapter; what no layer reads is not kept.
-    """
-    largest = (max(layer.out_features for layer in layers), max(layer.in_features for layer in layers))
-    min_dim, max_dim = min(largest), max(largest)
-    return {
-        rank: BasisSpec(
-            rank=rank,
-            min_dim=min_dim,
-            max_dim=max_dim,
-            key=config.projection_prng_key % 2**32,
-            kind=config.basis_kind(min_dim),
-            used_min_dim=max(layer.min_dim for layer in layers),
-            used_max_dim=max(layer.max_dim for layer in layers),
-        )
-        for rank in sorted({layer.r[adapter_name] for layer in layers})
-    }
-
-
-def bind_defined_bases(layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> None:
-    """Gives the layers the bases that the config defines.
-
-    Where the config records the fingerprint of others, they must come from the adapter's file.
-
-    Raises:
-        BasisMismatchError: if the config records other bases than its key and the layers' sizes define, and says
-            that its file holds none.
-    """
-    specs = define_bases(layers, config, adapter_name)
-    drawn = {rank: get_basis(spec) for rank, spec in specs.items()}
-    found = combined_fingerprint(drawn.values())
-    bases: dict[int, Basis | AwaitedBasis] = {**drawn}
-    if config.basis_fingerprint not in (None, found):
-        awaited = AwaitedBasis(config.basis_fingerprint or "", found)
-        if not config.save_projection:
-            raise awaited.error()
-        bases = dict.fromkeys(drawn, awaited)
-    for layer in layers:
-        layer.bind_basis(adapter_name, bases[layer.r[adapter_name]])
-
-
-def fingerprint(layers: list[RandLoraLayer], adapter_name: str) -> str:
-    """One fingerprint for all bases that the adapter's layers use.
-
-    Raises:
-        BasisMismatchError: if they were to come from a file that did not hold them.
-    """
-    return combined_fingerprint({layer.r[adapter_name]: layer.basis(adapter_name) for layer in layers}.values())
-
-
-def combined_fingerprint(bases: Iterable[Basis]) -> str:
-    """Fingerprints of the bases of one adapter, smallest rank first."""
-    return "-".join(basis.fingerprint for basis in sorted(bases, key=lambda basis: basis.rank))
 
 
 def projections_to_save(layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> dict[str, Tensor]:

@@ -14,8 +14,8 @@ from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dic
 from torch import Tensor, nn
 
 from randlora.errors import HotswapError
+from randlora.tuner.bases import bind_defined_bases
 from randlora.tuner.config import RandLoraConfig
-from randlora.tuner.files import checkpoint
 from randlora.tuner.files.adapter_folder import require_loadable
 from randlora.tuner.files.key_names import names_in
 from randlora.tuner.files.loading import base_put_back_on_failure, named_errors, put_back_on_failure
@@ -73,7 +73,7 @@ def _swap(
             _, scaling = config.rank_and_scaling(name, layer.min_dim)
             layer.scaling[adapter_name] = layer.initial_scaling[adapter_name] = scaling
             layer.gamma_factor[adapter_name] = 1.0
-        checkpoint.bind_defined_bases(list(layers.values()), config, adapter_name)
+        bind_defined_bases(list(layers.values()), config, adapter_name)
         set_peft_model_state_dict(plain, content, adapter_name)
 
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from randlora.errors import BasisMismatchError, CheckpointError, RandLoraError
 from randlora.tuner.adapters.alone import alone
 from randlora.tuner.adapters.withdraw import withdraw_adapter
+from randlora.tuner.bases import fingerprint
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.files.adapter_folder import require_loadable
-from randlora.tuner.files.checkpoint import fingerprint
 from randlora.tuner.layers.base import adapted
 
 _Kept = list[tuple[nn.Module, str, Tensor, Tensor]]  # module, attribute, tensor, a copy of its values
