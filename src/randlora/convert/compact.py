@@ -21,6 +21,7 @@ from randlora.ops.bases import Basis
 from randlora.tuner.bases import combined_fingerprint, define_bases
 from randlora.tuner.files.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, content_of, read_adapter
 from randlora.tuner.files.atomic import disk_errors, folder_atomically, write_atomically, write_json
+from randlora.tuner.files.format import HOST
 from randlora.tuner.shapes import known_shapes
 
 
@@ -112,7 +113,7 @@ def _tensors(old: AdapterFolder, kept: Basis | None) -> dict[str, Tensor]:
     tensors = {name: old.tensor(name) for name in old.names if name not in gone}
     if kept is not None:
         A, B = kept.projections()
-        tensors |= {"base_model.randlora_A": A.contiguous(), "base_model.randlora_B": B.contiguous()}
+        tensors |= {f"{HOST}randlora_A": A.contiguous(), f"{HOST}randlora_B": B.contiguous()}
     return tensors
 
 

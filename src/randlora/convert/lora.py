@@ -24,6 +24,7 @@ from randlora.tuner.base_model import base_path_of, empty_base, with_adapter
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.files.adapter_folder import read_adapter
 from randlora.tuner.files.atomic import folder_atomically, write_atomically, write_json
+from randlora.tuner.files.format import in_base, in_file
 from randlora.tuner.files.wrappers import plain_view
 from randlora.tuner.layers.base import RandLoraLayer, adapted
 
@@ -112,8 +113,8 @@ def to_lora(
         U, S, Vh = torch.linalg.svd(oriented, full_matrices=False)
         kept = _kept(S, rank if not isinstance(rank, Mapping) else _rank_of(rank, name), energy)
         root = S[:kept].sqrt()
-        tensors[f"base_model.model.{name}.lora_A.weight"] = (root.unsqueeze(1) * Vh[:kept]).cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = (U[:, :kept] * root).cpu().contiguous()
+        tensors[in_file(f"{name}.lora_A.weight")] = (root.unsqueeze(1) * Vh[:kept]).cpu().contiguous()
+        tensors[in_file(f"{name}.lora_B.weight")] = (U[:, :kept] * root).cpu().contiguous()
         found.append(ConvertedLayer(name, kept, _relative_error(S, kept)))
     if len(weights) == 1:
         tensors |= _other_tensors(model, next(iter(weights)))
@@ -207,9 +208,8 @@ def _relative_error(S: Tensor, kept: int) -> float:
 def _other_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """What the adapter's file holds beside λ, γ and bases."""
     content = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    prefix = "base_model.model."
     return {
-        prefix + key.removeprefix(prefix): value.detach().cpu().clone()  # tied ones may not share memory in a file
+        in_file(in_base(key)): value.detach().cpu().clone()  # tied ones may not share memory in a file
         for key, value in content.items()
         if "randlora_" not in key
     }

@@ -32,6 +32,7 @@ from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.experts import warn_of_experts_left_out, with_experts
 from randlora.tuner.files import checkpoint
 from randlora.tuner.files.checks import require_own_tensors, require_sound_values
+from randlora.tuner.files.format import HOST, PREFIX
 from randlora.tuner.files.key_names import names_alone, names_in, without_biases_of_others
 from randlora.tuner.files.loading import keep_base_tensors, reads_a_file
 from randlora.tuner.files.wrappers import (
@@ -395,7 +396,7 @@ class RandLoraModel(BaseTuner):
             return content
         config.record(fingerprint(layers, adapter_name))
         content = checkpoint.fold_scaling(content, layers, config, adapter_name)
-        prefix = "base_model." if any(key.startswith("base_model.model.") for key in content) else ""
+        prefix = HOST if any(key.startswith(PREFIX) for key in content) else ""
         projections = checkpoint.projections_to_save(layers, config, adapter_name)
         return content | {f"{prefix}{name}.{adapter_name}": value for name, value in projections.items()}
 

@@ -22,12 +22,12 @@ from randlora.ops.bases import Basis, BasisSpec, basis_from_projections, get_bas
 from randlora.ops.operands import Sizes
 from randlora.tuner.bases import combined_fingerprint, define_bases
 from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.files.format import GAMMA, LAMBDA, in_base
 from randlora.tuner.layers.base import RandLoraLayer
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _MOST_CONFIG_BYTES = 10 * 2**20  # a name for each of 100,000 modules
-_PREFIX = "base_model.model."
-_LAMBDA, _GAMMA = ".randlora_lambda", ".randlora_gamma"
+_LAMBDA, _GAMMA = f".{LAMBDA}", f".{GAMMA}"
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def require_loadable(
     with _damage_named(weights), safe_open(weights, "pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a dictionary
             shape = file.get_slice(name).get_shape() if name.endswith(_LAMBDA) else [0, 0]
-            module = name.removesuffix(_LAMBDA).removeprefix(_PREFIX)
+            module = in_base(name.removesuffix(_LAMBDA))
             rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r)
             if name.endswith(_LAMBDA) and (len(shape) < 2 or shape[-2] != rank):
                 raise CheckpointError(f"{weights} holds {shape} values of λ for {module!r}, whose rank is {rank}")
@@ -365,7 +365,7 @@ def _layers(tensors: dict[str, Tensor], config: RandLoraConfig, weights: Path) -
         ):
             shape = None if gamma is None else tuple(gamma.shape)
             raise CheckpointError(f"{weights}: λ {tuple(lam.shape)} and γ {shape} of {full!r} do not belong together")
-        name = full.removeprefix(_PREFIX)
+        name = in_base(full)
         alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.randlora_alpha)
         layers[name] = SavedLayer(name, lam, gamma, alpha / lam.shape[-2])
     if not layers or len(tensors) != 2 * len(layers):

@@ -18,9 +18,9 @@ from randlora.errors import BasisMismatchError, CheckpointError
 from randlora.ops.bases import AwaitedBasis, Basis, basis_from_projections, get_basis
 from randlora.tuner.bases import fingerprint
 from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.files.format import GAMMA
 from randlora.tuner.layers.base import RandLoraLayer, adapted
 
-_GAMMA = "randlora_gamma"
 _PROJECTIONS = {"randlora_A": "A", "randlora_B": "B", "randlora_A_used": "A", "randlora_B_used": "B"}
 
 
@@ -54,7 +54,7 @@ def fold_scaling(
     if config.randlora_scaling == "peft" or folded_already:
         return state_dict
     return {
-        key: value / math.sqrt(value.shape[-2]) if key.endswith(f".{_GAMMA}.{adapter_name}") else value
+        key: value / math.sqrt(value.shape[-2]) if key.endswith(f".{GAMMA}.{adapter_name}") else value
         for key, value in state_dict.items()
     }
 
@@ -68,7 +68,7 @@ def unfold_scaling(
     for layer in layers:
         layer.unfold_gamma(adapter_name)
     return {
-        key: value * math.sqrt(value.shape[-2]) if key.endswith(f".{_GAMMA}") else value
+        key: value * math.sqrt(value.shape[-2]) if key.endswith(f".{GAMMA}") else value
         for key, value in state_dict.items()
     }
 

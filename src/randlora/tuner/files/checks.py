@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from randlora.errors import CheckpointError
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.experts import SINGLE_EXPERTS
+from randlora.tuner.files.format import GAMMA, LAMBDA, in_base
 from randlora.tuner.layers.base import adapted
 
-_OURS = ("randlora_A", "randlora_B", "randlora_lambda", "randlora_gamma")
+_OURS = ("randlora_A", "randlora_B", LAMBDA, GAMMA)
 
 
 def require_sound_values(content: Mapping[str, Tensor]) -> None:
@@ -60,7 +61,7 @@ def require_own_tensors(
     Raises:
         CheckpointError: naming what is missing or too much.
     """
-    names = {_in_base(name): name for name in content}
+    names = {in_base(name): name for name in content}
     wanted = _updates(model, adapter_name)
     missing = [aliases[0] for aliases in wanted if not any(alias in names for alias in aliases)]
     if missing:
@@ -68,8 +69,8 @@ def require_own_tensors(
             f"the file lacks {_some(missing)}: it is damaged, or was made for another model or other targets"
         )
     own = {alias for aliases in wanted for alias in aliases}
-    present = {_in_base(name) for name in model.state_dict()}
-    added = [_in_base(name) for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    present = {in_base(name) for name in model.state_dict()}
+    added = [in_base(name) for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     # With bias="all" PEFT writes the biases of modules_to_save a second time, under names that no model has.
     of_added = {n for n in names if _is_in(n, added) and (adapter_name in n.split(".") or n not in present)}
     rest = [name for name in names if name not in own | of_added]
@@ -93,8 +94,8 @@ def _updates(model: nn.Module, adapter_name: str) -> list[list[str]]:
     """Names of each λ and γ; several where a module is at several places."""
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name.endswith((f".randlora_lambda.{adapter_name}", f".randlora_gamma.{adapter_name}")):
-            aliases.setdefault(id(parameter), []).append(_in_base(name))
+        if name.endswith((f".{LAMBDA}.{adapter_name}", f".{GAMMA}.{adapter_name}")):
+            aliases.setdefault(id(parameter), []).append(in_base(name))
     return list(aliases.values())
 
 
@@ -104,8 +105,8 @@ def _base_tensors(model: nn.Module, present: set[str], config: RandLoraConfig) -
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         with suppress(AttributeError, NotImplementedError):
             embeddings.append(getattr(model, getter)())
-    places = [_in_base(name) for name, m in model.named_modules() if any(m is found for found in embeddings)]
-    inside = [_in_base(name) for name in adapted(model)]
+    places = [in_base(name) for name, m in model.named_modules() if any(m is found for found in embeddings)]
+    inside = [in_base(name) for name in adapted(model)]
     biases = {name for name in present if _is_bias(name) and (config.bias == "all" or _is_in(name, inside))}
     return {name for name in present if _is_in(name, places)} | (set() if config.bias == "none" else biases)
 
@@ -125,11 +126,6 @@ def _warn_of_missing_biases(found: Iterable[str], possible: Iterable[str], confi
 def _is_bias(name: str) -> bool:
     """Whether PEFT counts a tensor among the biases that it writes."""
     return name == "bias" or name.endswith(".bias")
-
-
-def _in_base(name: str) -> str:
-    """The name in the base model."""
-    return name.removeprefix("base_model.model.")
 
 
 def _is_in(name: str, modules: Iterable[str]) -> bool:

@@ -17,6 +17,7 @@ from randlora.errors import HotswapError
 from randlora.tuner.bases import bind_defined_bases
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.files.adapter_folder import require_loadable
+from randlora.tuner.files.format import GAMMA, LAMBDA, in_base
 from randlora.tuner.files.key_names import names_in
 from randlora.tuner.files.loading import base_put_back_on_failure, named_errors, put_back_on_failure
 from randlora.tuner.files.wrappers import plain_names, plain_view, unwrapped
@@ -118,13 +119,9 @@ def _require_same_tensors(layers: Layers, content: dict[str, Tensor], adapter_na
     wanted = {
         f"{path}.{name}": tuple(parameters[adapter_name].shape)
         for path, layer in layers.items()
-        for name, parameters in (("randlora_lambda", layer.randlora_lambda), ("randlora_gamma", layer.randlora_gamma))
+        for name, parameters in ((LAMBDA, layer.randlora_lambda), (GAMMA, layer.randlora_gamma))
     }
-    found = {
-        key.removeprefix("base_model.model."): tuple(value.shape)
-        for key, value in content.items()
-        if key.endswith(("randlora_lambda", "randlora_gamma"))
-    }
+    found = {in_base(key): tuple(value.shape) for key, value in content.items() if key.endswith((LAMBDA, GAMMA))}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise HotswapError(

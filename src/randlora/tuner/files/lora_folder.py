@@ -15,8 +15,8 @@ from torch import Tensor
 
 from randlora.errors import CheckpointError
 from randlora.tuner.files.adapter_folder import WEIGHTS, read_config
+from randlora.tuner.files.format import in_base
 
-_PREFIX = "base_model.model."
 _PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 
 
@@ -62,7 +62,7 @@ def read_lora(path: str | os.PathLike[str]) -> Iterator[LoraLayer]:
 
 
 def _layer(full: str, A: Tensor, B: Tensor, config: Any) -> LoraLayer:
-    name = full.removeprefix(_PREFIX)
+    name = in_base(full)
     rank = A.shape[0]
     alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
     scaling = alpha / (rank**0.5 if config.use_rslora else rank)

@@ -13,11 +13,12 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from randlora.tuner.files.format import PREFIX
+
 _STEPS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Where wrappers hold what they wrap; modules of no other kind have such names."""
 _PARALLEL = (DataParallel, DistributedDataParallel, AveragedModel)
 _OF_PARALLEL = "module"
-_PREFIX = "base_model.model."
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ def plain_name(model: nn.Module, name: str) -> str:
     ``name`` may be of the same model wrapped otherwise: by ``state_dict()`` of a compiled one, for instance.
     """
     root = unwrapped(model)
-    prefix = _PREFIX if name.startswith(_PREFIX) and "base_model" not in root._modules else ""
+    prefix = PREFIX if name.startswith(PREFIX) and "base_model" not in root._modules else ""
     kept: list[str] = []
     at: nn.Module | None = model
     for part in name.removeprefix(prefix).split("."):
