@@ -25,8 +25,8 @@ from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.files.adapter_folder import read_adapter
 from randlora.tuner.files.atomic import folder_atomically, write_atomically, write_json
 from randlora.tuner.files.format import in_base, in_file
-from randlora.tuner.files.wrappers import plain_view
 from randlora.tuner.layers.base import RandLoraLayer, adapted
+from randlora.tuner.wrappers import plain_view
 
 _BIAS: dict[str, Literal["none", "all", "lora_only"]] = {"none": "none", "all": "all", "randlora_only": "lora_only"}
 

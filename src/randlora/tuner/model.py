@@ -35,7 +35,13 @@ from randlora.tuner.files.checks import require_own_tensors, require_sound_value
 from randlora.tuner.files.format import HOST, PREFIX
 from randlora.tuner.files.key_names import names_alone, names_in, without_biases_of_others
 from randlora.tuner.files.loading import keep_base_tensors, reads_a_file
-from randlora.tuner.files.wrappers import (
+from randlora.tuner.layers.base import ProjectionView, RandLoraLayer, adapted
+from randlora.tuner.layers.kinds import kind_of
+from randlora.tuner.layers.parameter import parts_of_wrapped
+from randlora.tuner.layers.quantized import one_rounding_warning
+from randlora.tuner.layers.read_weight import reads_weight_of
+from randlora.tuner.unmatched import instead_of_peft_warnings, warn_of_unmatched
+from randlora.tuner.wrappers import (
     is_wrapped,
     names_in_tree,
     names_to_load,
@@ -46,12 +52,6 @@ from randlora.tuner.files.wrappers import (
     step_into,
     without_steps,
 )
-from randlora.tuner.layers.base import ProjectionView, RandLoraLayer, adapted
-from randlora.tuner.layers.kinds import kind_of
-from randlora.tuner.layers.parameter import parts_of_wrapped
-from randlora.tuner.layers.quantized import one_rounding_warning
-from randlora.tuner.layers.read_weight import reads_weight_of
-from randlora.tuner.unmatched import instead_of_peft_warnings, warn_of_unmatched
 
 
 class RandLoraModel(BaseTuner):

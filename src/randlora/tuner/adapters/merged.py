@@ -13,8 +13,8 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from randlora.errors import MergeError
-from randlora.tuner.files.wrappers import plain_view
 from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.wrappers import plain_view
 
 
 class MergedTensor(NamedTuple):

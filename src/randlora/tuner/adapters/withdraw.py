@@ -7,8 +7,8 @@ import warnings
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from randlora.tuner.files.wrappers import put
 from randlora.tuner.layers.base import RandLoraLayer
+from randlora.tuner.wrappers import put
 
 
 def withdraw_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -20,8 +20,8 @@ from randlora.tuner.files.adapter_folder import require_loadable
 from randlora.tuner.files.format import GAMMA, LAMBDA, in_base
 from randlora.tuner.files.key_names import names_in
 from randlora.tuner.files.loading import base_put_back_on_failure, named_errors, put_back_on_failure
-from randlora.tuner.files.wrappers import plain_names, plain_view, unwrapped
 from randlora.tuner.layers.base import RandLoraLayer, adapted
+from randlora.tuner.wrappers import plain_names, plain_view, unwrapped
 
 Layers = dict[str, RandLoraLayer]
 """The adapter's layers by their path in the base model."""

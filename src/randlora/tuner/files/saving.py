@@ -20,8 +20,8 @@ from randlora.errors import CheckpointError
 from randlora.tuner.adapters.alone import without_others
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.files.atomic import write_atomically
-from randlora.tuner.files.wrappers import plain_names, plain_view
 from randlora.tuner.layers.base import adapted
+from randlora.tuner.wrappers import plain_names, plain_view
 
 _writes: ContextVar[bool] = ContextVar("writes", default=False)
 

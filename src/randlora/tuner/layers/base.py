@@ -26,6 +26,7 @@ from randlora.tuner.layers.plain import has_plain_product, is_only_moved, is_pla
 from randlora.tuner.layers.read_weight import read_weight
 from randlora.tuner.layers.rows import calls, mixed_forward
 from randlora.tuner.layers.scale import ScaledLayer
+from randlora.tuner.wrappers import unwrapped
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -162,6 +163,10 @@ class RandLoraLayer(ScaledLayer):
         self.merged_adapters: list[str] = []
         self._unmerged_weight: tuple[nn.Parameter] | None = None  # in a tuple it is no parameter of this module
         self._merged_bits: int | None = None
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the module inside all adapters, and inside all that wraps it (``torch.compile``, checkpointing)."""
+        return unwrapped(super().get_base_layer())
 
     @property
     def min_dim(self) -> int:
@@ -422,8 +427,9 @@ class RandLoraLayer(ScaledLayer):
         self.merged_adapters = []
 
     def _weight_bits(self) -> int | None:
-        weight = getattr(self.get_base_layer(), self.parameter_name, None)
-        return checksum(weight) if isinstance(weight, Tensor) else None
+        base = self.get_base_layer()
+        weight = (base._buffers | base._parameters).get(self.parameter_name)  # a computed one tells nothing
+        return None if weight is None else checksum(weight)
 
     def _is_intact(self) -> bool:
         """Whether the base weight is what merging has put there, as far as that can be told."""

@@ -13,13 +13,13 @@ from transformers.pytorch_utils import Conv1D
 
 from randlora.errors import UnsupportedLayerError
 from randlora.tuner.config import RandLoraConfig
-from randlora.tuner.files.wrappers import unwrapped
 from randlora.tuner.layers.base import innermost
 from randlora.tuner.layers.conv import conv_class, conv_shape
 from randlora.tuner.layers.embedding import Embedding, embedding_shape
 from randlora.tuner.layers.linear import Linear, OutProjection, linear_shape
 from randlora.tuner.layers.parameter import ParamWrapper, stacked_shape
 from randlora.tuner.layers.quantized import quantization_backend, quantized_class
+from randlora.tuner.wrappers import unwrapped
 
 
 class Kind(NamedTuple):

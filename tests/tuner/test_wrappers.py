@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from randlora import CheckpointError, RandLoraConfig, RandLoraLayer, get_peft_model, hotswap_adapter
 from randlora.convert import save_merged, to_lora
 
-from ..helpers import LLAMA_TARGETS, STACK_TARGETS, assert_close, assert_same_tensors, llama, output, randomise, stack
+from .helpers import LLAMA_TARGETS, STACK_TARGETS, assert_close, assert_same_tensors, llama, output, randomise, stack
 from .wrapping import WRAPPERS, compiled, one_process
 
 FILE = "adapter_model.safetensors"
@@ -153,7 +153,8 @@ class TestMerged:
         assert_close(outputs(model), plain[1], 1e-5)
 
     def test_unloaded(self, name):
-        model = peft_model_in(WRAPPERS[name](trained(bias="none"))).unload()
+        model = peft_model_in(WRAPPERS[name](trained(bias="none", modules_to_save=None))).unload()
+        assert not any(isinstance(module, RandLoraLayer) for module in model.modules())
         assert torch.equal(outputs(model), outputs(base()))
 
 
