@@ -119,7 +119,8 @@ def test_attributes_that_users_know():
             assert torch.equal(found["default"].float(), expected["default"][cut].float()), attribute
         assert our_layer.adapter_layer_names == their_layer.adapter_layer_names
     for attribute in ("randlora_A", "randlora_B"):
-        assert getattr(ours, attribute)["default"] is getattr(ours.model.tall, attribute)["default"]
+        assert torch.equal(getattr(ours, attribute)["default"], getattr(ours.model.tall, attribute)["default"])
+    assert ours.model.wide.basis("default") is ours.model.tall.basis("default")
     assert ours.prefix == theirs.prefix
 
 
