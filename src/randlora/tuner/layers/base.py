@@ -567,9 +567,9 @@ class RandLoraLayer(ScaledLayer):
     def _scalings(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """λ and γ; as attributes they would take longer to look up than a small product."""
         modules = cast("Any", self)._modules
-        held = [modules[group]._parameters.get(adapter_name) for group in self.adapter_layer_names]
-        lam, gamma = held
-        if lam is None or gamma is None:  # below FSDP they are no parameters
+        try:  # by `[]`, which DeepSpeed watches, to gather what it has taken apart
+            lam, gamma = (modules[group]._parameters[adapter_name] for group in self.adapter_layer_names)
+        except KeyError:  # below FSDP they are no parameters
             return self.randlora_lambda[adapter_name], self.randlora_gamma[adapter_name]
         return lam, gamma
 
