@@ -36,7 +36,7 @@ def test_a_package_that_is_too_old_is_named_with_the_way_out(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("package", "version"), [("torch", "2.5.1"), ("transformers", "4.57.6"), ("transformers", "5.24.0")]
+    ("package", "version"), [("torch", "2.10.0"), ("transformers", "4.57.6"), ("transformers", "5.24.0")]
 )
 def test_versions_outside_of_the_promised_ranges_are_named(monkeypatch, package, version):
     true_version = environment.version
