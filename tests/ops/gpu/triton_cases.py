@@ -269,14 +269,18 @@ class TestLayers:
         torch._dynamo.reset()
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
         step = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+        frames = []
         with force(plan):
             for tokens in (5, 9, 7):
                 x = torch.randn(tokens, 40, device=DEVICE).bfloat16().requires_grad_()
                 step(x).sum().backward()
+                frames.append(
+                    counter.frame_count
+                )  # the first time Dynamo may start again, with the scaling as a number
                 gradient, x.grad = x.grad, None
                 model(x).sum().backward()
                 torch.testing.assert_close(gradient, x.grad)
-        assert counter.frame_count == 1
+        assert len(set(frames)) == 1
 
     def test_vmap(self):
         d = Draw(4, 20, 27, 6)
