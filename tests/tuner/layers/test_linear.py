@@ -1,7 +1,10 @@
 """Linear layers: the contract of all kinds, plans, and the same numbers as PEFT."""
 
+import gc
 import itertools
 import warnings
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ from torch.nn import functional as F
 
 from randlora import Linear
 from randlora.ops import naive
+from randlora.ops import plan as plans
+from randlora.ops.bases import get_basis
 from randlora.ops.bases.dense import DenseBases
 from randlora.ops.bases.ternary import SparseBases
 from randlora.ops.plan import Plan, force
@@ -330,3 +335,54 @@ def test_many_tokens_in_half_precision_compute_as_few_do():
     layer = model.model[0]
     forms = [type(layer._operands("default", x.device, x.dtype, tokens)) for tokens in (200, 600)]
     assert forms == [SparseBases, DenseBases]
+
+
+class TestPreparedCalls:
+    """What is looked up serves only while it would be made in the same way."""
+
+    def layer(self):
+        model = randomise(ours(nn.Sequential(nn.Linear(24, 40)), r=4, randlora_alpha=8, target_modules=["0"]))
+        return model.model[0]
+
+    def expected(self, layer, x):
+        return layer.base_layer(x) + x @ layer.get_delta_weight("default").T
+
+    def test_other_bases_are_seen_and_the_old_ones_freed(self):
+        layer, x = self.layer(), torch.randn(5, 24)
+        layer(x)
+        basis = layer.basis("default")
+        spec, gone = basis.spec, weakref.ref(basis)
+        del basis
+        layer.bind_basis("default", get_basis(replace(spec, key=spec.key + 1)))
+        gc.collect()
+        assert gone() is None
+        assert_close(layer(x).detach(), self.expected(layer, x).detach(), 1e-5)
+
+    def test_a_basis_that_is_put_there_is_seen_too(self):
+        """``bases`` is a plain dictionary."""
+        layer, x = self.layer(), torch.randn(5, 24)
+        layer(x)
+        layer.bases["default"] = get_basis(replace(layer.basis("default").spec, key=99))
+        assert_close(layer(x).detach(), self.expected(layer, x).detach(), 1e-5)
+
+    def test_settings_of_the_process_are_seen(self):
+        layer, x = self.layer(), torch.randn(5, 24)
+        layer(x)
+        for plan in (Plan("fused", "fused", "weight"), Plan("token", "token", "token")):
+            with force(plan):
+                layer(x)
+                assert layer._prepared_call("default", x, layer.base_layer.weight).plan == plan
+        first, before = layer._prepared_call("default", x, layer.base_layer.weight), plans.rates
+        assert layer._prepared_call("default", x, layer.base_layer.weight) is first
+        try:
+            plans.set_rates(plans.Rates(element=0.0))
+            assert layer._prepared_call("default", x, layer.base_layer.weight) is not first
+        finally:
+            plans.set_rates(before)
+
+    def test_they_are_bounded(self):
+        layer = self.layer().eval()
+        with torch.no_grad():
+            for tokens in range(600):
+                layer(torch.zeros(tokens, 24))
+        assert len(layer._prepared._calls) <= 256

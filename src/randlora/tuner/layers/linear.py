@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from randlora.ops import linear as ops
+from randlora.ops.bases import AwaitedBasis, Basis
 from randlora.ops.operands import Operands
 from randlora.ops.plan import Plan, Problem, call_cost, choose, sum_cost
 from randlora.ops.precision import compute_dtype
@@ -87,6 +88,11 @@ class Linear(AdaptedModule, RandLoraLayer):
         """Adds the updates to the base weight, as :meth:`RandLoraLayer.merge`."""
         self._held.release()
         super().merge(safe_merge, adapter_names)
+
+    def bind_basis(self, adapter_name: str, basis: Basis | AwaitedBasis) -> None:
+        """Gives the adapter its bases, as :meth:`RandLoraLayer.bind_basis`; nothing holds on to other ones."""
+        self._prepared.clear()
+        super().bind_basis(adapter_name, basis)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter, and what may have been held of it."""
