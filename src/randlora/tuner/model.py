@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from randlora.errors import ConfigError
 from randlora.ops.bases import AwaitedBasis, Basis, num_bases
 from randlora.tuner.adapter_name import require_usable_name
-from randlora.tuner.adapters import weighted_sum as arithmetic
+from randlora.tuner.adapters import weighted_sum
 from randlora.tuner.adapters.alone import alone
 from randlora.tuner.adapters.mixed_batch import copies_per_sample, one_adapter_per_sample
 from randlora.tuner.adapters.reference import fill_reference, is_reference
@@ -122,11 +122,11 @@ class RandLoraModel(BaseTuner):
         try:
             with alone(model, adapter_name):
                 require_usable_name(model, adapter_name)
-                asked = copy.copy(config)
+                asked, plain = copy.copy(config), plain_view(model)
                 if state_dict is None:
-                    config = self.peft_config[adapter_name] = with_experts(config, plain_view(model))
-                    warn_of_experts_left_out(config, plain_view(model))
-                _maybe_include_all_linear_layers(config, plain_view(model))
+                    config = self.peft_config[adapter_name] = with_experts(config, plain)
+                    warn_of_experts_left_out(config, plain)
+                _maybe_include_all_linear_layers(config, plain)
                 named = None if state_dict is None else names_in_tree(model, state_dict)
                 with instead_of_peft_warnings(config):
                     super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, named)
@@ -337,7 +337,7 @@ class RandLoraModel(BaseTuner):
         Raises:
             CombinationError: if the adapters cannot be combined so; the model is as it was.
         """
-        return arithmetic.add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
+        return weighted_sum.add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters into the base weights of all layers, or of none if one is refused.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -371,9 +371,3 @@ def _layers(tensors: dict[str, Tensor], config: RandLoraConfig, weights: Path) -
     if not layers or len(tensors) != 2 * len(layers):
         raise CheckpointError(f"{weights} holds {len(tensors)} tensors of λ and γ, for {len(layers)} layers")
     return layers
-
-
-def _belong_together(lam: Sequence[int], gamma: Sequence[int]) -> bool:
-    """Whether shapes are those of λ (..., r, n) and γ (..., n, m)."""
-    matrices = min(len(lam), len(gamma)) >= 2 and 0 not in (*lam, *gamma)
-    return matrices and lam[-1] == gamma[-2] and lam[:-2] == gamma[:-2]

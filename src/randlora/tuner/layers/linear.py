@@ -166,7 +166,7 @@ class Linear(AdaptedModule, RandLoraLayer):
         tokens, basis = x.numel() // max(x.shape[-1], 1), self.basis(name)
 
         def make() -> tuple[Operands, Problem]:
-            operands = basis.operands(x.device, x.dtype, self._sizes(name), tokens)
+            operands = self._operands(name, x.device, x.dtype, tokens)
             fusible = weight is not None and ops.fuses(x.dtype, weight.dtype)
             needs_grad, shape = x.requires_grad, (self.out_features, self.in_features)
             return operands, ops.problem_of(operands, tokens, *shape, fusible, needs_grad)
