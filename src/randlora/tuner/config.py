@@ -231,8 +231,8 @@ class RandLoraConfig(PeftConfig):
             found = Structured(self.groups).groups_of(rank)
             if found < self.groups:
                 warnings.warn(
-                    f"r={rank} has {found} groups of structured bases and not {self.groups}, which do not divide it: "
-                    f"r={max(round(rank / self.groups), 1) * self.groups} has them, and costs less",
+                    f"of the {self.groups} groups of structured bases r={rank} has {found}, as many as divide it: "
+                    f"r={max(round(rank / self.groups), 1) * self.groups} has them all, and costs less",
                     stacklevel=4,
                 )
 

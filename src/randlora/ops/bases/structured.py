@@ -125,8 +125,8 @@ class StructuredStored:
         return (A * self.factors[0]).to(device, dtype), B.to(device, dtype)
 
     def file_tensors(self) -> tuple[Tensor, Tensor]:
-        """Return those of the largest layer in float32; no file holds them."""
-        return self.tensors(torch.device("cpu"), torch.float32)
+        """Return those of the largest layer in float64, which no file holds."""
+        return self.tensors(torch.device("cpu"), torch.float64)
 
     def numbers(self) -> tuple[Tensor, ...]:
         """Return everything that was drawn."""
@@ -219,9 +219,9 @@ class StructuredBases(NamedTuple):
             return self._plus(mixed.flatten(1), beside, self.max_dim)
         blocks = mixed.flatten(0, 1)  # (T·g, k)
         if beside is None or beside.rows.dtype not in WIDE or self.max_dim % self.groups:
-            return self._plus((blocks @ self.B.T).view(tokens, -1), beside, self.max_dim)
-        base = F.linear(*beside).view(blocks.shape[0], -1)
-        return torch.addmm(base, blocks, self.B.T).view(tokens, -1)
+            return self._plus((blocks @ self.B.T).unflatten(0, (tokens, self.groups)).flatten(1), beside, self.max_dim)
+        base = F.linear(*beside)
+        return torch.addmm(base.view(blocks.shape[0], self.B.shape[0]), blocks, self.B.T).view_as(base)
 
     def project(self, u: Tensor, scaled: Tensor | None = None) -> Tensor:
         """Return u (Q_a ⊗ Q_b) as (T, g, ρ·n), or, for more tokens than Q_b has rows, u (Q_a ⊗ 1)."""
