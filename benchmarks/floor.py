@@ -8,7 +8,7 @@ step has too brings all methods' multiples of it closer to 1.
 
 import math
 
-from .methods import DENSE, PEFT_DENSE, PEFT_VERY_SPARSE, SPARSE, VERY_SPARSE
+from .methods import DENSE, PEFT_DENSE, PEFT_VERY_SPARSE, SPARSE, STRUCTURED, STRUCTURED_16, VERY_SPARSE
 
 Shapes = list[tuple[int, int]]
 """(out, in) of each layer."""
@@ -27,6 +27,9 @@ def step_floor(method: str, adapted: Shapes, layers: Shapes, tokens: int, rank: 
     elif method == VERY_SPARSE:
         density = 1 / math.sqrt(max(min(shape) for shape in adapted))
         extra = sum(cheapest(tokens, out, into, rank, fusible, density) for out, into in adapted)
+    elif method in (STRUCTURED, STRUCTURED_16):
+        groups = 8 if method == STRUCTURED else 16
+        extra = sum(by_groups(tokens, out, into, rank, fusible, groups) for out, into in adapted)
     else:
         return None
     return (base + extra) / base
@@ -54,6 +57,15 @@ def cheapest(T: int, out: int, into: int, rank: int, fusible: bool, density: flo
         T * m * M + weight + min(by_weight, through_A + through_B),
     )
     return forward + backward
+
+
+def by_groups(T: int, out: int, into: int, rank: int, fusible: bool, groups: int) -> float:
+    """The same of structured bases, whose ΔW is spread from P = Q_b Ã without a product."""
+    m, M, q = _sizes(out, into, rank)
+    form = q * m * M / groups**2
+    by_token, by_block = T * q * (m + M) / groups, T * m * M / groups + form
+    update = min(by_token, by_block, form if fusible else T * m * M + form)
+    return 2 * update + min(by_token, by_block)
 
 
 def _sizes(out: int, into: int, rank: int) -> tuple[int, int, int]:

@@ -17,9 +17,17 @@ from .models import Target, matched_lora_rank
 FROZEN, LORA, VERA, FULL = "frozen", "LoRA", "VeRA", "full fine-tuning"
 PEFT_DENSE, PEFT_VERY_SPARSE = "PEFT RandLora", "PEFT RandLora, very sparse"
 DENSE, SPARSE, VERY_SPARSE = "randlora", "randlora, sparse", "randlora, very sparse"
+STRUCTURED, STRUCTURED_16 = "randlora, structured, 8 groups", "randlora, structured, 16 groups"
 
-PEERS = {DENSE: PEFT_DENSE, SPARSE: PEFT_DENSE, VERY_SPARSE: PEFT_VERY_SPARSE}
-"""PEFT's RandLora that each of ours is compared with. Sparse bases make no difference to its speed."""
+PEERS = {
+    DENSE: PEFT_DENSE,
+    SPARSE: PEFT_DENSE,
+    VERY_SPARSE: PEFT_VERY_SPARSE,
+    STRUCTURED: PEFT_DENSE,
+    STRUCTURED_16: PEFT_DENSE,
+}
+"""PEFT's RandLora that each of ours is compared with. Sparse bases make no difference to its speed; others it has not.
+"""
 TWINS = {DENSE: PEFT_DENSE, VERY_SPARSE: PEFT_VERY_SPARSE}
 """Those that must learn the same, since their bases are the same."""
 
@@ -74,6 +82,8 @@ METHODS: dict[str, Method] = {
     DENSE: ours(),
     SPARSE: ours(sparse=True),
     VERY_SPARSE: ours(very_sparse=True),
+    STRUCTURED: ours(structured=True),
+    STRUCTURED_16: ours(structured=True, groups=16),
     FULL: full,
 }
 

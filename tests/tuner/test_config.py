@@ -19,6 +19,8 @@ OWN = {
     "rank_pattern",
     "alpha_pattern",
     "sparsity",
+    "structured",
+    "groups",
     "randlora_scaling",
     "basis_fingerprint",
     "trainable_token_indices",  # as PEFT's LoRA

@@ -28,6 +28,7 @@ ADAPTERS = {
     },
     "x": {"r": 4, "randlora_alpha": 2, "target_modules": STACK_TARGETS, "save_projection": False},  # the bases of u
     "y": {"r": 3, "target_modules": ["square", "head"], "very_sparse": True, "randlora_scaling": "paper"},
+    "s": {"r": 4, "randlora_alpha": 3, "target_modules": STACK_TARGETS, "structured": True, "groups": 2},
     "z": {"r": 5, "target_modules": ["tall", "head"], "rank_pattern": {"head": 2}, "alpha_pattern": {"tall": 7}},
 }
 
@@ -46,12 +47,12 @@ def saved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations("uvy")), ids="".join)
+@pytest.mark.parametrize("order", list(itertools.permutations("uvs")), ids="".join)
 def test_loaded_in_any_order(saved, order):
     model = PeftModel.from_pretrained(stack(), saved / order[0], adapter_name=order[0])
     for name in order[1:]:
         model.load_adapter(saved / name, name)
-    for name in "uvyuv":
+    for name in "uvsuv":
         model.set_adapter(name)
         assert torch.equal(output(model), output(alone(name))), name
 
