@@ -66,7 +66,7 @@ def build(config, task, method, r):
         return model
     if method == "LoRA":
         return peft.get_peft_model(model, peft.LoraConfig(r=r, target_modules="all-linear", task_type=task_type))
-    kind = {"very_sparse": True} if method == "very sparse" else {}
+    kind = {"very sparse": {"very_sparse": True}, "structured": {"structured": True}}.get(method, {})
     config = randlora.RandLoraConfig(r=r, target_modules="all-linear", task_type=task_type, **kind)
     return randlora.get_peft_model(model, config)
 
@@ -103,11 +103,11 @@ def test_counts_and_bytes_are_exact(name, r, tmp_path):
         assert expected <= found <= expected + 10_000  # the header
 
 
-@pytest.mark.parametrize("method", ["RandLoRA", "very sparse", "LoRA", "full"])
+@pytest.mark.parametrize("method", ["RandLoRA", "very sparse", "structured", "LoRA", "full"])
 @pytest.mark.parametrize("name", MODELS)
 def test_peak_memory_within_a_tenth(name, method):
     config, task = MODELS[name]
-    kind = "very_sparse" if method == "very sparse" else "dense"
+    kind = method.replace(" ", "_") if method in ("very sparse", "structured") else "dense"
     plan = planned(name, kind=kind)
     predicted = {"LoRA": plan.lora, "full": plan.full}.get(method, plan.chosen)
     gc.collect()
@@ -125,7 +125,9 @@ def test_peak_memory_within_a_tenth(name, method):
 def test_products_within_30_percent_of_those_counted(name, tmp_path, monkeypatch):
     """With rates that count multiply-adds alone."""
     config, task = MODELS[name]
-    monkeypatch.setattr(planner, "rates", planner.Rates(split=1.0, sparse=1.0, element=0.0, element_sparse=0.0))
+    monkeypatch.setattr(
+        planner, "rates", planner.Rates(split=1.0, sparse=1.0, element=0.0, element_sparse=0.0, element_structured=0.0)
+    )
     monkeypatch.setattr(budget, "ELEMENT", 0.0)
     monkeypatch.setattr(budget, "OPTIMIZER", 0.0)
     plan = plan_training(setup_of(config, tmp_path, task=task), Budget(r=8))
@@ -136,9 +138,11 @@ def test_products_within_30_percent_of_those_counted(name, tmp_path, monkeypatch
         return counter.get_total_flops()
 
     base = counted(build(config, task, "full", 0).requires_grad_(False))
-    for option in (plan.chosen, plan.lora, plan.full):
-        found = counted(build(config, task, option.method, option.r)) / base
-        assert option.cost == pytest.approx(found, rel=0.3), option.method
+    structured = plan_training(setup_of(config, tmp_path, task=task, kind="structured"), Budget(r=8)).chosen
+    options = {"RandLoRA": plan.chosen, "LoRA": plan.lora, "full": plan.full, "structured": structured}
+    for method, option in options.items():
+        found = counted(build(config, task, method, option.r)) / base
+        assert option.cost == pytest.approx(found, rel=0.3), method
 
 
 class TestChoice:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import sys
-import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -138,7 +137,6 @@ class RandLoraConfig(PeftConfig):
             raise ConfigError("RandLoraConfig: " + "; ".join(faults))
         if self.structured:
             self.save_projection = False
-            self._warn_of_fewer_groups()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own convention
         if isinstance(self.exclude_modules, list):
@@ -225,16 +223,6 @@ class RandLoraConfig(PeftConfig):
         if self.groups < 1 or self.groups & (self.groups - 1):
             faults.append(f"groups={self.groups!r} must be a power of two, such as 8 or 16")
         return faults
-
-    def _warn_of_fewer_groups(self) -> None:
-        for rank in {self.r, *self.rank_pattern.values()}:
-            found = Structured(self.groups).groups_of(rank)
-            if found < self.groups:
-                warnings.warn(
-                    f"of the {self.groups} groups of structured bases r={rank} has {found}, as many as divide it: "
-                    f"r={max(round(rank / self.groups), 1) * self.groups} has them all, and costs less",
-                    stacklevel=4,
-                )
 
     def _choice_faults(self) -> list[str]:
         faults = []
