@@ -1,4 +1,4 @@
-"""Trains a tiny model in one or two processes, through torchrun: ``distributed_run.py <mode> <folder>``."""
+"""Trains a tiny model in one or two processes, through torchrun: ``distributed_run.py <mode> <kind> <folder>``."""
 
 import json
 import sys
@@ -22,11 +22,12 @@ STEPS, ROWS = 5, 8
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def build():
+def build(kind="dense"):
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
-    return get_peft_model(model, RandLoraConfig(r=4, randlora_alpha=80, target_modules=TARGETS))
+    bases = {"structured": True, "groups": 4} if kind == "structured" else {}
+    return get_peft_model(model, RandLoraConfig(r=4, randlora_alpha=80, target_modules=TARGETS, **bases))
 
 
 def tokens():
@@ -73,22 +74,22 @@ def adam(model):
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
 
-def prepared(mode, accelerator):
+def prepared(mode, kind, accelerator):
     """Model and optimiser of one process."""
     if mode == "zero3":
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = (
             ROWS // dist.get_world_size()
         )
-        model = build()
+        model = build(kind)
         return accelerator.prepare(model, adam(model))
-    model = {"fsdp1": flattened, "fsdp2": sharded}.get(mode, accelerator.prepare)(build())
+    model = {"fsdp1": flattened, "fsdp2": sharded}.get(mode, accelerator.prepare)(build(kind))
     return model, adam(model)
 
 
-def main(mode, folder):
+def main(mode, kind, folder):
     torch.set_num_threads(1)
     accelerator = Accelerator(deepspeed_plugin=partitioned()) if mode == "zero3" else Accelerator(cpu=True)
-    model, optimizer = prepared(mode, accelerator)
+    model, optimizer = prepared(mode, kind, accelerator)
     rank, processes = dist.get_rank(), dist.get_world_size()
     mine = tokens().chunk(processes)[rank]
     losses = []
@@ -129,4 +130,4 @@ def main(mode, folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(*sys.argv[1:3], Path(sys.argv[3]))
