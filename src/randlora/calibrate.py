@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from randlora.ops import plan as planner
-from randlora.ops.bases import BasisKind, BasisSpec, Dense, Ternary, get_basis
+from randlora.ops.bases import BasisKind, BasisSpec, Dense, Structured, Ternary, get_basis
 from randlora.ops.linear import adapted_linear, problem_of
 from randlora.ops.operands import Sizes
 from randlora.ops.plan import BasisWay, Problem, Rates, Way, backward_cost, forward_cost
@@ -59,12 +59,13 @@ def calibrate(
         The rates that are now in force.
     """
     device = torch.device(device)
-    dense, sparse = (
+    dense, sparse, structured = (
         [measure(shape, count, kind, device) for shape in shapes for count in tokens]
-        for kind in (Dense(), Ternary(2.0 * _RANK))
+        for kind in (Dense(), Ternary(2.0 * _RANK), Structured())
     )
     rates = fitted(dense, planner.rates, {"split": _around(0.85), "element": _around(40.0)})
     rates = fitted(sparse, rates, {"sparse": _around(9.0), "element_sparse": _around(40.0)})
+    rates = fitted(structured, rates, {"element_structured": _around(8.0)})
     planner.set_rates(rates)
     return rates
 

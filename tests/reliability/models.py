@@ -130,8 +130,8 @@ def configs(draw: st.DrawFn, model: Mixed, bias: bool = False) -> RandLoraConfig
         "rank_pattern": draw(st.sampled_from([{}, {chosen[0]: 4}])),
         "alpha_pattern": draw(st.sampled_from([{}, {chosen[-1]: 3}])),
     }
-    density = draw(st.sampled_from([{}, {"sparse": True}, {"very_sparse": True}, {"sparsity": 2.5}]))
-    return RandLoraConfig(**values, **density)
+    kinds = [{}, {"sparse": True}, {"very_sparse": True}, {"sparsity": 2.5}, {"structured": True, "groups": 4}]
+    return RandLoraConfig(**values, **draw(st.sampled_from(kinds)))
 
 
 def _targets(model: Mixed) -> tuple[list[str], list[str]]:

@@ -74,7 +74,7 @@ cases = st.builds(
     out=sizes,
     in_=sizes,
     rank=st.integers(1, 40),
-    bases=st.sampled_from(["dense", "sparse", "very_sparse"]),
+    bases=st.sampled_from(["dense", "sparse", "very_sparse", "structured"]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float16]),
     alpha=st.sampled_from([-6, -3, 0, 3, 6]),
     update=st.floats(-5, 3),
@@ -106,11 +106,11 @@ class Exact:
             p["default"].detach().double().requires_grad_() for p in (layer.randlora_lambda, layer.randlora_gamma)
         )
         basis = layer.basis("default")
-        A, B = basis.tensors(self.grad.device, torch.float64)
-        self.A, self.B = A[:, : layer.min_dim], B[: layer.max_dim, : self.lam.numel()]
+        self.A, self.B = basis.tensors(self.grad.device, torch.float64, layer.sizes("default"))
         self.scaling, self.unit, self.tiny = layer.scaling["default"], UNIT.get(dtype, 1), torch.finfo(dtype).tiny
-        if basis.factor != 1:  # products are with the codes
-            self.A, self.B, self.scaling = self.A.sign(), self.B.sign(), self.scaling * basis.factor
+        if basis.factor != 1:  # products are without the factors
+            of_A, of_B = basis.stored.factors
+            self.A, self.B, self.scaling = self.A / of_A, self.B / of_B, self.scaling * basis.factor
 
     def values(self) -> dict[str, Tensor]:
         """Output, merged weight, and the gradient of each input by name."""

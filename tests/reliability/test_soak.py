@@ -29,6 +29,7 @@ KINDS = [
     {},
     {"sparse": True},
     {"very_sparse": True},
+    {"structured": True, "groups": 4},
     {"sparsity": 2.5, "randlora_scaling": "paper"},
     {"save_projection": False, "randlora_dropout": 0.1},
     {"modules_to_save": ["lm_head"]},

@@ -77,6 +77,7 @@ class Setup:
         task: decides the class of the model, and whether a head trains.
         targets: as ``target_modules`` of ``RandLoraConfig``.
         kind: of the bases.
+        groups: of structured bases.
         batch_size: sequences in a step.
         length: tokens in a sequence.
         dtype: of the model's weights.
@@ -86,7 +87,8 @@ class Setup:
     model: str
     task: Task = "causal-lm"
     targets: str | list[str] = "all-linear"
-    kind: Literal["dense", "sparse", "very_sparse"] = "dense"
+    kind: Literal["dense", "sparse", "very_sparse", "structured"] = "dense"
+    groups: int = 8
     batch_size: int = 8
     length: int = 256
     dtype: torch.dtype = torch.float32
@@ -235,10 +237,10 @@ class _Planner:
         return choose_r(self.count, largest, most=most)
 
     def _config(self, r: int) -> RandLoraConfig:
-        kind = {self.setup.kind: True} if self.setup.kind != "dense" else {}
-        return RandLoraConfig(
-            r=r, target_modules=self.setup.targets, task_type=_TASK_TYPES[self.setup.task], **cast("Any", kind)
-        )
+        kind: dict[str, Any] = {self.setup.kind: True} if self.setup.kind != "dense" else {}
+        if self.setup.kind == "structured":
+            kind["groups"] = self.setup.groups
+        return RandLoraConfig(r=r, target_modules=self.setup.targets, task_type=_TASK_TYPES[self.setup.task], **kind)
 
     def _base(self) -> nn.Module:
         labels = {"num_labels": self.setup.num_labels} if self.setup.task == "sequence-classification" else {}
@@ -254,9 +256,9 @@ class _Planner:
         spec = self._specs(r)[0]
         peak = cost = None
         if traces:
-            # the rest is the same: parameter, gradient and two moments, and the bases, traced with two bytes an entry
+            # the rest is the same: parameter, gradient and two moments, and the bases, traced in another form
             peak = traces["RandLoRA"].peak_bytes + 16 * (count - chosen)
-            peak += spec.nbytes - 2 * self._specs(traced)[0].entries
+            peak += spec.nbytes - _traced_bytes(self._specs(traced)[0])
             cost = self._cost(r, count, traces["frozen"])
         return Option(
             method="RandLoRA",
@@ -355,6 +357,11 @@ def problem_for(layer: RandLoraLayer, r: int, tokens: int, dtype: torch.dtype, k
     sizes = Sizes(layer.max_dim, layer.min_dim, num_bases(r, layer.min_dim))
     costs = kind.costs(r, sizes, torch.device("cpu"), dtype, tokens)
     return Problem(tokens, layer.out_features, layer.in_features, costs, fuses(dtype, dtype))
+
+
+def _traced_bytes(spec: BasisSpec) -> int:
+    with torch.device("meta"):
+        return sum(tensor.nbytes for tensor in spec.kind.unfilled(spec).numbers())
 
 
 def _check(setup: Setup) -> None:

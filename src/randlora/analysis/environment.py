@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 
 from randlora.ops import bf16, naive
-from randlora.ops.bases import BasisKind, BasisSpec, Dense, Ternary, get_basis
+from randlora.ops.bases import BasisKind, BasisSpec, Dense, Structured, Ternary, get_basis
 from randlora.ops.gpu import availability
 from randlora.ops.linear import adapted_linear
 from randlora.ops.operands import Sizes
@@ -114,7 +114,8 @@ def _products() -> list[Finding]:
         "zeros of very sparse bases are skipped" if mkl else "very sparse bases are multiplied as dense ones",
     )
     kernels = _guarded("product", "GPU kernels (Triton)", _kernels)
-    layers = (_tried(name, kind) for name, kind in (("dense", Dense()), ("very sparse", Ternary(64.0))))
+    kinds: dict[str, BasisKind] = {"dense": Dense(), "very sparse": Ternary(64.0), "structured": Structured()}
+    layers = (_tried(name, kind) for name, kind in kinds.items())
     return [split, sparse, kernels, *layers]
 
 

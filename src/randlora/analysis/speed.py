@@ -116,6 +116,7 @@ def _methods(hidden: int, layers: int, r: int) -> dict[str, Callable[[], nn.Modu
         f"LoRA r={rank}": lambda: get_peft_model(base(), LoraConfig(r=rank, target_modules=list(_TARGETS))),
         f"RandLoRA r={r}": adapted,
         f"RandLoRA r={r}, very sparse": lambda: adapted(very_sparse=True),
+        f"RandLoRA r={r}, structured": lambda: adapted(structured=True),
         "full fine-tuning": base,
     }
 

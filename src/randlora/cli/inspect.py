@@ -52,7 +52,7 @@ def _show(found: Contents, out: Console, all_layers: bool) -> None:
     out.print(
         f"[bold]{found.path}[/]: RandLoRA for {quoted(config.get('base_model_name_or_path') or 'an unnamed model')}"
     )
-    density = next((n for n in ("sparse", "very_sparse", "sparsity") if config.get(n)), "dense")
+    density = next((n for n in ("sparse", "very_sparse", "sparsity", "structured") if config.get(n)), "dense")
     out.print(
         f"r={config['r']}, alpha={config['randlora_alpha']}, scaling {config.get('randlora_scaling', 'peft')}, "
         f"{density.replace('_', ' ')} bases of key {config['projection_prng_key']}, "

@@ -51,6 +51,7 @@ class Rates:
         sparse: a multiply-add of a product that skips zeros, for each one that it does.
         element: what an element of the weight costs apart from the products (copying W, splitting, adding).
         element_sparse: the same where the products skip zeros.
+        element_structured: the same of structured bases, which have ΔW without a product.
         sparse_tokens: up to how many tokens products that skip zeros, which run in float32, cost less than plain ones
             in half precision.
     """
@@ -59,17 +60,19 @@ class Rates:
     sparse: float = 9.0
     element: float = 40.0
     element_sparse: float = 40.0
+    element_structured: float = 8.0
     sparse_tokens: float = 400.0
 
 
-Products = Literal["plain", "split", "sparse"]
+Products = Literal["plain", "split", "sparse", "structured"]
 
 
 class Costs(NamedTuple):
     """What the products of one call cost, in multiply-adds of a plain matrix product; the operands say it.
 
     Attributes:
-        products: how products with B are computed: "plain", "split" (exact, of a bfloat16 B) or "sparse".
+        products: how products with B are computed: "plain", "split" (exact, of a bfloat16 B), "sparse" or
+            "structured" (by groups).
         through_A: T rows between m and q features.
         through_B: T rows between q and M features.
         weight: B Ã, or Bᵀ dW.

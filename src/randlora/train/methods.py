@@ -66,6 +66,8 @@ def _config(model: PreTrainedModel, settings: TrainSettings) -> PeftConfig:
         randlora_dropout=settings.dropout,
         sparse=settings.sparse,
         very_sparse=settings.very_sparse,
+        structured=settings.structured,
+        groups=settings.groups,
         save_projection=settings.save_projection,
         **common,
     )

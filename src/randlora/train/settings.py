@@ -80,6 +80,8 @@ class TrainSettings(BaseModel):
     )
     sparse: bool = Field(False, description="RandLoRA: ternary bases, a third of them not zero.")
     very_sparse: bool = Field(False, description="RandLoRA: ternary bases, 1/√D of them not zero.")
+    structured: bool = Field(False, description="RandLoRA: structured bases, an eighth of the arithmetic.")
+    groups: int = Field(8, ge=1, description="RandLoRA: groups of structured bases, a power of two.")
     save_projection: bool = Field(False, description="RandLoRA: write the bases into the adapter file.")
 
     learning_rate: float | None = Field(None, gt=0, description="Peak learning rate; by default one for the method.")

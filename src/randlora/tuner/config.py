@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -12,12 +13,18 @@ from peft import PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
 
 from randlora.errors import ConfigError
-from randlora.ops.bases import BasisKind, Dense, Ternary, num_bases
+from randlora.ops.bases import BasisKind, Dense, Structured, Ternary, num_bases
 from randlora.tuner.field_types import type_faults
 from randlora.tuner.files.atomic import write_json
 
 MAX_RANK = 2**16
 """No weight that is adapted has so large a smaller dimension; beyond it a config asks for memory only."""
+
+STRUCTURED_TYPE = "RANDLORA_STRUCTURED"
+"""The type in the file of an adapter with structured bases, which PEFT's own RandLora must refuse."""
+
+FILE_TYPES = (PeftType.RANDLORA, STRUCTURED_TYPE)
+"""The types that adapters of this package have in their files."""
 
 _EXTENSIONS = (
     "exclude_modules",
@@ -25,6 +32,8 @@ _EXTENSIONS = (
     "rank_pattern",
     "alpha_pattern",
     "sparsity",
+    "structured",
+    "groups",
     "randlora_scaling",
     "basis_fingerprint",
     "trainable_token_indices",
@@ -47,11 +56,15 @@ class RandLoraConfig(PeftConfig):
             linear layers (``"w1"``, ``"gate_proj"``, ``"gate"``) mean ``target_parameters``, as for PEFT's LoRA.
         projection_prng_key: Seed of the bases; the lowest 32 bits count.
         save_projection: Whether the adapter file holds the bases. It need not: they are regenerated bit for bit on
-            any machine and compared with ``basis_fingerprint``.
+            any machine and compared with ``basis_fingerprint``. Structured bases are never in it.
         sparse: Ternary bases, P(-1) = P(+1) = 1/6.
         very_sparse: Ternary bases, P(-1) = P(+1) = 1/(2√D), D the smaller dimension of the largest adapted shape.
             (PEFT's docstring says 1/√D; its code, and this one, follow Li, Hastie & Church 2006.)
         sparsity: Ternary bases of any other density, P(-1) = P(+1) = 1/(2·sparsity).
+        structured: Structured bases (``docs/structured.md``), an extension of the paper: a full-rank update for an
+            eighth of the arithmetic. PEFT's own RandLora refuses such an adapter.
+        groups: How many groups structured bases have, a power of two: more are cheaper. Those that do not divide a
+            rank are fewer for it.
         randlora_dropout: Dropout probability on the adapter's input.
         randlora_alpha: Scaling numerator, see ``randlora_scaling``.
         randlora_scaling: ``"peft"`` scales the update by alpha/r, 20 by default. ``"paper"`` scales it by
@@ -99,6 +112,8 @@ class RandLoraConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Ranks by module name"})
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Alphas by module name"})
     sparsity: float | None = field(default=None, metadata={"help": "s of ternary bases, P(±1) = 1/(2s) each"})
+    structured: bool = field(default=False, metadata={"help": "Structured bases, an eighth of the arithmetic"})
+    groups: int = field(default=8, metadata={"help": "Groups of structured bases, a power of two"})
     randlora_scaling: Literal["peft", "paper"] = field(
         default="peft", metadata={"help": "alpha/r, or the paper's alpha/(r·√n)"}
     )
@@ -113,12 +128,17 @@ class RandLoraConfig(PeftConfig):
         self.read_from_file = self.peft_type is not None  # a file names its type, whoever writes code does not
         self.settled = self.read_from_file  # whether the targets are those of a model that was adapted
         self.recorded = False  # whether the fingerprint is that of a model that was saved
-        self.peft_type = PeftType.RANDLORA
+        of_type, self.peft_type = self.peft_type, PeftType.RANDLORA
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         faults = type_faults(self) or [*self._number_faults(), *self._choice_faults(), *self._expression_faults()]
+        if of_type == STRUCTURED_TYPE and not self.structured:
+            faults.append(f"peft_type={STRUCTURED_TYPE!r} says that the bases are structured, structured=False not")
         if faults:
             raise ConfigError("RandLoraConfig: " + "; ".join(faults))
+        if self.structured:
+            self.save_projection = False
+            self._warn_of_fewer_groups()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own convention
         if isinstance(self.exclude_modules, list):
@@ -149,6 +169,8 @@ class RandLoraConfig(PeftConfig):
 
     def basis_kind(self, min_dim: int) -> BasisKind:
         """Return the kind of the adapter's bases; ``min_dim`` is m as drawn."""
+        if self.structured:
+            return Structured(self.groups)
         if self.very_sparse:
             return Ternary(math.sqrt(min_dim))
         sparsity = 3.0 if self.sparse else self.sparsity
@@ -171,6 +193,8 @@ class RandLoraConfig(PeftConfig):
         for name in _EXTENSIONS:
             if content[name] == getattr(plain, name):
                 del content[name]
+        if self.structured:
+            content |= {"peft_type": STRUCTURED_TYPE, "groups": self.groups}
         return {name: sorted(value) if isinstance(value, set) else value for name, value in content.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -198,7 +222,19 @@ class RandLoraConfig(PeftConfig):
             faults.append(f"randlora_dropout={self.randlora_dropout!r} must be a number from 0 to below 1")
         if self.sparsity is not None and not (_is_positive(self.sparsity) and self.sparsity >= 1):
             faults.append(f"sparsity={self.sparsity!r} must be a finite number of at least 1 (P(±1) = 1/(2·sparsity))")
+        if self.groups < 1 or self.groups & (self.groups - 1):
+            faults.append(f"groups={self.groups!r} must be a power of two, such as 8 or 16")
         return faults
+
+    def _warn_of_fewer_groups(self) -> None:
+        for rank in {self.r, *self.rank_pattern.values()}:
+            found = Structured(self.groups).groups_of(rank)
+            if found < self.groups:
+                warnings.warn(
+                    f"of the {self.groups} groups of structured bases r={rank} has {found}, as many as divide it: "
+                    f"r={max(round(rank / self.groups), 1) * self.groups} has them all, and costs less",
+                    stacklevel=4,
+                )
 
     def _choice_faults(self) -> list[str]:
         faults = []
@@ -206,9 +242,11 @@ class RandLoraConfig(PeftConfig):
             faults.append(f"bias={self.bias!r} must be 'none', 'all' or 'randlora_only'")
         if self.randlora_scaling not in ("peft", "paper"):
             faults.append(f"randlora_scaling={self.randlora_scaling!r} must be 'peft' or 'paper'")
-        chosen = [name for name in ("sparse", "very_sparse", "sparsity") if getattr(self, name)]
+        chosen = [name for name in ("sparse", "very_sparse", "sparsity", "structured") if getattr(self, name)]
         if len(chosen) > 1:
             faults.append(f"{' and '.join(chosen)} contradict each other: give one of them")
+        if self.groups != type(self).groups and not self.structured:
+            faults.append(f"groups={self.groups!r} means nothing without structured=True")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             faults.append(
                 f"layers_to_transform={self.layers_to_transform!r} needs target_modules as a list of names, "

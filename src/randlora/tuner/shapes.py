@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from randlora.errors import ConfigError
 from randlora.ops.bases import Basis
-from randlora.ops.bases.dense import DenseStored
 from randlora.tuner.base_model import base_path_of, empty_base
 from randlora.tuner.bases import define_bases
 from randlora.tuner.config import RandLoraConfig
@@ -58,17 +57,15 @@ def bind_empty_bases(model: nn.Module) -> list[Tensor]:
     """Gives the layers of an unbound model bases of the right sizes and no particular numbers.
 
     Returns:
-        The tensors that they hold: bfloat16, of ternary ones too.
+        The tensors that they hold.
     """
     held: list[Tensor] = []
     for tuner in [m for m in model.modules() if isinstance(m, _Unbound)]:
         layers = list(adapted(tuner.model, "default").values())
         config = cast("RandLoraConfig", tuner.peft_config["default"])
         for rank, spec in define_bases(layers, config, "default").items():
-            a = torch.empty(rank, spec.used_min_dim, dtype=torch.bfloat16)
-            b = torch.empty(spec.used_max_dim, spec.used_num_bases * rank, dtype=torch.bfloat16)
-            held += (a, b)
-            basis = Basis(DenseStored(a, b))
+            basis = Basis(spec.kind.unfilled(spec))
+            held += basis.stored.numbers()
             for layer in layers:
                 if layer.r["default"] == rank:
                     layer.bind_basis("default", basis)

@@ -33,8 +33,7 @@ class Layer:
         self.factor = self.basis.factor / self.operands.unit  # what λ makes up for
         self.lam, self.gamma = draw(self.rank, n), draw(n, self.m) / 4
         self.u, self.v = draw(tokens, self.M).to(dtype).double(), draw(tokens, self.m).to(dtype).double()
-        A, B = self.basis.tensors(CPU, torch.float64)
-        self.A, self.B = A[:, : self.m], B[: self.M, : n * self.rank]
+        self.A, self.B = self.basis.tensors(CPU, torch.float64, self.sizes)
         self.update = naive.delta_weight(self.A, self.B, self.lam, self.gamma, 1.0, self.M, self.m)
 
     def scaled(self, operands):
@@ -144,6 +143,6 @@ class KindContract:
 
     def test_on_the_meta_device(self):
         layer = self.layer()
-        operands = layer.basis.operands(META, torch.float32, layer.sizes, 9).ready()
-        lam, gamma = (torch.empty(shape, device=META) for shape in ((layer.rank, 4), (4, layer.m)))
+        n, operands = layer.sizes.num_bases, layer.basis.operands(META, torch.float32, layer.sizes, 9).ready()
+        lam, gamma = (torch.empty(shape, device=META) for shape in ((layer.rank, n), (n, layer.m)))
         assert operands.weight(operands.scaled(lam, gamma)).shape == (layer.M, layer.m)

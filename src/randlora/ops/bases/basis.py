@@ -71,9 +71,12 @@ class Basis:
         """Return a layer's slices as they are stored, for layers that read a few rows of ΔW, without ``factor``."""
         return self.stored.lookup(device, dtype, sizes)
 
-    def tensors(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return copies of A (r, m) and B (M, n·r) on ``device`` in ``dtype``, as plain numbers."""
-        return self.stored.tensors(device, dtype)
+    def tensors(self, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None) -> tuple[Tensor, Tensor]:
+        """Return copies of A (r, m) and B (M, n·r) on ``device`` in ``dtype``, as plain numbers.
+
+        They are those of a layer of these sizes, or of the largest.
+        """
+        return self.stored.tensors(device, dtype, sizes)
 
     def projections(self) -> tuple[Tensor, Tensor]:
         """Return copies of A (r, 1, m) and B (M, n, r) on the CPU in the smallest dtype that loses nothing."""
@@ -91,8 +94,7 @@ class Basis:
         if self._fingerprint is None:
             numbers = self.stored.numbers()
             digest = hashlib.sha256()
-            dtype = str(numbers[0].dtype).removeprefix("torch.")
-            digest.update(f"randlora {dtype} {self.rank} {self.min_dim} {self.max_dim}".encode())
+            digest.update(f"randlora {self.stored.label} {self.rank} {self.min_dim} {self.max_dim}".encode())
             digest.update(np.asarray(self.stored.factors, "<f4").tobytes())
             for tensor in numbers:
                 digest.update(_little_endian(tensor))
@@ -107,6 +109,15 @@ class Basis:
             return False
         theirs = (A[:, :, : self.min_dim], B[: self.max_dim, : self.num_bases])
         return all(_equal(mine, their) for mine, their in zip(self.projections(), theirs, strict=True))
+
+    def gives_as(self, other: Basis, sizes: Sizes) -> bool:
+        """Whether a layer of these sizes reads the same numbers here and there."""
+        if self is other:
+            return True
+        if (self.rank, self.factor) != (other.rank, other.factor):
+            return False
+        mine, theirs = (basis.operands(torch.device("cpu"), torch.float32, sizes) for basis in (self, other))
+        return type(mine) is type(theirs) and all(map(torch.equal, mine.tensors(), theirs.tensors()))
 
     def covers(self, rank: int, min_dim: int, max_dim: int) -> bool:
         """Whether a layer of that rank and those dimensions finds its slices here."""

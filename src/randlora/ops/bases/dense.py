@@ -50,6 +50,10 @@ class Dense:
         b = _divide_by_std(b_bits.reshape(used_M, used_n * r), b_counts)
         return DenseStored(a, b)
 
+    def unfilled(self, spec: BasisSpec) -> DenseStored:
+        """Return matrices of these sizes without particular numbers."""
+        return unfilled_matrices(spec)
+
     def nbytes(self, spec: BasisSpec) -> int:
         """Return the bytes that the stored form takes: two for each number."""
         return 2 * spec.entries
@@ -74,6 +78,7 @@ class DenseStored:
         self.a, self.b = a, b
         self.rank, self.min_dim = a.shape
         self.max_dim, self.num_bases = b.shape[0], b.shape[1] // self.rank
+        self.label = str(a.dtype).removeprefix("torch.")
         self.forms = Forms()
 
     def operands(
@@ -93,9 +98,10 @@ class DenseStored:
         A, B = self._on(device, None)
         return DenseBases(A[:, None, : sizes.min_dim], B[: sizes.max_dim, : sizes.num_bases * self.rank], dtype)
 
-    def tensors(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def tensors(self, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None) -> tuple[Tensor, Tensor]:
         """Return copies of A (r, m) and B (M, n·r)."""
-        return self.a.to(device, dtype, copy=True), self.b.to(device, dtype, copy=True)
+        a, b = sliced(self.a, self.b, sizes)
+        return a.to(device, dtype, copy=True), b.to(device, dtype, copy=True)
 
     def file_tensors(self) -> tuple[Tensor, Tensor]:
         """Return copies of A (r, m) and B (M, n·r) in the dtype in which they are stored."""
@@ -258,6 +264,19 @@ class DenseBases(NamedTuple):
             d_lam.append((weighted * gamma).sum(-1))
             d_gamma = d_gamma + (weighted * scale.unsqueeze(-1)).sum(0)
         return torch.cat(d_lam), d_gamma
+
+
+def unfilled_matrices(spec: BasisSpec) -> DenseStored:
+    """Return bfloat16 matrices without particular numbers in the place of A and B."""
+    return DenseStored(
+        torch.empty(spec.rank, spec.used_min_dim, dtype=torch.bfloat16),
+        torch.empty(spec.used_max_dim, spec.used_num_bases * spec.rank, dtype=torch.bfloat16),
+    )
+
+
+def sliced(a: Tensor, b: Tensor, sizes: Sizes | None) -> tuple[Tensor, Tensor]:
+    """Return the parts of A (r, m) and B (M, n·r) that a layer of these sizes reads."""
+    return (a, b) if sizes is None else (a[:, : sizes.min_dim], b[: sizes.max_dim, : sizes.num_bases * a.shape[0]])
 
 
 def dense_costs(rank: int, sizes: Sizes, tokens: int, splits: bool = False) -> Costs:

@@ -91,6 +91,9 @@ class BasisKind(Protocol):
     def draw(self, spec: BasisSpec) -> Stored:
         """Return the numbers that ``spec`` defines: the same on every machine."""
 
+    def unfilled(self, spec: BasisSpec) -> Stored:
+        """Return a form of these sizes without particular numbers, on torch's default device, to follow a step with."""
+
     def nbytes(self, spec: BasisSpec) -> int:
         """Return the bytes that the stored form takes."""
 
@@ -107,6 +110,7 @@ class Stored(Protocol):
         max_dim: M, rows of B.
         num_bases: n.
         factors: what the numbers of A and of B are to be multiplied with: operands leave these out.
+        label: how the numbers are kept, as the fingerprint names it.
         forms: those that have been made of the numbers.
     """
 
@@ -115,6 +119,7 @@ class Stored(Protocol):
     max_dim: int
     num_bases: int
     factors: tuple[float, float]
+    label: str
     forms: Forms
 
     def operands(self, device: torch.device, dtype: torch.dtype, sizes: Sizes, tokens: int | None) -> Operands:
@@ -127,14 +132,17 @@ class Stored(Protocol):
     def lookup(self, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> RowOperands:
         """Return a layer's slices as they are stored, for layers that read a few rows of ΔW."""
 
-    def tensors(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return copies of A (r, m) and B (M, n·r), row-major over (n, r), as plain numbers with their factors."""
+    def tensors(self, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None) -> tuple[Tensor, Tensor]:
+        """Return copies of A (r, m) and B (M, n·r), row-major over (n, r), as plain numbers with their factors.
+
+        They are those of a layer of these sizes, or of the largest.
+        """
 
     def file_tensors(self) -> tuple[Tensor, Tensor]:
         """Return ``tensors`` on the CPU in the smallest dtype that a file may hold without loss."""
 
-    def numbers(self) -> tuple[Tensor, Tensor]:
-        """Return A (r, m) and B (M, n·r) without the factors: floating point, or codes in int8."""
+    def numbers(self) -> tuple[Tensor, ...]:
+        """Return everything that was drawn, which the fingerprint covers."""
 
     @property
     def nbytes(self) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from randlora.ops import bf16, codes, plan
-from randlora.ops.bases.dense import DenseBases, dense_costs, grouped_operands
+from randlora.ops.bases.dense import DenseBases, DenseStored, dense_costs, grouped_operands, sliced, unfilled_matrices
 from randlora.ops.bases.drawing import chunks, std, words
 from randlora.ops.bases.spec import BasisSpec, Forms, nbytes_of, on_meta
 from randlora.ops.csr import BLOCK, Csr, compress, padded_rows, places_of
@@ -58,6 +58,10 @@ class Ternary:
             torch.from_numpy(np.ascontiguousarray(a)), torch.from_numpy(np.ascontiguousarray(b)), factors, self
         )
 
+    def unfilled(self, spec: BasisSpec) -> DenseStored:
+        """Return matrices of these sizes without particular numbers, since codes are unpacked for each call."""
+        return unfilled_matrices(spec)
+
     def nbytes(self, spec: BasisSpec) -> int:
         """Return the bytes that the stored form takes: one for each number of A, two bits for each of B."""
         columns = spec.used_num_bases * spec.rank
@@ -96,6 +100,7 @@ class TernaryStored:
         self.a, self.packed, self.factors, self.kind = a, codes.pack(b), factors, kind
         self.rank, self.min_dim = a.shape
         self.max_dim, self.num_bases = b.shape[0], b.shape[1] // self.rank
+        self.label = "int8"
         self.forms = Forms()
 
     def operands(
@@ -109,8 +114,7 @@ class TernaryStored:
         wide = at_least_float32(dtype)
 
         def make() -> SparseBases:
-            a, b = self.numbers()
-            a, b = a[:, : sizes.min_dim], b[: sizes.max_dim, : sizes.num_bases * self.rank]
+            a, b = sliced(*self.numbers(), sizes)
             return sparse_bases(a.to(wide), b.to(wide), dtype)
 
         return self.forms.get((wide, sizes), make)._replace(dtype=dtype)
@@ -129,9 +133,9 @@ class TernaryStored:
         """Return the codes in int8."""
         return self.a, codes.unpack(self.packed, self.num_bases * self.rank, torch.int8)
 
-    def tensors(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def tensors(self, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None) -> tuple[Tensor, Tensor]:
         """Return A (r, m) and B (M, n·r)."""
-        (a, factor_a), (b, factor_b) = zip(self.numbers(), self.factors, strict=True)
+        (a, factor_a), (b, factor_b) = zip(sliced(*self.numbers(), sizes), self.factors, strict=True)
         return (a.to(device).float() * factor_a).to(dtype), (b.to(device).float() * factor_b).to(dtype)
 
     def file_tensors(self) -> tuple[Tensor, Tensor]:

@@ -96,15 +96,16 @@ def _weight_of(
 
 
 def _common_basis(name: str, layer: RandLoraLayer, adapters: list[str]) -> Basis:
-    if len({(layer.r[adapter], id(layer.bases[adapter])) for adapter in adapters}) > 1:
+    first, *others = (layer.basis(adapter) for adapter in adapters)
+    if not all(other.gives_as(first, layer.sizes(adapters[0])) for other in others):
         described = ", ".join(f"{adapter!r} has r={layer.r[adapter]}" for adapter in adapters)
         raise CombinationError(
             f"the adapters {', '.join(map(repr, adapters))} have different bases in {name!r} ({described}): their sum "
-            "is no RandLoRA adapter. They can be added if r, projection_prng_key, density and the largest adapted "
-            "shape are the same. Otherwise `randlora.convert.to_lora` makes a LoRA adapter of the sum, and "
-            "`merge_adapter([name, ...])` adds them to the weights."
+            "is no RandLoRA adapter. They can be added if r, projection_prng_key, the kind of the bases and, unless "
+            "that is structured, the largest adapted shape are the same. Otherwise `randlora.convert.to_lora` makes a "
+            "LoRA adapter of the sum, and `merge_adapter([name, ...])` adds them to the weights."
         )
-    return layer.basis(adapters[0])
+    return first
 
 
 def _require_exact(fits: dict[str, Fit], adapters: list[str]) -> None:
@@ -138,7 +139,7 @@ def _combined_config(tuner: RandLoraModel, layers: dict[str, RandLoraLayer], ada
 
 def _bind(layer: RandLoraLayer, adapter_name: str, basis: Basis, config: RandLoraConfig) -> None:
     """Gives the sum the bases of its terms, which another set of layers might not define: then the file brings them."""
-    if layer.bases[adapter_name] is basis:
+    if layer.basis(adapter_name).gives_as(basis, layer.sizes(adapter_name)):
         return
     if layer.r[adapter_name] != config.r:
         raise CombinationError(

@@ -21,8 +21,8 @@ from randlora.ops import linear as ops
 from randlora.ops.bases import Basis, BasisSpec, basis_from_projections, get_basis
 from randlora.ops.operands import Sizes
 from randlora.tuner.bases import combined_fingerprint, define_bases
-from randlora.tuner.config import RandLoraConfig
-from randlora.tuner.files.format import GAMMA, LAMBDA, in_base
+from randlora.tuner.config import FILE_TYPES, RandLoraConfig
+from randlora.tuner.files.format import GAMMA, LAMBDA, NO_STRUCTURED_BASES, in_base
 from randlora.tuner.layers.base import RandLoraLayer
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -209,7 +209,7 @@ def _require_plain_config(folder: Path) -> None:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is no JSON file, or a damaged one: {error}") from None
     method = content.get("peft_type") if isinstance(content, dict) else None
-    if not isinstance(method, str) or method not in list(PeftType):
+    if not isinstance(method, str) or method not in (*PeftType, *FILE_TYPES):
         raise CheckpointError(f"{file} is no adapter's config: it names no method of PEFT as its peft_type")
 
 
@@ -257,7 +257,7 @@ def refuse_pickle(path: str | os.PathLike[str]) -> None:
         content = json.loads((Path(path).parent / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
-    if isinstance(content, dict) and content.get("peft_type") == PeftType.RANDLORA:
+    if isinstance(content, dict) and content.get("peft_type") in FILE_TYPES:
         raise CheckpointError(
             f"{os.fspath(path)!r} is a pickle, and nothing is unpickled from an adapter. If you trust it, rewrite it: "
             f"safetensors.torch.save_file(torch.load({PICKLE!r}, weights_only=True), {WEIGHTS!r})"
@@ -310,6 +310,8 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
     flat = [name for name in names if name not in ours and name not in rest and dimensions[name] != 3]
     if flat:
         raise CheckpointError(f"{weights}: {flat[0]!r} has {dimensions[flat[0]]} dimensions, a basis has 3")
+    if projections and config.structured:
+        raise CheckpointError(f"{weights} holds bases, {NO_STRUCTURED_BASES}")
     pairs = {owner: (pair["A"], pair["B"]) for owner, pair in projections.items()}
     return AdapterFolder(folder, config, _layers(ours, config, weights), pairs, rest)
 

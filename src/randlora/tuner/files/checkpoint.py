@@ -18,7 +18,7 @@ from randlora.errors import BasisMismatchError, CheckpointError
 from randlora.ops.bases import AwaitedBasis, Basis, basis_from_projections, get_basis
 from randlora.tuner.bases import fingerprint
 from randlora.tuner.config import RandLoraConfig
-from randlora.tuner.files.format import GAMMA
+from randlora.tuner.files.format import GAMMA, NO_STRUCTURED_BASES
 from randlora.tuner.layers.base import RandLoraLayer, adapted
 
 _PROJECTIONS = {"randlora_A": "A", "randlora_B": "B", "randlora_A_used": "A", "randlora_B_used": "B"}
@@ -87,6 +87,8 @@ def take_projections(
     """
     rest = {key: value for key, value in state_dict.items() if key.rpartition(".")[2] not in _PROJECTIONS}
     pairs = _pairs({key: value for key, value in state_dict.items() if key not in rest})
+    if pairs and config.structured:
+        raise CheckpointError(f"the file holds bases ({', '.join(sorted(pairs))}), {NO_STRUCTURED_BASES}")
     layers = list(adapted(model, adapter_name).values())
     main = [layer for layer in layers if layer.r[adapter_name] == config.r]
     bound = [_bind(pair, main, adapter_name, owner) for owner, pair in pairs.items()]

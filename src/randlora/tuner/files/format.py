@@ -11,6 +11,12 @@ PREFIX = f"{HOST}model."
 LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
 """The last parts of the names of λ and γ."""
 
+NO_STRUCTURED_BASES = (
+    "which structured bases never are: they are not written, and always drawn again. The file is damaged, or belongs "
+    "to another config"
+)
+"""Why a file that holds bases is refused for an adapter whose bases are structured."""
+
 
 def in_file(name: str) -> str:
     """Return the name in a file of a tensor that has ``name`` in the base model."""

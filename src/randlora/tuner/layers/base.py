@@ -301,8 +301,7 @@ class RandLoraLayer(ScaledLayer):
         lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
         device = lam.device if device is None else device
         lam, gamma = lam.to(device), gamma.to(device)
-        A, B = self.basis(adapter).tensors(device, at_least_float32(lam.dtype))
-        A, B = A[:, : self.min_dim], B[: self.max_dim, : lam.numel()]
+        A, B = self.basis(adapter).tensors(device, at_least_float32(lam.dtype), self.sizes(adapter))
         scaled = DenseBases(A.unsqueeze(1), B, B.dtype).scaled(lam, gamma)
         return (scaled, B) if self.out_features >= self.in_features else (B.T, scaled.T)
 
@@ -555,13 +554,14 @@ class RandLoraLayer(ScaledLayer):
         self, adapter_name: str, device: torch.device, dtype: torch.dtype, tokens: int | None = None
     ) -> Operands:
         """This layer's slices of the shared bases, as products in ``dtype`` take them."""
-        return self.basis(adapter_name).operands(device, dtype, self._sizes(adapter_name), tokens)
+        return self.basis(adapter_name).operands(device, dtype, self.sizes(adapter_name), tokens)
 
     def _lookup(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> RowOperands:
         """This layer's slices of the shared bases as they are stored, for layers that read a few rows."""
-        return self.basis(adapter_name).lookup(device, dtype, self._sizes(adapter_name))
+        return self.basis(adapter_name).lookup(device, dtype, self.sizes(adapter_name))
 
-    def _sizes(self, adapter_name: str) -> Sizes:
+    def sizes(self, adapter_name: str) -> Sizes:
+        """Return the sizes of the slices of the adapter's bases that this layer reads."""
         return Sizes(self.max_dim, self.min_dim, self.num_bases[adapter_name])
 
     def _scalings(self, adapter_name: str) -> tuple[Tensor, Tensor]:

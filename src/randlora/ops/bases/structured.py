@@ -1,0 +1,378 @@
+"""Structured bases: A in column groups, B a Kronecker product of Hadamard matrices.
+
+An extension of the paper by this project (``docs/structured.md`` derives it). The columns of a layer of M × m fall into
+g groups of c = ⌈m/g⌉ neighbours, A's r rows into g groups of ρ = r/g, and a row is zero outside of its group's columns.
+So Ã has ρ·n numbers a column, and is kept as that matrix (ρ·n, g·c). B = Q_a ⊗ Q_b, with Q_a (g, g) and
+Q_b (⌈M/g⌉, ρ·n), both of ±1. With P = Q_b Ã, each block of rows of the update is P with signs, one for each group of
+columns: ΔW = [Q_a[a, i] · P_i] for block a and group i.
+
+Where g does not divide a size, the last groups, or blocks, have one column, or row, less; they are padded with zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from randlora.ops import plan, rounding
+from randlora.ops.bases.drawing import words
+from randlora.ops.bases.spec import BasisSpec, Forms, nbytes_of
+from randlora.ops.operands import Beside, Sizes, added, with_base
+from randlora.ops.plan import Costs
+from randlora.ops.precision import WIDE, at_least_float32
+from randlora.ops.units import in_units, unit
+
+
+@dataclass(frozen=True)
+class Structured:
+    """A in groups, B = Q_a ⊗ Q_b of signed Hadamard matrices.
+
+    Attributes:
+        groups: the most groups, a power of two; a rank takes the largest power of two up to it that divides the rank.
+    """
+
+    groups: int = 8
+    name: ClassVar[str] = "structured"
+    file_itemsize: ClassVar[int] = 0  # bytes: PEFT has no names for them, and no file holds them
+
+    def groups_of(self, rank: int) -> int:
+        """Return the number of groups g of bases of that rank."""
+        return math.gcd(rank, self.groups)
+
+    def draw(self, spec: BasisSpec) -> StructuredStored:
+        """Return the signs of Q_a's rows, then for each index its column of A and the sign of its row of Q_b.
+
+        So neither depends on how many there are: layers of any sizes read the same numbers.
+        """
+        g = self.groups_of(spec.rank)
+        rho, rows = spec.rank // g, -(-spec.used_max_dim // g)
+        drawn = words(spec.key, iter([g, max(spec.used_min_dim, rows) * (rho + 1)]))
+        signs, indices = next(drawn), next(drawn).reshape(-1, rho + 1)
+        return StructuredStored(
+            torch.from_numpy(_uniform(indices[: spec.used_min_dim, :rho].T)),
+            torch.from_numpy(_signs(signs)),
+            torch.from_numpy(_signs(indices[:rows, rho])),
+            spec.used_max_dim,
+        )
+
+    def unfilled(self, spec: BasisSpec) -> StructuredStored:
+        """Return a form of these sizes without particular numbers."""
+        g = self.groups_of(spec.rank)
+        mix_signs, row_signs = (torch.empty(size, dtype=torch.int8) for size in (g, -(-spec.used_max_dim // g)))
+        return StructuredStored(torch.empty(spec.rank // g, spec.used_min_dim), mix_signs, row_signs, spec.used_max_dim)
+
+    def nbytes(self, spec: BasisSpec) -> int:
+        """Return the bytes that the stored form takes: A's non-zeros in float32, and signs."""
+        g = self.groups_of(spec.rank)
+        return 4 * spec.rank // g * spec.used_min_dim + g + -(-spec.used_max_dim // g)
+
+    def costs(self, rank: int, sizes: Sizes, device: torch.device, dtype: torch.dtype, tokens: int) -> Costs:
+        """Return the costs of the operands that a layer of these sizes would get."""
+        return _costs(rank, self.groups_of(rank), sizes, tokens)
+
+
+class StructuredStored:
+    """The numbers that define A and B.
+
+    Args:
+        a: the non-zeros of A's columns (ρ, m), uniform over (−1, 1), float32.
+        mix_signs: of Q_a's rows (g,), int8.
+        row_signs: of Q_b's rows (⌈M/g⌉,), int8.
+        max_dim: M, rows of B.
+    """
+
+    def __init__(self, a: Tensor, mix_signs: Tensor, row_signs: Tensor, max_dim: int) -> None:
+        self.a, self.mix_signs, self.row_signs, self.max_dim = a, mix_signs, row_signs, max_dim
+        self.groups = mix_signs.shape[0]
+        self.rank, self.min_dim = a.shape[0] * self.groups, a.shape[1]
+        self.num_bases = -(-self.min_dim // self.rank)
+        self.factors = (math.sqrt(3.0 * self.groups), 1.0)  # mean squares of 1, A's zeros counted
+        self.label = f"structured {self.groups}"
+        self.forms = Forms()
+
+    def operands(self, device: torch.device, dtype: torch.dtype, sizes: Sizes, tokens: int | None) -> StructuredBases:
+        """Return a layer's A, Q_a and Q_b: in half precision on a CPU for products in float32."""
+        held = at_least_float32(dtype) if device.type == "cpu" else dtype
+        rows, columns = -(-sizes.max_dim // self.groups), sizes.num_bases * self.a.shape[0]
+
+        def make() -> tuple[Tensor, Tensor, Tensor]:
+            A = padded(self.a[:, : sizes.min_dim], self.groups)
+            mix = self.mix_signs[:, None] * hadamard(self.groups, self.groups).to(self.mix_signs.device)
+            B = self.row_signs[:rows, None] * hadamard(rows, columns).to(self.row_signs.device)
+            return A.to(device), mix.to(device, held), in_units(B, held).to(device)
+
+        A, mix, B = self.forms.get((device, held, rows, columns, sizes.min_dim), make)
+        return StructuredBases(A, mix, B, sizes.max_dim, sizes.min_dim, dtype)
+
+    def lookup(self, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> StructuredBases:
+        """Return the same: rows of ΔW are made of them."""
+        return self.operands(device, dtype, sizes, None)
+
+    def tensors(self, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None) -> tuple[Tensor, Tensor]:
+        """Return A (r, m) and B (M, n·r) as plain matrices. Those of a smaller layer are no parts of them."""
+        sizes = sizes or Sizes(self.max_dim, self.min_dim, self.num_bases)
+        operands = self.operands(torch.device("cpu"), torch.float64, sizes, None)
+        g, rho = self.groups, self.a.shape[0]
+        own = torch.eye(g, dtype=torch.float64).repeat_interleave(operands.A.shape[1] // g, 1)  # (g, g·c)
+        A = cut(torch.einsum("gj,kj->gkj", own, operands.A.double()).reshape(g * rho, -1), g, sizes.min_dim)
+        B = cut(torch.kron(operands.mix, operands.B).T, g, sizes.max_dim).T
+        return (A * self.factors[0]).to(device, dtype), B.to(device, dtype)
+
+    def file_tensors(self) -> tuple[Tensor, Tensor]:
+        """Return those of the largest layer in float64, which no file holds."""
+        return self.tensors(torch.device("cpu"), torch.float64)
+
+    def numbers(self) -> tuple[Tensor, ...]:
+        """Return everything that was drawn."""
+        return self.a, self.mix_signs, self.row_signs
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all forms that are held."""
+        return nbytes_of([*self.numbers(), *(tensor for form in self.forms for tensor in form)])
+
+
+class StructuredBases(NamedTuple):
+    """The structured bases of one layer.
+
+    Attributes:
+        A: non-zeros of A's columns (ρ, g·c), padded, in float32.
+        mix: Q_a (g, g).
+        B: Q_b (⌈M/g⌉, ρ·n) in the dtype in which products run, and its unit.
+        max_dim: M.
+        min_dim: m.
+        dtype: of the results.
+    """
+
+    A: Tensor
+    mix: Tensor
+    B: Tensor
+    max_dim: int
+    min_dim: int
+    dtype: torch.dtype
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return A, Q_a and Q_b."""
+        return self[:3]
+
+    def static(self) -> tuple[Any, ...]:
+        """Return the sizes and the dtype."""
+        return self[3:]
+
+    @classmethod
+    def of(cls, tensors: tuple[Tensor, ...], static: tuple[Any, ...]) -> StructuredBases:
+        """Return the operands of ``tensors()`` and ``static()``."""
+        A, mix, B = tensors
+        return cls(A, mix, B, *static)
+
+    @property
+    def unit(self) -> float:
+        """The unit in which Q_b stands."""
+        return unit(self.B.dtype)
+
+    def ready(self) -> StructuredBases:
+        """Return the operands, which are."""
+        return self
+
+    def costs(self, tokens: int) -> Costs:
+        """Return the costs of products by groups."""
+        rho, g = self.A.shape[0], self.groups
+        return _costs(rho * g, g, Sizes(self.max_dim, self.min_dim, self.B.shape[1] // rho), tokens)
+
+    @property
+    def groups(self) -> int:
+        """Number of groups g."""
+        return self.mix.shape[0]
+
+    def scaled(self, lam: Tensor, gamma: Tensor) -> Tensor:
+        """Return Ã (ρ·n, g·c), without the zeros outside of its groups; formed in float32 or wider, rounded once."""
+        A = self.A if self.A.dtype == lam.dtype else self.A.to(torch.promote_types(lam.dtype, self.A.dtype))
+        lam, gamma = self._by_group(lam, gamma)
+        scaled = (lam * gamma * A.unflatten(1, (self.groups, -1)).unsqueeze(1)).flatten(0, 1).flatten(1)
+        return scaled if scaled.dtype == self.B.dtype else scaled.to(self.B.dtype)
+
+    def weight(self, scaled: Tensor, base: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
+        """Return B Ã (+ base): one elementwise pass."""
+        if base is not None and base.stride(1) != 1:  # in its order of memory
+            update = (scaled.T @ self.B.T).unsqueeze(1), self._signs().T.unsqueeze(2)  # (g·c, g, ⌈M/g⌉)
+            return self._sum(update, 1, base.T, seed).T
+        update = (self.B @ scaled).unsqueeze(0), self._signs().unsqueeze(1)  # (g, ⌈M/g⌉, g·c)
+        return self._sum(update, 0, base, seed)
+
+    def times(self, rows: Tensor, update: Tensor, beside: Beside | None) -> Tensor:
+        """Return ``rows @ update`` (+ the base layer's product)."""
+        return with_base(rows, update, beside)
+
+    def widen(self, v: Tensor, scaled: Tensor, beside: Beside | None) -> Tensor:
+        """Return v Ãᵀ Bᵀ (+ the base layer's product)."""
+        tokens = v.shape[0]
+        factor = scaled if self._by_token(tokens) else self.B @ scaled
+        inner = self._columns(v) @ factor.unflatten(1, (self.groups, -1)).permute(1, 2, 0)  # (g, T, k)
+        mixed = self.mix @ inner.transpose(0, 1)  # (T, g, k)
+        if not self._by_token(tokens):
+            return self._plus(mixed.flatten(1), beside, self.max_dim)
+        blocks = mixed.flatten(0, 1)  # (T·g, k)
+        if beside is None or beside.rows.dtype not in WIDE or self.max_dim % self.groups:
+            return self._plus((blocks @ self.B.T).unflatten(0, (tokens, self.groups)).flatten(1), beside, self.max_dim)
+        base = F.linear(*beside)
+        return torch.addmm(base.view(blocks.shape[0], self.B.shape[0]), blocks, self.B.T).view_as(base)
+
+    def project(self, u: Tensor, scaled: Tensor | None = None) -> Tensor:
+        """Return u (Q_a ⊗ Q_b) as (T, g, ρ·n), or, for more tokens than Q_b has rows, u (Q_a ⊗ 1)."""
+        mixed = self.mix.T @ self._blocks(u)  # (T, g, ⌈M/g⌉)
+        return mixed @ self.B if self._by_token(u.shape[0]) else mixed
+
+    def narrow(self, projected: Tensor, scaled: Tensor, beside: Beside | None) -> Tensor:
+        """Return u B Ã (+ the base layer's product)."""
+        factor = scaled if self._by_token(projected.shape[0]) else self.B @ scaled
+        inner = projected.transpose(0, 1) @ factor.unflatten(1, (self.groups, -1)).transpose(0, 1)  # (g, T, c)
+        return self._plus(inner.transpose(0, 1).flatten(1), beside, self.min_dim)
+
+    def from_tokens(
+        self, u: Tensor, v: Tensor, lam: Tensor, gamma: Tensor, scaled: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``project(u)``, dλ and dγ."""
+        projected = self.project(u)
+        gradient = projected.permute(1, 2, 0) @ self._columns(v)  # (g, k, c)
+        if not self._by_token(u.shape[0]):
+            gradient = self.B.T @ gradient
+        return projected, *self._gradients(gradient, lam, gamma)
+
+    def from_weight(self, d_weight: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """Return dλ and dγ."""
+        blocks = self._blocks(self._blocks(d_weight).flatten(1).T)  # (g·c, a, t)
+        by_group = blocks.unflatten(0, (self.groups, -1))
+        return self._gradients(self.B.T @ torch.einsum("ijat,ai->itj", by_group, self.mix), lam, gamma)
+
+    def rows(self, ids: Tensor, scaled: Tensor, wide: bool) -> Tensor:
+        """Return rows ``ids`` of B Ã, or of its transpose."""
+        signs = self._signs()
+        ids = self._padded_ids(ids, self.max_dim if wide else self.min_dim)
+        if wide:
+            block = self.B.shape[0]
+            found = (F.embedding(ids % block, self.B) @ scaled) * F.embedding(ids // block, signs)
+            return cut(found, self.groups, self.min_dim).to(self.dtype)
+        inner = F.embedding(ids, scaled.T) @ self.B.T  # (*ids, ⌈M/g⌉)
+        found = (F.embedding(ids, signs.T).unsqueeze(-1) * inner.unsqueeze(-2)).flatten(-2)
+        return cut(found, self.groups, self.max_dim).to(self.dtype)
+
+    def table(self, scaled: Tensor, wide: bool) -> Tensor:
+        """Return B Ã, or its transpose."""
+        return self.weight(scaled) if wide else self.weight(scaled).T
+
+    def _by_token(self, tokens: int) -> bool:
+        """Whether Q_b multiplies tokens, and not Ã once for all of them."""
+        return tokens <= self.B.shape[0]
+
+    def _blocks(self, values: Tensor) -> Tensor:  # (T, k) -> (T, g, ⌈k/g⌉)
+        return padded(values.to(self.B.dtype), self.groups).unflatten(1, (self.groups, -1))
+
+    def _columns(self, v: Tensor) -> Tensor:  # (T, m) -> (g, T, c)
+        return self._blocks(v).transpose(0, 1)
+
+    def _padded_ids(self, ids: Tensor, size: int) -> Tensor:
+        """The places among padded groups of indices below ``size``."""
+        short = -size % self.groups
+        if not short:
+            return ids
+        length, edge = -(-size // self.groups), (self.groups - short) * -(-size // self.groups)
+        return torch.where(ids < edge, ids, ids + (ids - edge) // max(length - 1, 1))
+
+    def _plus(self, update: Tensor, beside: Beside | None, size: int) -> Tensor:
+        """The update without its padding, plus the base layer's product, rounded once."""
+        return added(cut(update, self.groups, size), beside, self.dtype)
+
+    def _by_group(self, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """λ (r, n) as (ρ, n, g, 1), γ (n, m) as (n, g, c)."""
+        lam = lam.unflatten(0, (self.groups, -1)).permute(1, 2, 0).unsqueeze(-1)
+        return lam, padded(gamma, self.groups).unflatten(1, (self.groups, -1))
+
+    def _signs(self) -> Tensor:
+        """Q_a[a, i] for each block of rows a and each column, (g, g·c)."""
+        return self.mix.repeat_interleave(self.A.shape[1] // self.groups, 1)
+
+    def _sum(self, update: tuple[Tensor, Tensor], blocks: int, base: Tensor | None, seed: Tensor | None) -> Tensor:
+        """The update, given as P and signs of which dimension ``blocks`` and the next are M's, plus ``base``."""
+        even = not (self.max_dim % self.groups or self.min_dim % self.groups)
+        if base is not None and seed is None and even and base.dtype == self.B.dtype == self.dtype:
+            return torch.addcmul(base.unflatten(blocks, (self.groups, -1)), *update).flatten(blocks, blocks + 1)
+        product = (update[0] * update[1]).flatten(blocks, blocks + 1)
+        rows, columns = (self.min_dim, self.max_dim) if blocks else (self.max_dim, self.min_dim)
+        product = cut(cut(product, self.groups, columns).T, self.groups, rows).T
+        if base is not None and seed is not None:
+            return rounding.stochastic(product.float() + base.float(), seed)
+        return (product if base is None else product + base).to(self.dtype)
+
+    def _gradients(self, d_scaled: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """dλ (r, n) and dγ (n, m) from dÃ (g, ρ·n, c)."""
+        rho = self.A.shape[0]
+        wide = at_least_float32(d_scaled.dtype)
+        d = d_scaled.to(wide).unflatten(1, (rho, -1))  # (g, ρ, n, c)
+        A = self.A.to(wide).unflatten(1, (self.groups, -1)).transpose(0, 1).unsqueeze(2)  # (g, ρ, 1, c)
+        weighted = d * A
+        lam, gamma = self._by_group(lam.to(wide), gamma.to(wide))
+        d_lam = (weighted * gamma.transpose(0, 1).unsqueeze(1)).sum(-1).flatten(0, 1)
+        d_gamma = (weighted * lam.squeeze(-1).permute(2, 0, 1).unsqueeze(-1)).sum(1)  # (g, n, c)
+        return d_lam, cut(d_gamma.transpose(0, 1).flatten(1), self.groups, self.min_dim)
+
+
+def padded(values: Tensor, groups: int) -> Tensor:
+    """Return values (..., k) with a zero after each of the last groups, which are shorter: (..., groups·⌈k/groups⌉)."""
+    length, short = -(-values.shape[-1] // groups), -values.shape[-1] % groups
+    if not short:
+        return values
+    whole, rest = values.split([(groups - short) * length, short * (length - 1)], -1)
+    return torch.cat([whole, F.pad(rest.unflatten(-1, (short, length - 1)), (0, 1)).flatten(-2)], -1)
+
+
+def cut(values: Tensor, groups: int, size: int) -> Tensor:
+    """Return the ``size`` values of which ``padded`` has made these."""
+    length, short = -(-size // groups), -size % groups
+    if not short:
+        return values
+    whole, rest = values.split([(groups - short) * length, short * length], -1)
+    return torch.cat([whole, rest.unflatten(-1, (short, length))[..., :-1].flatten(-2)], -1)
+
+
+def hadamard(rows: int, columns: int) -> Tensor:
+    """Return the first rows and columns of Sylvester's Hadamard matrices, ±1 in int8; each begins the next.
+
+    They are L D U with unit triangular factors and no zero in D, being Kronecker powers of such a matrix. So these
+    parts have full rank, whatever their sizes.
+    """
+    found = np.ones((1, 1), np.int8)
+    while found.shape[0] < rows or found.shape[1] < columns:
+        found = np.block([[found, found], [found, -found]])[:rows, :columns]
+    return torch.from_numpy(found[:rows, :columns].copy())
+
+
+def _costs(rank: int, groups: int, sizes: Sizes, tokens: int) -> Costs:
+    """The costs of products by groups, Q_b being multiplied with the tokens or, if they are many, with Ã."""
+    M, m, n = sizes
+    rows, q, element = -(-M // groups), n * rank, plan.rates.element_structured
+    form = rows * q * m / groups  # P = Q_b Ã
+    by_token = tokens <= rows
+    return Costs(
+        products="structured",
+        through_A=tokens * q * m / groups if by_token else tokens * M * m / groups + form,
+        through_B=tokens * (M + q) * element / 2 + (tokens * q * M / groups if by_token else 0.0),
+        weight=form,
+        element=element,
+        factors=element * q * m / groups,
+    )
+
+
+def _uniform(drawn: np.ndarray) -> np.ndarray:
+    """The middles of 2²⁴ intervals between −1 and 1, exact in float32: none is zero."""
+    return ((2 * drawn.astype(np.int64) + 1 - 2**24) / 2**24).astype(np.float32)
+
+
+def _signs(drawn: np.ndarray) -> np.ndarray:
+    """±1 in int8 by the highest of 24 bits."""
+    return (1 - 2 * (drawn >> np.uint32(23)).astype(np.int8)).astype(np.int8)
