@@ -36,6 +36,7 @@ class Method:
         rates: learning rates to begin with, each twice the one before.
         budgeted: whether the method is run at every budget, or once with its own number of values.
         variant: whether it is a question about RandLoRA rather than a rival: the first budget, one seed.
+        least_r: the least r of RandLoRA with which the method is what it says: a rank has no more groups than rows.
         gamma_rate: γ's learning rate beside that of all else.
         gamma_start: what γ's first values are multiplied by.
         needs: fields of `RandLoraConfig` without which there is no such method.
@@ -45,6 +46,7 @@ class Method:
     rates: tuple[float, ...]
     budgeted: bool = True
     variant: bool = False
+    least_r: int = 1
     gamma_rate: float = 1.0
     gamma_start: float = 1.0
     needs: frozenset[str] = frozenset()
@@ -95,8 +97,7 @@ def randlora_method(start: float, kind: dict[str, Any], **options: Any) -> Metho
 
 
 STRUCTURED = {
-    f"RandLoRA, {groups} groups{title}": randlora_method(8e-3, {"structured": True, "groups": groups, **kind})
-    for title, kind in (("", {}), (", orthogonal", {"orthogonal": True}))
+    f"RandLoRA, {groups} groups": randlora_method(8e-3, {"structured": True, "groups": groups}, least_r=groups)
     for groups in (4, 8, 16, 32)
 }
 PLAIN: dict[str, Any] = {"randlora_scaling": "peft", "alpha": 20.0}

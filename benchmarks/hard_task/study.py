@@ -55,7 +55,7 @@ def cells(task: Task) -> list[tuple[str, int]]:
 def budgets(method: Method, task: Task) -> tuple[int, ...]:
     if not method.budgeted:
         return (0,)
-    return task.ranks[:1] if method.variant else task.ranks
+    return tuple(r for r in task.ranks[: 1 if method.variant else None] if r >= method.least_r)
 
 
 def seeds(name: str, task: Task) -> int:
