@@ -5,7 +5,7 @@ number is the same or as near as ranks can come.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import chain, combinations
 from typing import Any
 
@@ -15,8 +15,10 @@ from transformers import GPT2LMHeadModel
 
 import randlora
 from randlora.analysis.counts import count_trainable
+from randlora.ops.bases import BasisKind
 
 from ..models import linear_shapes
+from .kinds import DrawnStructured, OrthogonalDense
 
 TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 VERA_RANK = 256
@@ -35,11 +37,10 @@ class Method:
         adapt: makes the model ready to train.
         rates: learning rates to begin with, each twice the one before.
         budgeted: whether the method is run at every budget, or once with its own number of values.
-        variant: whether it is a question about RandLoRA rather than a rival: the first budget, one seed.
+        variant: whether it is a question about RandLoRA rather than a rival: the first budget alone.
         least_r: the least r of RandLoRA with which the method is what it says: a rank has no more groups than rows.
         gamma_rate: γ's learning rate beside that of all else.
         gamma_start: what γ's first values are multiplied by.
-        needs: fields of `RandLoraConfig` without which there is no such method.
     """
 
     adapt: Adapt
@@ -49,7 +50,6 @@ class Method:
     least_r: int = 1
     gamma_rate: float = 1.0
     gamma_start: float = 1.0
-    needs: frozenset[str] = frozenset()
 
 
 def doubling(start: float) -> tuple[float, ...]:
@@ -79,49 +79,48 @@ def vera(model: GPT2LMHeadModel, _r: int, seed: int) -> nn.Module:
     return peft.get_peft_model(model, config)
 
 
-def ours(alpha: float = 2.0, **kind: Any) -> Adapt:
-    """The paper's scaling, and its α = 2·r; each seed has bases of its own."""
+def ours(alpha: float = 2.0, kind: BasisKind | None = None, **options: Any) -> Adapt:
+    """The paper's scaling, and its α = 2·r; each seed has bases of its own. ``kind`` is one that no option names."""
 
     def adapt(model: GPT2LMHeadModel, r: int, seed: int) -> nn.Module:
-        chosen = {"randlora_scaling": "paper", **kind}
+        chosen = {"randlora_scaling": "paper", **options}
         config = randlora.RandLoraConfig(
             r=r, target_modules=list(TARGETS), randlora_alpha=alpha * r, projection_prng_key=seed, **chosen
         )
+        if kind is not None:
+            config.basis_kind = lambda min_dim: kind  # type: ignore[method-assign]
         return randlora.get_peft_model(model, config)
 
     return adapt
 
 
-def randlora_method(start: float, kind: dict[str, Any], **options: Any) -> Method:
-    return Method(ours(**kind), doubling(start), needs=frozenset(kind) - {"alpha"}, **options)
-
-
 STRUCTURED = {
-    f"RandLoRA, {groups} groups": randlora_method(8e-3, {"structured": True, "groups": groups}, least_r=groups)
+    f"RandLoRA, {groups} groups": Method(ours(structured=True, groups=groups), doubling(8e-3), least_r=groups)
     for groups in (4, 8, 16, 32)
 }
-PLAIN: dict[str, Any] = {"randlora_scaling": "peft", "alpha": 20.0}
+VARIANTS: dict[str, Method] = {
+    "RandLoRA, dense, orthogonal B": Method(ours(kind=OrthogonalDense()), doubling(8e-3), variant=True),
+    "RandLoRA, 8 groups, drawn Q_b": Method(ours(kind=DrawnStructured(8)), doubling(8e-3), variant=True),
+    "RandLoRA, dense, α/r = 20": Method(ours(alpha=20.0, randlora_scaling="peft"), doubling(2.5e-4), variant=True),
+    "RandLoRA, dense, γ rate / 4": Method(ours(), doubling(8e-3), variant=True, gamma_rate=0.25),
+    "RandLoRA, dense, γ rate × 4": Method(ours(), doubling(4e-3), variant=True, gamma_rate=4.0),
+    "RandLoRA, dense, γ start / 10": Method(ours(), doubling(8e-3), variant=True, gamma_start=0.1),
+    "RandLoRA, dense, γ start × 16": Method(ours(), doubling(4e-3), variant=True, gamma_start=16.0),
+}
+"""Questions about RandLoRA."""
 
-TABLE: dict[str, Method] = {
+METHODS: dict[str, Method] = {
     "LoRA": Method(lora(), doubling(4e-3)),
-    "RandLoRA, dense": randlora_method(8e-3, {}),
+    "RandLoRA, dense": Method(ours(), doubling(8e-3)),
     "full fine-tuning": Method(full, doubling(1e-3), budgeted=False),
-    "RandLoRA, dense, orthogonal": randlora_method(8e-3, {"orthogonal": True}),
     **STRUCTURED,
-    "RandLoRA, very sparse": randlora_method(8e-3, {"very_sparse": True}),
+    "RandLoRA, very sparse": Method(ours(very_sparse=True), doubling(8e-3)),
     "rsLoRA": Method(lora(use_rslora=True), doubling(4e-3)),
     "DoRA": Method(lora(use_dora=True), doubling(4e-3)),
     "VeRA": Method(vera, doubling(1.6e-2), budgeted=False),
-    "RandLoRA, dense, α/r = 20": randlora_method(2.5e-4, PLAIN, variant=True),
-    "RandLoRA, dense, γ rate / 4": randlora_method(8e-3, {}, variant=True, gamma_rate=0.25),
-    "RandLoRA, dense, γ rate × 4": randlora_method(8e-3, {}, variant=True, gamma_rate=4.0),
-    "RandLoRA, dense, γ start / 10": randlora_method(8e-3, {}, variant=True, gamma_start=0.1),
-    "RandLoRA, dense, γ start × 16": randlora_method(4e-3, {}, variant=True, gamma_start=16.0),
+    **VARIANTS,
 }
-"""In the order of the study; rivals first."""
-
-FIELDS = {field.name for field in fields(randlora.RandLoraConfig)}
-METHODS = {name: method for name, method in TABLE.items() if method.needs <= FIELDS}
+"""In the order of the study."""
 
 
 def budget(model: nn.Module, r: int) -> int:

@@ -44,7 +44,7 @@ def wanted(task: Task, results: Results) -> Iterator[Run]:
         for name, r in part:
             best = settled(name, r, results)
             if best is not None:
-                yield from (Run(name, r, best, seed) for seed in range(1, seeds(name, task)))
+                yield from (Run(name, r, best, seed) for seed in range(1, task.seeds))
 
 
 def cells(task: Task) -> list[tuple[str, int]]:
@@ -56,10 +56,6 @@ def budgets(method: Method, task: Task) -> tuple[int, ...]:
     if not method.budgeted:
         return (0,)
     return tuple(r for r in task.ranks[: 1 if method.variant else None] if r >= method.least_r)
-
-
-def seeds(name: str, task: Task) -> int:
-    return 1 if METHODS[name].variant else task.seeds
 
 
 def rates(name: str, r: int, results: Results) -> list[float]:

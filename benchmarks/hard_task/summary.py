@@ -5,7 +5,7 @@ from typing import Any
 
 from .cost import Costs
 from .settings import Task
-from .study import Results, Run, cells, loss, rates, seeds, settled
+from .study import Results, Run, cells, loss, rates, settled
 
 NEAR = 0.1  # bits per byte
 TEXTS = ("source", "english")
@@ -42,7 +42,7 @@ def row(task: Task, name: str, r: int, results: Results, before: dict[str, float
     if best is None:
         raise RuntimeError(f"{name} at r={r}: not all runs are done")
     swept = [results[Run(name, r, rate, 0)] for rate in rates(name, r, results)]
-    others = [results[Run(name, r, best, seed)] for seed in range(1, seeds(name, task))]
+    others = [results[Run(name, r, best, seed)] for seed in range(1, task.seeds)]
     runs = [one for one in swept if one["rate"] == best] + others
     low, high = near(swept)
     lost = [one["rate"] for one in swept if one["rate"] > best and not loss(one) <= before["source"]]

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.hard_task import data, methods, model, page, runs, settings, study, summary
+from benchmarks.hard_task.kinds import DrawnStructured, OrthogonalDense
 from benchmarks.hard_task.runs import Run
 from benchmarks.hard_task.settings import QUICK, STUDY, Pretraining, Task
+
+from randlora import RandLoraLayer
+from randlora.ops.bases import BasisSpec, Structured
 
 TINY = Task(Pretraining(1, 32, 64, 2, 32, steps=30, batch=8), steps=4, windows=8, ranks=(8,), seeds=2)
 DENSE = "RandLoRA, dense"
@@ -68,6 +72,25 @@ class TestBudgets:
     def test_full_fine_tuning_trains_everything(self):
         base = model.build(TINY.base)
         assert count(methods.full(base, 0, 0)) == sum(p.numel() for p in base.parameters())
+
+
+class TestKinds:
+    def test_columns_are_orthogonal_or_drawn(self):
+        def products(kind):
+            stored = kind.draw(BasisSpec(8, 64, 192, 0, kind, 64, 192))
+            _, B = stored.tensors(torch.device("cpu"), torch.float64)
+            assert B.abs().unique().tolist() == [1]
+            return B.T @ B / 192 - torch.eye(64)
+
+        assert not products(OrthogonalDense()).any()
+        assert not products(Structured(2)).any()
+        assert products(DrawnStructured(2)).any()
+
+    @pytest.mark.parametrize("name", [f"{DENSE}, orthogonal B", "RandLoRA, 8 groups, drawn Q_b"])
+    def test_a_method_has_the_kind_that_its_name_says(self, name, folder):
+        adapted = runs.adapted(methods.METHODS[name], TINY, 8, 0, folder)
+        found = {layer.basis("default").spec.kind for layer in adapted.modules() if isinstance(layer, RandLoraLayer)}
+        assert found == {OrthogonalDense() if "dense" in name else DrawnStructured(8)}
 
 
 class TestModel:
@@ -146,7 +169,7 @@ class TestStudy:
         for name, r in study.cells(TINY):
             best = study.settled(name, r, results)
             others = {(run.rate, run.seed) for run in results if (run.method, run.r) == (name, r) and run.seed}
-            assert others == {(best, seed) for seed in range(1, study.seeds(name, TINY))}
+            assert others == {(best, seed) for seed in range(1, TINY.seeds)}
 
     def test_a_run_that_is_done_is_not_done_again(self, folder, monkeypatch):
         monkeypatch.setattr(study, "METHODS", {DENSE: methods.METHODS[DENSE]})
