@@ -8,16 +8,16 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def fresh_processes(tasks: int | None = 1) -> Iterator[ProcessPoolExecutor]:
+def fresh_processes(tasks: int | None = 1, workers: int = 1) -> Iterator[ProcessPoolExecutor]:
     """Runs each task in a new process, forked from a server that has imported PEFT and nothing of randlora.
 
     The server, one for all benchmarks, spares each process the slowest imports. With ``tasks=None`` all tasks run in
-    one process, which keeps what they leave in its modules.
+    the same processes, ``workers`` of them, which keep what tasks leave in their modules.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.models", "peft"])
     with ProcessPoolExecutor(
-        max_workers=1,
+        max_workers=workers,
         mp_context=context,
         max_tasks_per_child=tasks,
         initializer=warnings.simplefilter,  # PEFT's advice on save_projection
