@@ -38,6 +38,8 @@ FORGOTTEN = 2 * 32
 """Bytes that safetensors (0.4.5 to 0.8.0) never gives back of each tensor that it reads from a file: two integers."""
 UNTRACED = 2**9
 """Bytes that a round may add beyond those, where the memory of C libraries is still being cut up."""
+ROUNDING = 1e-4
+"""Of logits, relative: updates of rank 1 grow to twenty times the weight, and two ways of summing differ by 1e-5."""
 CACHES = 1.0
 """Objects that a round may add, where caches of Python, torch and Transformers still fill."""
 
@@ -148,22 +150,22 @@ def life(folder: Path) -> Callable[[], None]:
         train(model, 1)
         hotswap_adapter(model, folder / "guest", "guest")
         model.merge_adapter()
-        assert_close(logits(model), expected, 1e-5)
+        assert_close(logits(model), expected, ROUNDING)
         model.unmerge_adapter()
-        assert_close(logits(model), expected, 1e-5)
+        assert_close(logits(model), expected, ROUNDING)
         model.generate(input_ids=tokens(), max_new_tokens=3, do_sample=False, pad_token_id=0)
         mixed = logits(model, adapter_names=["guest", "host", "__base__"])
-        assert_close(mixed[0], expected[0], 1e-5)
+        assert_close(mixed[0], expected[0], ROUNDING)
 
         twin = copy.deepcopy(model)
         torch.save(twin, io.BytesIO())
         plain = twin.merge_and_unload()
-        assert_close(logits(plain), expected, 1e-5)
+        assert_close(logits(plain), expected, ROUNDING)
 
         model.delete_adapter("guest")
         model.load_adapter(folder / "guest", "guest")
         model.set_adapter("guest")
-        assert_close(logits(model), expected, 1e-5)
+        assert_close(logits(model), expected, ROUNDING)
         model.base_model.add_weighted_adapter(["guest"], [0.5], "weighted")
         model.base_model.set_adapter(["weighted", "host"])
         with model.disable_adapter():
@@ -171,7 +173,7 @@ def life(folder: Path) -> Callable[[], None]:
         model.delete_adapter("weighted")
         model.set_adapter("host")
         model.delete_adapter("guest")
-        assert_close(logits(PeftModel.from_pretrained(llama(), folder / "guest").eval()), expected, 1e-5)
+        assert_close(logits(PeftModel.from_pretrained(llama(), folder / "guest").eval()), expected, ROUNDING)
         train(model, 1)
 
     return one_round
