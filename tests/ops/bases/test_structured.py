@@ -151,3 +151,10 @@ def test_golden_numbers():
 
 def test_what_is_kept_is_kilobytes():
     assert get_basis(spec(32, 3072, 8192)).nbytes < 60_000
+
+
+class TestAFewTokens(TestStructured):
+    """Of which A, γ and λ are applied in turn."""
+
+    def layer(self, dtype=torch.float32, tokens=2):
+        return OfRankEight(self.kind, dtype, 2)

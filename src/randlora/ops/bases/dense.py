@@ -163,6 +163,11 @@ class DenseBases(NamedTuple):
         """The unit in which B stands."""
         return unit(self.dtype)
 
+    @property
+    def repays_holding(self) -> bool:
+        """ΔW takes a product."""
+        return True
+
     def ready(self) -> DenseBases:
         """Return the operands with B unpacked."""
         if self.B.dtype == self.dtype or (self.B.is_floating_point() and self._splits):

@@ -138,6 +138,13 @@ class StructuredStored:
         return nbytes_of([*self.numbers(), *(tensor for form in self.forms for tensor in form)])
 
 
+class Scaled(NamedTuple):
+    """λ (r, n) and γ (n, m), of which Ã is made where it is needed."""
+
+    lam: Tensor
+    gamma: Tensor
+
+
 class StructuredBases(NamedTuple):
     """The structured bases of one layer.
 
@@ -176,6 +183,11 @@ class StructuredBases(NamedTuple):
         """The unit in which Q_b stands."""
         return unit(self.B.dtype)
 
+    @property
+    def repays_holding(self) -> bool:
+        """ΔW takes no product, and a few tokens do not need it."""
+        return False
+
     def ready(self) -> StructuredBases:
         """Return the operands, which are."""
         return self
@@ -190,30 +202,30 @@ class StructuredBases(NamedTuple):
         """Number of groups g."""
         return self.mix.shape[0]
 
-    def scaled(self, lam: Tensor, gamma: Tensor) -> Tensor:
-        """Return Ã (ρ·n, g·c), without the zeros outside of its groups; formed in float32 or wider, rounded once."""
-        A = self.A if self.A.dtype == lam.dtype else self.A.to(torch.promote_types(lam.dtype, self.A.dtype))
-        lam, gamma = self._by_group(lam, gamma)
-        scaled = (lam * gamma * A.unflatten(1, (self.groups, -1)).unsqueeze(1)).flatten(0, 1).flatten(1)
-        return scaled if scaled.dtype == self.B.dtype else scaled.to(self.B.dtype)
+    def scaled(self, lam: Tensor, gamma: Tensor) -> Scaled:
+        """Return λ and γ: for a few tokens they are multiplied with these one by one, and Ã is never formed."""
+        return Scaled(lam, gamma)
 
-    def weight(self, scaled: Tensor, base: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
+    def weight(self, scaled: Scaled, base: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
         """Return B Ã (+ base): one elementwise pass."""
+        formed = self._formed(scaled)
         if base is not None and base.stride(1) != 1:  # in its order of memory
-            update = (scaled.T @ self.B.T).unsqueeze(1), self._signs().T.unsqueeze(2)  # (g·c, g, ⌈M/g⌉)
+            update = (formed.T @ self.B.T).unsqueeze(1), self._signs().T.unsqueeze(2)  # (g·c, g, ⌈M/g⌉)
             return self._sum(update, 1, base.T, seed).T
-        update = (self.B @ scaled).unsqueeze(0), self._signs().unsqueeze(1)  # (g, ⌈M/g⌉, g·c)
+        update = (self.B @ formed).unsqueeze(0), self._signs().unsqueeze(1)  # (g, ⌈M/g⌉, g·c)
         return self._sum(update, 0, base, seed)
 
     def times(self, rows: Tensor, update: Tensor, beside: Beside | None) -> Tensor:
         """Return ``rows @ update`` (+ the base layer's product)."""
         return with_base(rows, update, beside)
 
-    def widen(self, v: Tensor, scaled: Tensor, beside: Beside | None) -> Tensor:
+    def widen(self, v: Tensor, scaled: Scaled, beside: Beside | None) -> Tensor:
         """Return v Ãᵀ Bᵀ (+ the base layer's product)."""
-        tokens = v.shape[0]
-        factor = scaled if self._by_token(tokens) else self.B @ scaled
-        inner = self._columns(v) @ factor.unflatten(1, (self.groups, -1)).permute(1, 2, 0)  # (g, T, k)
+        tokens, columns = v.shape[0], self._columns(v)
+        if self._one_by_one(tokens):
+            inner = self._through(columns, scaled)
+        else:
+            inner = columns @ self._factor(tokens, scaled).permute(1, 2, 0)  # (g, T, k)
         mixed = self.mix @ inner.transpose(0, 1)  # (T, g, k)
         if not self._by_token(tokens):
             return self._plus(mixed.flatten(1), beside, self.max_dim)
@@ -223,19 +235,22 @@ class StructuredBases(NamedTuple):
         base = F.linear(*beside)
         return torch.addmm(base.view(blocks.shape[0], self.B.shape[0]), blocks, self.B.T).view_as(base)
 
-    def project(self, u: Tensor, scaled: Tensor | None = None) -> Tensor:
+    def project(self, u: Tensor, scaled: Scaled | None = None) -> Tensor:
         """Return u (Q_a ⊗ Q_b) as (T, g, ρ·n), or, for more tokens than Q_b has rows, u (Q_a ⊗ 1)."""
         mixed = self.mix.T @ self._blocks(u)  # (T, g, ⌈M/g⌉)
         return mixed @ self.B if self._by_token(u.shape[0]) else mixed
 
-    def narrow(self, projected: Tensor, scaled: Tensor, beside: Beside | None) -> Tensor:
+    def narrow(self, projected: Tensor, scaled: Scaled, beside: Beside | None) -> Tensor:
         """Return u B Ã (+ the base layer's product)."""
-        factor = scaled if self._by_token(projected.shape[0]) else self.B @ scaled
-        inner = projected.transpose(0, 1) @ factor.unflatten(1, (self.groups, -1)).transpose(0, 1)  # (g, T, c)
+        tokens, projected = projected.shape[0], projected.transpose(0, 1)  # (g, T, k)
+        if self._one_by_one(tokens):
+            inner = self._back(projected, scaled)
+        else:
+            inner = projected @ self._factor(tokens, scaled).transpose(0, 1)  # (g, T, c)
         return self._plus(inner.transpose(0, 1).flatten(1), beside, self.min_dim)
 
     def from_tokens(
-        self, u: Tensor, v: Tensor, lam: Tensor, gamma: Tensor, scaled: Tensor | None = None
+        self, u: Tensor, v: Tensor, lam: Tensor, gamma: Tensor, scaled: Scaled | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return ``project(u)``, dλ and dγ."""
         projected = self.project(u)
@@ -250,21 +265,54 @@ class StructuredBases(NamedTuple):
         by_group = blocks.unflatten(0, (self.groups, -1))
         return self._gradients(self.B.T @ torch.einsum("ijat,ai->itj", by_group, self.mix), lam, gamma)
 
-    def rows(self, ids: Tensor, scaled: Tensor, wide: bool) -> Tensor:
+    def rows(self, ids: Tensor, scaled: Scaled, wide: bool) -> Tensor:
         """Return rows ``ids`` of B Ã, or of its transpose."""
-        signs = self._signs()
+        signs, formed = self._signs(), self._formed(scaled)
         ids = self._padded_ids(ids, self.max_dim if wide else self.min_dim)
         if wide:
             block = self.B.shape[0]
-            found = (F.embedding(ids % block, self.B) @ scaled) * F.embedding(ids // block, signs)
+            found = (F.embedding(ids % block, self.B) @ formed) * F.embedding(ids // block, signs)
             return cut(found, self.groups, self.min_dim).to(self.dtype)
-        inner = F.embedding(ids, scaled.T) @ self.B.T  # (*ids, ⌈M/g⌉)
+        inner = F.embedding(ids, formed.T) @ self.B.T  # (*ids, ⌈M/g⌉)
         found = (F.embedding(ids, signs.T).unsqueeze(-1) * inner.unsqueeze(-2)).flatten(-2)
         return cut(found, self.groups, self.max_dim).to(self.dtype)
 
-    def table(self, scaled: Tensor, wide: bool) -> Tensor:
+    def table(self, scaled: Scaled, wide: bool) -> Tensor:
         """Return B Ã, or its transpose."""
         return self.weight(scaled) if wide else self.weight(scaled).T
+
+    def _one_by_one(self, tokens: int) -> bool:
+        """Whether A, γ and λ multiply tokens in turn, which takes n numbers of each for each column, and not ρ·n."""
+        return tokens <= self.A.shape[0] and self._by_token(tokens) and self.B.dtype in WIDE
+
+    def _formed(self, scaled: Scaled) -> Tensor:
+        """Ã (ρ·n, g·c) without the zeros outside of its groups; formed in float32 or wider, rounded once."""
+        lam, gamma = self._by_group(*scaled)
+        formed = (lam * gamma * self._grouped_A(lam.dtype).unsqueeze(1)).flatten(0, 1).flatten(1)
+        return formed if formed.dtype == self.B.dtype else formed.to(self.B.dtype)
+
+    def _factor(self, tokens: int, scaled: Scaled) -> Tensor:
+        """Ã, or for many tokens P = Q_b Ã, (k, g, c)."""
+        formed = self._formed(scaled)
+        return (formed if self._by_token(tokens) else self.B @ formed).unflatten(1, (self.groups, -1))
+
+    def _through(self, columns: Tensor, scaled: Scaled) -> Tensor:  # (g, T, c) -> (g, T, ρ·n)
+        lam, gamma = self._by_group(*scaled)
+        inner = (columns.unsqueeze(2) * gamma.transpose(0, 1).unsqueeze(1)).flatten(1, 2)  # (g, T·n, c)
+        inner = inner @ self._grouped_A(inner.dtype).permute(1, 2, 0)  # (g, T·n, ρ)
+        inner = inner.unflatten(1, (columns.shape[1], gamma.shape[0])).transpose(2, 3)  # (g, T, ρ, n)
+        return (inner * lam.squeeze(-1).permute(2, 0, 1).unsqueeze(1)).flatten(2)
+
+    def _back(self, projected: Tensor, scaled: Scaled) -> Tensor:  # (g, T, ρ·n) -> (g, T, c)
+        lam, gamma = self._by_group(*scaled)
+        inner = projected.unflatten(2, (self.A.shape[0], -1)) * lam.squeeze(-1).permute(2, 0, 1).unsqueeze(1)
+        inner = inner.transpose(2, 3).flatten(1, 2)  # (g, T·n, ρ)
+        inner = inner @ self._grouped_A(inner.dtype).transpose(0, 1)  # (g, T·n, c)
+        return (inner.unflatten(1, (projected.shape[1], gamma.shape[0])) * gamma.transpose(0, 1).unsqueeze(1)).sum(2)
+
+    def _grouped_A(self, dtype: torch.dtype) -> Tensor:  # (ρ, g·c) -> (ρ, g, c)
+        A = self.A if self.A.dtype == dtype else self.A.to(torch.promote_types(dtype, self.A.dtype))
+        return A.unflatten(1, (self.groups, -1))
 
     def _by_token(self, tokens: int) -> bool:
         """Whether Q_b multiplies tokens, and not Ã once for all of them."""
@@ -314,7 +362,7 @@ class StructuredBases(NamedTuple):
         rho = self.A.shape[0]
         wide = at_least_float32(d_scaled.dtype)
         d = d_scaled.to(wide).unflatten(1, (rho, -1))  # (g, ρ, n, c)
-        A = self.A.to(wide).unflatten(1, (self.groups, -1)).transpose(0, 1).unsqueeze(2)  # (g, ρ, 1, c)
+        A = self._grouped_A(wide).transpose(0, 1).unsqueeze(2)  # (g, ρ, 1, c)
         weighted = d * A
         lam, gamma = self._by_group(lam.to(wide), gamma.to(wide))
         d_lam = (weighted * gamma.transpose(0, 1).unsqueeze(1)).sum(-1).flatten(0, 1)

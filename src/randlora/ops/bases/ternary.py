@@ -192,6 +192,11 @@ class SparseBases(NamedTuple):
         """The unit in which B stands."""
         return 1.0  # products are in float32 or wider
 
+    @property
+    def repays_holding(self) -> bool:
+        """ΔW takes a product."""
+        return True
+
     def ready(self) -> SparseBases:
         """Return the operands, which are."""
         return self

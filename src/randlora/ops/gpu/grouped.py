@@ -53,6 +53,11 @@ class GroupedBases(NamedTuple):
         """The unit in which B stands."""
         return unit(self.dtype)
 
+    @property
+    def repays_holding(self) -> bool:
+        """ΔW takes a product."""
+        return True
+
     def ready(self) -> GroupedBases:
         """Return the operands: kernels read codes as they are."""
         return self
