@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .methods import DENSE, LORA, METHODS, PEFT_DENSE, VERY_SPARSE, fill_scalings
+from .methods import DENSE, LORA, METHODS, PEFT_DENSE, STRUCTURED, VERY_SPARSE, fill_scalings
 from .models import LLAMA, LLAMA_QUICK, Architecture, twin
 from .rounds import interleave, ratio, typical
 
@@ -37,7 +37,8 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
 
 def build(architecture: Architecture) -> dict[str, Any]:
     base = architecture.build().requires_grad_(False)
-    models = {name: METHODS[name](twin(base), architecture) for name in (LORA, PEFT_DENSE, DENSE, VERY_SPARSE)}
+    names = (LORA, PEFT_DENSE, DENSE, VERY_SPARSE, STRUCTURED)
+    models = {name: METHODS[name](twin(base), architecture) for name in names}
     merged = METHODS[DENSE](architecture.build().requires_grad_(False), architecture)  # changes its weights
     for model in (*models.values(), merged):
         fill_scalings(model)
