@@ -23,6 +23,7 @@ except ModuleNotFoundError as _error:
 COMMANDS = {
     "plan": ("plan:plan", "Before training: parameters, bytes, memory and cost, for every r."),
     "train": ("train:train", "Fine-tune a model on your data and save the adapter."),
+    "compare": ("compare:compare", "Try the methods on your data in a given time: does full rank help?"),
     "eval": ("evaluate:evaluate", "Score an adapter on data."),
     "predict": ("predict:predict", "Labels for texts or images, with their probabilities."),
     "generate": ("generate:generate", "Write text with an adapter, from a prompt or in a conversation."),

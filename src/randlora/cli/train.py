@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -24,6 +24,7 @@ _PANELS = {
     "method": "Method",
     "learning_rate": "Steps",
     "output_dir": "The course of the run",
+    "minutes": "The comparison",
 }
 """Heading in the help, by the first setting below it."""
 
@@ -41,9 +42,11 @@ def train(**flags: Any) -> None:
       randlora train --model bert-base-uncased --data reviews.csv --epochs 3 --output-dir runs/reviews
 
       randlora train --config run.yaml --method lora --r 8 --resume auto
+
+      randlora train --config run.yaml --learning-rate auto
     """
     config, as_json, dry_run = (flags.pop(name) for name in ("config", "json", "dry_run"))
-    overrides = {name: value for name, value in _folded(flags).items() if value is not None}
+    overrides = given(flags)
     with answering(as_json, "go on from the last checkpoint with --resume auto") as out:
         from randlora.train.run import is_main_process
 
@@ -54,15 +57,20 @@ def train(**flags: Any) -> None:
         print_json(result)
 
 
-def _folded(flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags by setting; ``--no-packing`` is a false ``packing``."""
-    found = {name: value for name, value in flags.items() if name in TrainSettings.model_fields}
-    return found | {name.removeprefix(_NO): False for name in flags.keys() - found.keys() if flags[name]}
+def given(flags: dict[str, Any], settings: type[TrainSettings] = TrainSettings) -> dict[str, Any]:
+    """The flags that were given, by setting; ``--no-packing`` is a false ``packing``."""
+    known = {name: value for name, value in flags.items() if name in settings.model_fields}
+    denied = {name.removeprefix(_NO): False for name in flags.keys() - known.keys() if flags[name]}
+    return {name: value for name, value in known.items() if value is not None} | denied
 
 
 def _train(settings: TrainSettings, out: Console) -> dict[str, Any]:
     from randlora.train.run import train as run
 
+    if settings.learning_rate == "auto":
+        from randlora.train.search import with_found_rate
+
+        settings = with_found_rate(settings, lambda text: out.print(text, markup=False))
     result = run(settings)
     score = ", ".join(
         f"{name.removeprefix('eval_')} {value:.4f}"
@@ -134,15 +142,18 @@ def _predicted(settings: TrainSettings, labels: int) -> dict[str, Any]:
     return {"peak_bytes": chosen.peak_bytes, "step_cost": chosen.cost}
 
 
-def _flags() -> Iterator[inspect.Parameter]:
+def flags_of(settings: type[TrainSettings], left_out: Collection[str] = ()) -> Iterator[inspect.Parameter]:
     """A flag for every setting, absent unless given, so that file and flags cannot drift apart."""
     panel = ""
-    for name, field in TrainSettings.model_fields.items():
+    for name, field in settings.model_fields.items():
         panel = _PANELS.get(name, panel)
-        kind = next((t for t in _members(field.annotation) if t in (bool, int, float, str)), str)
-        yield _parameter(name, kind | None, None, _description(field), rich_help_panel=panel)
+        if name in left_out:
+            continue
+        members = _members(field.annotation)
+        kind = str if str in members else next((t for t in members if t in (bool, int, float)), str)
+        yield parameter(name, kind | None, None, _description(field), rich_help_panel=panel)
         if kind is bool:  # the opposite of a file's `true`; the help says so once, not for each
-            yield _parameter(_NO + name, bool, False, "", hidden=True)
+            yield parameter(_NO + name, bool, False, "", hidden=True)
 
 
 def _description(field: FieldInfo) -> str:
@@ -152,9 +163,10 @@ def _description(field: FieldInfo) -> str:
     return field.description or ""
 
 
-def _parameter(
+def parameter(
     name: str, annotation: Any, default: object, description: str, *short: str, **more: Any
 ) -> inspect.Parameter:
+    """A flag, absent unless given."""
     flag = f"--{name.replace('_', '-')}"
     option = typer.Option(default, flag, *short, help=description, show_default=False, **more)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=option)
@@ -172,11 +184,11 @@ def _members(annotation: Any) -> list[Any]:
 
 def _signature() -> inspect.Signature:
     own = [
-        _parameter("config", str | None, None, "YAML file of settings.", "-c"),
-        _parameter("dry_run", bool, False, "Resolve everything, train nothing."),
-        _parameter("json", bool, False, "Print the result as JSON on stdout."),
+        parameter("config", str | None, None, "YAML file of settings.", "-c"),
+        parameter("dry_run", bool, False, "Resolve everything, train nothing."),
+        parameter("json", bool, False, "Print the result as JSON on stdout."),
     ]
-    return inspect.Signature([*own, *_flags()])
+    return inspect.Signature([*own, *flags_of(TrainSettings)])
 
 
 train.__signature__ = _signature()  # type: ignore[attr-defined]

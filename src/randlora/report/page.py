@@ -20,6 +20,7 @@ from plotly.offline import get_plotlyjs
 import randlora
 from randlora.errors import ConfigError
 from randlora.report import charts
+from randlora.report.comparison import Comparison
 from randlora.report.runs import Entry, Run, number, read_runs
 from randlora.report.summary import COLUMNS, summary
 from randlora.report.updates import Updates, measure_updates
@@ -29,13 +30,19 @@ WORST = 20  # examples shown of each run
 _MOST_TEXT = 500  # characters shown of an example
 
 
-def write_report(folders: Sequence[Path], output: Path, say: Callable[[str], None] = lambda _: None) -> Path:
+def write_report(
+    folders: Sequence[Path],
+    output: Path,
+    say: Callable[[str], None] = lambda _: None,
+    comparison: Comparison | None = None,
+) -> Path:
     """Reads runs and writes the report, whole or not at all.
 
     Args:
         folders: of runs of ``randlora train``, or with an adapter or the checkpoints that PEFT and the Trainer wrote.
         output: the HTML file.
         say: is told what is being looked at.
+        comparison: what the runs are a part of; the page begins with it.
 
     Returns:
         ``output``.
@@ -51,13 +58,13 @@ def write_report(folders: Sequence[Path], output: Path, say: Callable[[str], Non
         updates.append(Updates() if run.adapter is None else measure_updates(run.adapter, run.base, tick))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, render(runs, updates))
+        write_text(output, render(runs, updates, comparison))
     except OSError as error:
         raise ConfigError(f"the report cannot be written to {str(output)!r}: {error.strerror}") from error
     return output
 
 
-def render(runs: Sequence[Run], updates: Sequence[Updates]) -> str:
+def render(runs: Sequence[Run], updates: Sequence[Updates], comparison: Comparison | None = None) -> str:
     """The page. What comes from runs is escaped: as text by the template, as data by ``_data``."""
     asset = files("randlora.report") / "assets"
     plotly, script = get_plotlyjs(), (asset / "report.js").read_text(encoding="utf-8")
@@ -76,6 +83,7 @@ def render(runs: Sequence[Run], updates: Sequence[Updates]) -> str:
         plotly=plotly,
         script=script,
         data=_data(data),
+        comparison=comparison,
         columns=COLUMNS,
         runs=[_section(run, one) for run, one in zip(runs, updates, strict=True)],
         curves=plots[0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -60,5 +61,10 @@ def terminal_table(rows: list[Row], title: str) -> Table:
 
 def markdown_table(rows: list[Row]) -> str:
     """The table in Markdown."""
-    lines = [_COLUMNS, ("---", *["---:"] * (len(_COLUMNS) - 1)), *(row.cells() for row in rows)]
+    return markdown(_COLUMNS, [row.cells() for row in rows])
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Any table in Markdown, its first column of words, the others of numbers."""
+    lines = [columns, ("---", *["---:"] * (len(columns) - 1)), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -5,29 +5,25 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from randlora.analysis import delta_weight, singular_values
 from randlora.analysis.counts import matched_lora_rank
-from randlora.errors import ConfigError, RandLoraError
+from randlora.errors import ConfigError
+from randlora.train.own_process import run_python, train_in_own_process
 from randlora.train.record import HISTORY
 from randlora.train.settings import TrainSettings
 from randlora.train.verify import Verification
-from randlora.tuner.files.atomic import write_text
 from randlora.tuner.layers.linear import linear_shape
 
 RANK = 32
@@ -99,7 +95,7 @@ def run_demo(output: Path, size: DemoSize, seed: int, say: Callable[[str], None]
         shutil.rmtree(output / method / "checkpoints", ignore_errors=True)  # of an earlier demo in this folder
         runs[name] = train_in_own_process(settings)
     say("The saved RandLoRA adapter, loaded in a fresh process, then merged …")
-    verification = Verification(**_run_python("randlora.train.verify", str(output / "randlora")))
+    verification = Verification(**run_python("randlora.train.verify", str(output / "randlora")))
     losses = {name: _losses(output / method) for name, method in _METHODS.items()}
     return DemoResult(runs, losses, _spectra(model, output), verification, size.test)
 
@@ -130,18 +126,6 @@ def write_sentences(folder: Path, size: DemoSize, seed: int) -> tuple[Path, Path
     return folder / "train.csv", folder / "test.csv"
 
 
-def train_in_own_process(settings: TrainSettings) -> dict[str, Any]:
-    """``randlora train`` on ``settings``; its progress goes to stderr.
-
-    Raises:
-        RandLoraError: if it fails.
-    """
-    config = Path(settings.output_dir) / "run.yaml"
-    config.parent.mkdir(parents=True, exist_ok=True)
-    write_text(config, yaml.safe_dump(settings.model_dump(), sort_keys=False))
-    return _run_python("randlora", "train", "--config", str(config), "--json")
-
-
 def encoder_shapes(model: Path) -> list[tuple[int, int]]:
     """(in_features, out_features) of the linear layers that the demo adapts."""
     with torch.device("meta"):
@@ -154,20 +138,6 @@ def _package(name: str) -> Path:
     if spec is None or spec.origin is None:
         raise ConfigError(f"the demo needs the package {name}: pip install 'randlora[demo]'")
     return Path(spec.origin).parent
-
-
-def _run_python(module: str, *arguments: str) -> dict[str, Any]:
-    """The JSON object that ``python -m module arguments`` prints; offline, since all it needs is here."""
-    process = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    if process.returncode != 0:
-        raise RandLoraError(f"`python -m {module} {' '.join(arguments)}` ended with code {process.returncode}")
-    result: dict[str, Any] = json.loads(process.stdout)
-    return result
 
 
 def _losses(run: Path) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -113,7 +114,7 @@ def train(settings: TrainSettings) -> TrainResult:
     timer = StepTimer()
     history = record.HistoryFile(output, timer)
     prepared = TASKS[settings.task].prepare(run.data.evaluation, run.processor, settings)
-    trainer = _trainer(run, output, prepared, [timer, history])
+    trainer = make_trainer(run, output, prepared, [timer, history])
     _take_steps(trainer, checkpoint)
     warn_unless_learned(trainer.state, settings.peak_learning_rate)
     folder = _save_result(trainer, run, output)  # before the evaluation, which may fail for want of memory
@@ -139,7 +140,17 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _trainer(run: Resolved, output: Path, evaluation: Dataset, callbacks: list[TrainerCallback]) -> Trainer:
+def make_trainer(
+    run: Resolved, output: Path, evaluation: Dataset, callbacks: Sequence[TrainerCallback] = ()
+) -> Trainer:
+    """Return the Trainer of a run, which writes its checkpoints to ``output``.
+
+    Args:
+        run: as :func:`resolve` returned it.
+        output: the run's folder.
+        evaluation: prepared examples.
+        callbacks: called before the run's own.
+    """
     settings, task = run.settings, TASKS[run.settings.task]
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -84,7 +84,11 @@ class TrainSettings(BaseModel):
     groups: int = Field(8, ge=1, description="RandLoRA: groups of structured bases, a power of two.")
     save_projection: bool = Field(False, description="RandLoRA: write the bases into the adapter file.")
 
-    learning_rate: float | None = Field(None, gt=0, description="Peak learning rate; by default one for the method.")
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        None,
+        description="Peak learning rate; by default one for the method. auto finds one by short runs on a part of the "
+        "training data, before the run.",
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Course of the learning rate.")
     warmup_fraction: float = Field(0.06, ge=0, lt=1, description="Part of the steps in which the rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
@@ -126,7 +130,15 @@ class TrainSettings(BaseModel):
 
     @property
     def peak_learning_rate(self) -> float:
-        """The learning rate given, or the method's."""
+        """The learning rate given, or the method's.
+
+        Raises:
+            ConfigError: if it is to be found first.
+        """
+        if self.learning_rate == "auto":
+            raise ConfigError(
+                "learning_rate='auto' is found by `randlora.train.search.with_found_rate`, before the run"
+            )
         return LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
 
     @property
@@ -136,7 +148,8 @@ class TrainSettings(BaseModel):
 
     def resolved(self) -> dict[str, Any]:
         """Every setting by name, learning rate and alpha as the numbers that the method takes."""
-        return self.model_dump() | {"learning_rate": self.peak_learning_rate, "alpha": self.scaling_alpha}
+        rate = "auto" if self.learning_rate == "auto" else self.peak_learning_rate
+        return self.model_dump() | {"learning_rate": rate, "alpha": self.scaling_alpha}
 
     @property
     def best_metric(self) -> str | None:
@@ -186,18 +199,28 @@ class TrainSettings(BaseModel):
         return _names(given) if isinstance(given, str) and (given.isidentifier() or "," in given) else given
 
 
+Settings = TypeVar("Settings", bound=TrainSettings)
+
+
 def load_settings(config: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> TrainSettings:
     """Settings of a YAML file, with ``overrides`` (flags) over it.
 
     Raises:
         ConfigError: if the file cannot be read, or naming every unknown key and bad value at once.
     """
+    return read_settings(TrainSettings, config, overrides)
+
+
+def read_settings(
+    kind: type[Settings], config: str | Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> Settings:
+    """The same for settings of any kind."""
     values = {} if config is None else _read_yaml(Path(config))
     values.update(overrides or {})
     try:
-        return TrainSettings(**values)
+        return kind(**values)
     except ValidationError as error:
-        faults = "\n".join(f"  {_explain(fault)}" for fault in error.errors())
+        faults = "\n".join(f"  {_explain(fault, kind)}" for fault in error.errors())
         raise ConfigError(f"the settings{f' of {config}' if config else ''} cannot be used:\n{faults}") from None
 
 
@@ -219,14 +242,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _explain(fault: Any) -> str:
-    name = ".".join(str(part) for part in fault["loc"])
+def _explain(fault: Any, kind: type[TrainSettings]) -> str:
+    name = ".".join(str(part) for part in fault["loc"][:1])  # what follows tells pydantic's ways to read it apart
     if not name:  # settings that do not go together, said by ours
         return str(fault["ctx"]["error"])
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, TrainSettings.model_fields, n=1)
+        near = difflib.get_close_matches(name, kind.model_fields, n=1)
         return f"{name}: there is no such setting" + (f"; did you mean {near[0]!r}?" if near else "")
     if fault["type"] == "missing":
-        return f"{name}: missing; {TrainSettings.model_fields[name].description}"
+        return f"{name}: missing; {kind.model_fields[name].description}"
     reason = fault["msg"].removeprefix("Value error, ")
     return f"{name}={fault['input']!r}: {reason[0].lower()}{reason[1:]}"

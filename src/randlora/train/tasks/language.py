@@ -55,7 +55,7 @@ class Language(Task):
         texts = processor.batch_decode(prepared["input_ids"][:])
         for text, (total, tokens) in zip(texts, kept.tolist(), strict=True):
             loss = total / max(tokens, 1.0)
-            yield {"text": text, "confidence": 1 / exp_of(loss), "loss": loss}
+            yield {"text": text, "confidence": 1 / exp_of(loss), "loss": loss, "tokens": int(tokens)}
 
 
 class CausalLanguage(Language):

@@ -128,6 +128,8 @@ class TokenClassification(Task):
                 "predicted": " ".join(labels[one] for one in guessed),
                 "confidence": float(np.exp(shares.max(-1).min(initial=0.0))),
                 "loss": float(-shares[range(len(wanted)), wanted].mean()) if wanted else 0.0,
+                "tokens": len(wanted),
+                "correct": sum(one == guess for one, guess in zip(wanted, guessed, strict=True)),
             }
 
 

@@ -1,0 +1,281 @@
+"""What a comparison of methods came to: one table, and in words whether full rank helps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+
+from randlora.errors import ConfigError
+from randlora.report.runs import Entry, Run, number
+from randlora.report.statistics import Interval, crossed_interval
+from randlora.report.summary import COLUMNS, summary
+from randlora.text import byte_text
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method with one learning rate.
+
+    Attributes:
+        label: for people.
+        rate: the learning rate.
+        enclosed: whether rates on both sides of it were tried and are worse.
+        trainable: number of values that train.
+        runs: one for each seed, tested on the same examples.
+        forgotten: what each run forgot; empty where it was not measured.
+        lora: label of the LoRA that trains about as many values; ``None`` for what is no RandLoRA.
+    """
+
+    label: str
+    rate: float
+    enclosed: bool
+    trainable: int
+    runs: tuple[Run, ...]
+    forgotten: tuple[float, ...] = ()
+    lora: str | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much better one method is than another, on the same examples with the same seeds.
+
+    Attributes:
+        ours: the one.
+        other: the other.
+        gain: positive where ``ours`` is better.
+    """
+
+    ours: Method
+    other: Method
+    gain: Interval
+
+
+class Comparison:
+    """Methods side by side.
+
+    Args:
+        methods: in the order of the table.
+        forgotten: what ``Method.forgotten`` holds, such as "neighbours lost".
+
+    Raises:
+        ConfigError: if a run's predictions are not there, or not of the same examples as the others'.
+    """
+
+    def __init__(self, methods: Sequence[Method], forgotten: str = "") -> None:
+        self.methods = tuple(methods)
+        self._forgotten = forgotten
+        first = self.methods[0].runs[0]
+        for run in (run for method in self.methods for run in method.runs):
+            if not run.examples or [e.get("text") for e in run.examples] != [e.get("text") for e in first.examples]:
+                raise ConfigError(f"{run.folder}: its predictions are not of the examples of {first.folder}")
+        self.seeds = len(self.methods[0].runs)
+        self.examples = len(first.examples)
+        self._weights = np.array([number(one.get("tokens", 1)) for one in first.examples])
+        self._values = {one.label: np.array([_values(run) for run in one.runs]) for one in self.methods}
+
+    @cached_property
+    def is_share(self) -> bool:
+        """Whether right answers are counted, rather than losses taken."""
+        return "predicted" in self.methods[0].runs[0].examples[0]
+
+    @property
+    def columns(self) -> list[str]:
+        """Heads of the table."""
+        score = "accuracy (95%)" if self.is_share else "loss (95%)"
+        forgotten = [self._forgotten] if self._forgotten else []
+        return ["method", "learning rate", "trainable", score, *forgotten, "s/step", "peak memory", "saved"]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Cells of the table."""
+        return [self._row(method) for method in self.methods]
+
+    @property
+    def note(self) -> str:
+        """What the numbers of the table are."""
+        seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
+        covers = (
+            "The interval covers the choice of the examples alone: one seed has no spread"
+            if self.seeds == 1
+            else "The interval covers the choice of examples and of seeds (order of the data, new head, dropout)"
+        )
+        forgotten = f" {self._forgotten.capitalize()}: mean, and range of the seeds." if self._forgotten else ""
+        return (
+            f"{seeds}, {self.examples:,} test examples, the same for all. {covers}; it does not cover the split of the "
+            "data nor the choice of the learning rate, which was made on a part of the training data."
+            f"{forgotten} s/step: median. Peak memory: of the first seed's whole process, or on the GPU where there is "
+            "one. Saved: weights on disk."
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all that was found, as numbers."""
+        return {
+            "methods": [
+                {
+                    "method": one.label,
+                    "learning_rate": one.rate,
+                    "enclosed": one.enclosed,
+                    "trainable": one.trainable,
+                    "accuracy" if self.is_share else "loss": asdict(self.score(one)),
+                    "forgotten": one.forgotten,
+                    "lora": one.lora,
+                    "runs": [str(run.folder) for run in one.runs],
+                }
+                for one in self.methods
+            ],
+            "matched": [
+                {"randlora": one.ours.label, "lora": one.other.label, "gain": asdict(one.gain)} for one in self.matched
+            ],
+            "answer": self.answer,
+            "seeds": self.seeds,
+            "examples": self.examples,
+        }
+
+    def score(self, method: Method) -> Interval:
+        """Return its mean over seeds and examples."""
+        return crossed_interval(self._values[method.label], self._weights, is_share=self.is_share)
+
+    def difference(self, ours: Method, other: Method, confidence: float = 0.95) -> Difference:
+        """Return how much better ``ours`` is."""
+        sign = 1 if self.is_share else -1
+        values = sign * (self._values[ours.label] - self._values[other.label])
+        return Difference(ours, other, crossed_interval(values, self._weights, confidence))
+
+    @property
+    def matched(self) -> list[Difference]:
+        """Each RandLoRA beside its LoRA; intervals that hold all at once with 95% (Bonferroni)."""
+        by_label = {method.label: method for method in self.methods}
+        pairs = [(one, by_label[one.lora]) for one in self.methods if one.lora in by_label]
+        return [self.difference(ours, lora, 1 - 0.05 / len(pairs)) for ours, lora in pairs]
+
+    @property
+    def answer(self) -> list[str]:
+        """Whether full rank helps here, at which r and rate, and what else the numbers say."""
+        return [*self._full_rank(), *self._randlora(), *self._full_fine_tuning(), *self._doubts()]
+
+    def _full_rank(self) -> list[str]:
+        matched = self.matched
+        if not matched:
+            return ["Does full rank help here? No LoRA was trained beside RandLoRA: not known."]
+        better = [one for one in matched if one.gain.low > 0]
+        worse = [one for one in matched if one.gain.high < 0]
+        if better:
+            best = max(better, key=lambda one: one.gain.mean)
+            verdict = f"Yes: {best.ours.label} at {best.ours.rate:g} is better than LoRA with as many values"
+            verdict += f", but {_labels([one.ours for one in worse])} worse" if worse else ""
+        elif len(worse) == len(matched):
+            verdict = "No: LoRA with as many values is better"
+        else:
+            most = max(one.gain.high for one in matched)
+            verdict = f"Not that these runs could tell; a gain of more than {self._amount(most)} is unlikely"
+        together = ", together 95%" if len(matched) > 1 else ""
+        pairs = "; ".join(f"{one.ours.label} against {one.other.label}: {self._gain(one.gain)}" for one in matched)
+        return [f"Does full rank help here? {verdict}. (Gain{together}: {pairs}.)"]
+
+    def _randlora(self) -> list[str]:
+        ours = [one for one in self.methods if one.lora is not None]
+        if not ours:
+            return []
+        best = max(ours, key=self._goodness)
+        said = f"RandLoRA did best with {best.label.removeprefix('RandLoRA ')} at a learning rate of {best.rate:g}."
+        alike = [one for one in ours if one is not best and self.difference(best, one).gain.low <= 0]
+        if alike:
+            smallest = min([best, *alike], key=lambda one: one.trainable)
+            said += f" {_labels([best, *alike])} cannot be told apart; {smallest.label} trains fewest values."
+        return [said]
+
+    def _full_fine_tuning(self) -> list[str]:
+        full = next((one for one in self.methods if one.label == "full fine-tuning"), None)
+        loras = [one for one in self.methods if one.label in {other.lora for other in self.methods}]
+        if full is None or not loras:
+            return []
+        best = max(loras, key=self._goodness)
+        gain = self.difference(full, best).gain
+        said = f"Full fine-tuning against {best.label}: {self._gain(gain)}"
+        return [said + ("." if gain.low > 0 else "; where it gains nothing, expect little of full rank.")]
+
+    def _doubts(self) -> list[str]:
+        said = []
+        edge = [one for one in self.methods if not one.enclosed]
+        if edge:
+            said.append(
+                f"The rate of {_labels(edge)} is the last that was tried on its side: a better one may lie beyond."
+            )
+        if self.is_share and "label" in (examples := self.methods[0].runs[0].examples)[0]:
+            label, count = Counter(str(one["label"]) for one in examples).most_common(1)[0]
+            share = count / len(examples)
+            blind = [one for one in self.methods if self.score(one).low <= share]
+            if blind and "correct" not in examples[0]:
+                said.append(
+                    f"Not surely better than always saying {label!r}, which is right in {share:.1%}: {_labels(blind)}."
+                )
+        if self.seeds < 3:
+            said.append("With fewer than three seeds the spread is hardly known: give more minutes.")
+        return said
+
+    def _row(self, method: Method) -> list[str]:
+        cells = [dict(zip(COLUMNS, summary(run), strict=True)) for run in method.runs]
+        forgotten = [self._lost(method.forgotten)] if self._forgotten else []
+        return [
+            method.label,
+            f"{method.rate:g}",
+            f"{method.trainable:,}",
+            self._text(self.score(method)),
+            *forgotten,
+            f"{median(float(one['s/step'].order) for one in cells):.3g}",
+            byte_text(_device_bytes(method.runs[0]) or float(cells[0]["peak memory"].order)),
+            byte_text(float(cells[0]["saved"].order)),
+        ]
+
+    def _goodness(self, method: Method) -> float:
+        return self.score(method).mean * (1 if self.is_share else -1)
+
+    def _text(self, score: Interval) -> str:
+        if self.is_share:
+            return f"{score.mean:.1%} ({100 * score.low:.1f}–{100 * score.high:.1f})"
+        return f"{score.mean:.4f} ({score.low:.4f}–{score.high:.4f})"
+
+    def _gain(self, gain: Interval) -> str:
+        low, high = (
+            f"{end * (100 if self.is_share else 1):+.{1 if self.is_share else 4}f}" for end in (gain.low, gain.high)
+        )
+        return f"{'+' if gain.mean > 0 else ''}{self._amount(gain.mean)} ({low} to {high})"
+
+    def _amount(self, value: float) -> str:
+        return f"{100 * value:.1f} points" if self.is_share else f"{value:.4f} of the loss"
+
+    def _lost(self, values: Sequence[float]) -> str:
+        if not values:
+            return "–"
+        form = "{:.1%}" if "neighbours" in self._forgotten else "{:+.3f}"
+        mean, low, high = (form.format(one) for one in (fmean(values), min(values), max(values)))
+        return f"{mean} ({low.rstrip('%')}–{high.rstrip('%')})"
+
+
+def _values(run: Run) -> list[float]:
+    """Of each example: whether it was right, or its share of tokens that were; where there are no labels, its loss."""
+    return [_value(example) for example in run.examples]
+
+
+def _value(example: Entry) -> float:
+    if "correct" in example:
+        return number(example["correct"]) / max(number(example["tokens"]), 1.0)
+    if "predicted" in example:
+        return float(example["predicted"] == example.get("label"))
+    return number(example.get("loss"))
+
+
+def _device_bytes(run: Run) -> float:
+    """The most memory held on the GPU; 0 where there is none."""
+    return max((number(step.get("device_memory_bytes", 0)) for step in run.steps), default=0)
+
+
+def _labels(methods: Sequence[Method]) -> str:
+    *most, last = [one.label for one in methods]
+    return f"{', '.join(most)} and {last}" if most else last

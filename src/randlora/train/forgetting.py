@@ -1,0 +1,99 @@
+"""How much of its earlier ability a tuned model has lost, on data of another kind than it was tuned on."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional
+
+from randlora.errors import ConfigError
+from randlora.train.data import load_rows
+from randlora.train.infer import predict
+from randlora.train.settings import TrainSettings
+from randlora.train.tasks import TASKS
+from randlora.train.trained import Trained, load_trained
+
+NEAREST = 10
+_MOST = 1000  # rows of the other data
+
+
+class Forgetting:
+    """What runs forget, from the same rows for all.
+
+    A language model's loss per token on them, less that of the model before training. Of an encoder, the share of each
+    text's ten nearest among them that are no longer among its ten nearest, by the mean of the last hidden states.
+
+    Args:
+        settings: of the runs.
+        other_data: the rows.
+
+    Raises:
+        ConfigError: if the data cannot be read, or the task has no texts.
+    """
+
+    def __init__(self, settings: TrainSettings, other_data: str) -> None:
+        self._language = TASKS[settings.task].model_type == "CAUSAL_LM"
+        if not self._language and settings.task != "sequence-classification":
+            raise ConfigError(f"other_data={other_data!r}: forgetting is measured on texts, not for {settings.task}")
+        reader = settings if self._language else settings.model_copy(update={"task": "causal-lm"})  # no labels needed
+        rows = load_rows(other_data, reader).shuffle(seed=0)
+        self._rows: Dataset = rows.select(range(min(len(rows), _MOST)))
+        self._settings = settings
+        if not self._language and len(self._rows) <= NEAREST:
+            raise ConfigError(f"other_data={other_data!r} has {len(self._rows)} rows; {NEAREST + 1} are needed")
+
+    @property
+    def unit(self) -> str:
+        """What the numbers are."""
+        return "loss per token gained" if self._language else "neighbours lost"
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def of(self, run: Path) -> float:
+        """Return what the run in this folder has forgotten."""
+        after = self._ability(load_trained(run))
+        if self._language:
+            return float(after - self._before)
+        kept = [len(set(a) & set(b)) / NEAREST for a, b in zip(self._before.tolist(), after.tolist(), strict=True)]
+        return 1 - fmean(kept)
+
+    @cached_property
+    def _before(self) -> Any:
+        task = None if self._language else self._settings.task
+        return self._ability(load_trained(self._settings.model, task=task))
+
+    def _ability(self, trained: Trained) -> Any:
+        return self._loss(trained) if self._language else self._neighbours(trained)
+
+    def _loss(self, trained: Trained) -> float:
+        task = TASKS[self._settings.task]
+        examples = task.prepare(self._rows, trained.processor, self._settings)
+        found = predict(trained.model, examples, task, trained.processor, self._settings.batch_size)
+        return task.outcome(np.asarray(found.predictions), np.asarray(found.label_ids), []).metrics["loss"]
+
+    @torch.no_grad()
+    def _neighbours(self, trained: Trained) -> Tensor:
+        """Nearest texts of each (texts, NEAREST) by the cosine of their vectors."""
+        vectors, size = [], self._settings.batch_size
+        texts = list(self._rows["text"])
+        for start in range(0, len(texts), size):
+            batch = trained.processor(
+                texts[start : start + size],
+                padding=True,
+                truncation=True,
+                max_length=self._settings.max_length,
+                return_tensors="pt",
+            ).to(trained.model.device)
+            states = trained.model(**batch, output_hidden_states=True).hidden_states[-1].float()
+            mask = batch["attention_mask"][..., None]
+            vectors.append(functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
+        unit = torch.cat(vectors)
+        return (unit @ unit.T).fill_diagonal_(-1).topk(NEAREST).indices

@@ -1,0 +1,40 @@
+"""A run's training and evaluation data in a folder, so that other runs learn from the very same examples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, List
+
+from randlora.train.data import load_data
+from randlora.train.settings import TrainSettings
+from randlora.train.tasks import TASKS
+from randlora.tuner.files.atomic import folder_atomically
+
+TRAINING, EVALUATION = "train", "evaluation"
+
+
+def keep_split(settings: TrainSettings, folder: Path) -> TrainSettings:
+    """Write the data that ``settings`` name into ``folder``, unless it is there; return settings that read it there.
+
+    Raises:
+        ConfigError: if the data cannot be read.
+    """
+    kept = {TRAINING: folder / TRAINING, EVALUATION: folder / EVALUATION}
+    if not all(place.is_dir() for place in kept.values()):
+        data = load_data(settings)
+        for name, rows in ((TRAINING, data.train), (EVALUATION, data.evaluation)):
+            if not kept[name].is_dir():
+                with folder_atomically(kept[name]) as place:
+                    _with_names(rows, data.labels, settings).save_to_disk(place)
+    here = {"data": str(kept[TRAINING]), "eval_data": str(kept[EVALUATION])}
+    return settings.model_copy(update={**here, "input_column": None, "label_column": None})
+
+
+def _with_names(rows: Dataset, labels: list[str], settings: TrainSettings) -> Dataset:
+    """Labels with the names of all, those that no row has included."""
+    column = TASKS[settings.task].label_column
+    if not labels:
+        return rows
+    named = ClassLabel(names=labels)
+    return rows.cast_column(column, List(named) if isinstance(rows.features[column], List) else named)
