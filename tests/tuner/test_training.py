@@ -219,6 +219,18 @@ def test_compiled_training_in_one_graph_without_recompilation(build):
         assert_close(results[0], results[1], 1e-5)
 
 
+def test_bases_go_with_a_model_before_anything_is_compiled():
+    """A compiled call that needed them first would cast them within its graph."""
+    model = ours(stack(), r=4, projection_prng_key=4321, target_modules=STACK_TARGETS)
+    forms = model.model.tall.basis("default").stored.forms
+    before = len(list(forms))
+    model.bfloat16()
+    assert len(list(forms)) == before + 1
+    with torch.inference_mode():
+        torch.compile(model.model, backend="aot_eager", fullgraph=True)(features().bfloat16())
+    assert len(list(forms)) == before + 1
+
+
 AUTOCAST = [None, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 

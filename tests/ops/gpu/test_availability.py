@@ -1,5 +1,7 @@
 """Where the kernels run, and the sentence that says why not."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import nn
@@ -53,6 +55,18 @@ def test_each_hindrance_is_named(gpu):
         assert "set_kernels(False)" in reason()
     finally:
         availability.set_kernels(True)
+
+
+def test_compiled_code_may_be_the_first_to_ask(monkeypatch):
+    """Of a device to which the model has gone since. What the answer needs, Dynamo of torch 2.11 does not trace."""
+    monkeypatch.setattr(availability, "_found", {})
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def ask(x):
+        return x + 1 if availability.why_not(CPU, torch.bfloat16) is None else x
+
+    found = torch.compile(ask, backend="eager", fullgraph=True)(torch.zeros(1))
+    assert found == (1 if find_spec("triton") else 0)
 
 
 class TestWhereTheyMayBeCalled:

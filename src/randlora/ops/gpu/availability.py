@@ -14,7 +14,7 @@ from torch.nn import Parameter
 _HALF = (torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, Parameter)
 _enabled = True
-_found: dict[torch.device, str | None] = {}  # plain values, asked for before a compiler traces
+_found: dict[torch.device, str | None] = {}  # plain values, for compilers
 _kernels: list[ModuleType] = []
 
 
@@ -72,6 +72,7 @@ def _is_recorded() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
+@torch.compiler.assume_constant_result
 def _missing(device: torch.device) -> str | None:
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted:
