@@ -153,7 +153,7 @@ class TestAgainstTheTwins:
 
 class TestRounding:
     def test_right_on_average_where_rounding_to_nearest_loses_the_update(self):
-        d = Draw(3, 40, 64, 32)
+        d = Draw(3, 32, 40, 32)
         d.W.fill_(1.0)
         bases = d.bases()
         exact = d.exact().weight(d.exact().scaled(d.lam.double() * 1e-5, d.gamma.double()))

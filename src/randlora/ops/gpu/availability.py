@@ -49,7 +49,9 @@ def kernels(dtype: torch.dtype, *tensors: Tensor | None) -> ModuleType | None:
     A kernel is no operation of torch: nothing that records, differentiates or maps operations would see it. Compilers
     fuse small steps themselves.
     """
-    if torch.compiler.is_compiling() or tensors[0] is None or why_not(tensors[0].device, dtype) is not None:
+    if dtype not in _HALF or torch.compiler.is_compiling():  # first what spares most calls the rest
+        return None
+    if tensors[0] is None or why_not(tensors[0].device, dtype) is not None:
         return None
     if _is_recorded() or not all(tensor is None or type(tensor) in _PLAIN for tensor in tensors):
         return None
