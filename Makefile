@@ -130,7 +130,8 @@ $(RANGES)/transformers-%/.ready: $(READY)
 
 test-torch-%: $(RANGES)/torch-%/.ready
 	PYTHONPATH="$(CURDIR)/$(<D)" OMP_NUM_THREADS=1 $(PY) -m pytest -k compiled tests/tuner/layers/test_linear.py tests/tuner/layers/test_conv.py \
-		tests/tuner/layers/test_embedding.py tests/tuner/layers/test_parameter.py tests/tuner/test_training.py
+		tests/tuner/layers/test_embedding.py tests/tuner/layers/test_parameter.py tests/tuner/test_training.py \
+		tests/ops/gpu/test_availability.py
 
 test-transformers-%: $(RANGES)/transformers-%/.ready
 	PYTHONPATH="$(CURDIR)/$(<D)" OMP_NUM_THREADS=1 $(PY) -m pytest tests/tuner/test_register.py tests/tuner/test_trainers.py -k "not Sft"

@@ -1,73 +1,78 @@
-"""`python -m benchmarks.gpu`: on a GPU, checks every kernel, measures it, and measures steps of a 3B-shaped Llama.
+"""`python -m benchmarks.gpu`: on a GPU, measures steps of a 3B-shaped Llama, where their time goes, and each kernel.
 
-It ends within eight minutes: what matters most is measured first, and what no time is left for is said. The tables come
-last. Results go to benchmarks/results/gpu-DEVICE.json. ``--small`` is a rehearsal on tiny shapes, on any device.
+It takes about four minutes: what matters most is measured first, and what no time is left for is said. It needs torch,
+Triton, PEFT and Transformers, and this folder and `src` on the path; nothing has to be installed. Tables and the same
+figures as JSON come last, and go to a file. ``--tiny`` is a rehearsal on tiny shapes, on any device.
 """
 
 import argparse
-import sys
+import json
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers.utils import logging
 
 from randlora.ops.gpu import availability
 
 from . import gpu_kernels, gpu_model, record
 from .gpu_clock import measured_rates
-from .table import table
+from .gpu_model import ALL, QV
 
-SECONDS = 440  # of measuring; then what is left out is said, and the tables are printed
-KERNELS = ("layer", "tokens", "kernel", "ms", "torch ms", "floor ms", "of the floor's rate", "error")
-STEPS = ("adapted", "tokens", "method", "trainable", "ms", "× LoRA", "× PEFT", "floor ms", "peak GB", "loss", "note")
-SHAPES = [(3072, 3072), (3072, 1024), (8192, 3072)]  # (M, m) of q and o, k and v, and the MLP
-CASES = [(gpu_model.QV, 4096), (gpu_model.ALL, 4096), (gpu_model.QV, 840), (gpu_model.QV, 16384)]
-CASES += [(gpu_model.ALL, 840), (gpu_model.ALL, 16384)]
+SECONDS = 210  # of measuring; then what is left out is said, and the tables are printed
+STEPS = ("adapted", "tokens", "method", "trainable", "ms", "host ms", "× LoRA", "× PEFT", "peak GB", "loss", "note")
+KERNELS = ("layer", "tokens", "step", "ms", "torch ms", "floor ms", "of the floor's rate", "error")
+PROFILE = ("ms", "calls", "share", "kernel")
+SHAPES = [(3072, 3072), (8192, 3072)]  # (M, m) of q and o, and of the MLP
+CASES = [(ALL, 4096, 5), (QV, 840, 5), (QV, 4096, 5), (ALL, 16384, 3)]  # with rounds; the last one is profiled
+TINY: dict[str, Any] = dict(hidden=64, intermediate=96, layers=1, heads=4, kv_heads=2, vocab=128, rank=16)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--small", action="store_true", help="tiny shapes, few rounds; also without a GPU")
-    small = parser.parse_args(arguments).small
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, few rounds; also without a GPU")
+    parser.add_argument("--folder", type=Path, default=record.RESULTS, help="where the JSON file goes")
+    given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type != "cuda" and not small:
-        parser.error("no GPU that torch sees; --small rehearses on the CPU")
+    if device.type != "cuda" and not given.tiny:
+        parser.error("no GPU that torch sees; --tiny rehearses on the CPU")
     start = time.perf_counter()
     machine = record.this_machine() | {"device": _name(device), "kernels": _kernels(device)}
-    result = measure(device, small, lambda: time.perf_counter() - start > SECONDS)
-    rows = [{"part": part} | row for part, found in result.items() for row in found]
-    path = record.save(f"gpu-{_name(device)}" + "-small" * small, rows, machine, time.perf_counter() - start)
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(f"{_name(device)}; kernels: {_kernels(device)}; written to {path}")
-    console.print(table("kernels", KERNELS, result["kernels"]))
-    console.print(table("training steps", STEPS, [dict.fromkeys(STEPS) | row for row in result["steps"]]))
-    rates = result["rates"][0]
-    console.print(f"measured: {rates['TFLOPs']:.3g} TFLOPs in bf16 products, {rates['GB/s']:.4g} GB/s of memory")
+    found = measure(device, given.tiny, lambda: time.perf_counter() - start > SECONDS)
+    for title, columns in (("training steps", STEPS), ("kernels", KERNELS), ("profile", PROFILE)):
+        print(f"\n{title}\n{plain_table(columns, found[title])}")
+    rates = found["rates"][0]
+    print(f"\n{_name(device)}; kernels: {_kernels(device)}; torch {torch.__version__}")
+    print(f"measured: {rates['TFLOPs']:.3g} TFLOPs in bf16 products, {rates['GB/s']:.4g} GB/s of memory")
+    rows = [{"part": part} | row for part, part_rows in found.items() for row in part_rows]
+    seconds = time.perf_counter() - start
+    path = record.save(f"gpu-{_name(device)}" + "-tiny" * given.tiny, rows, machine, seconds, given.folder)
+    print(f"{seconds:.0f} seconds; written to {path}")
+    print(json.dumps(rows, ensure_ascii=False))
 
 
-def measure(device: torch.device, small: bool, late: Any) -> dict[str, list[dict[str, Any]]]:
-    rates = measured_rates(device, small)
-    rounds = 2 if small else 10
-    result: dict[str, list[dict[str, Any]]] = {
+def measure(device: torch.device, tiny: bool, late: Callable[[], bool]) -> dict[str, list[dict[str, Any]]]:
+    rates = measured_rates(device, tiny)
+    found: dict[str, list[dict[str, Any]]] = {
         "rates": [{"TFLOPs": 2e-12 * rates.products, "GB/s": 1e-9 * rates.memory}],
+        "training steps": [],
         "kernels": [],
-        "steps": [],
+        "profile": [],
     }
-    shapes, cases = ([(96, 64)], [(gpu_model.QV, 24), (gpu_model.ALL, 24)]) if small else (SHAPES, CASES)
-    for tokens in (24,) if small else (4096, 840):
-        result["kernels"] += gpu_kernels.run(device, rates, shapes, tokens, 16 if small else 32, rounds)
-    for targets, tokens in cases:
-        shape = gpu_model.Shape(targets)
-        if small:
-            shape = replace(shape, hidden=64, intermediate=96, layers=1, heads=4, kv_heads=2, vocab=128, rank=16)
-        rows = list(gpu_model.run(device, rates, shape, tokens, min(rounds, 5), late))
-        result["steps"] += compared(rows)
-    return result
+    shapes, tokens, rank, rounds = ([(96, 64)], 24, 16, 2) if tiny else (SHAPES, 4096, 32, 10)
+    found["kernels"] += gpu_kernels.run(device, rates, shapes, tokens, rank, rounds)
+    cases = [(QV, 24, 1), (ALL, 24, 1)] if tiny else CASES
+    base = gpu_model.Shape(**(TINY if tiny else {})).build(device)
+    for targets, tokens, rounds in cases:
+        shape = replace(gpu_model.Shape(**(TINY if tiny else {})), targets=targets)
+        rows = list(gpu_model.run(device, base, shape, tokens, rounds, late))
+        found["training steps"] += compared(rows)
+    found["profile"] += [] if late() else gpu_model.profile(device, base, shape, tokens)
+    return found
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -81,6 +86,19 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for row in rows
     ]
+
+
+def plain_table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
+    """The rows with a heading, in columns of equal width; a package for tables may not be there."""
+    lines = [list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _cell(value: float | str | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def _name(device: torch.device) -> str:

@@ -24,8 +24,14 @@ def milliseconds(work: Callable[[], object], device: torch.device, rounds: int) 
         start_mark.record()
         work()
         end_mark.record()
-    torch.cuda.synchronize(device)
+    waited(device)
     return median(first.elapsed_time(last) for first, last in marks)
+
+
+def waited(device: torch.device) -> None:
+    """Returns when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_bytes(device: torch.device) -> int | None:

@@ -1,29 +1,32 @@
-"""Training steps of a model of Llama-3.2-3B's shape in bf16: each method's time, peak memory and loss."""
+"""Training steps of a model of Llama-3.2-3B's shape in bf16: each method's time, host time, peak memory and loss."""
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from randlora.ops import plan, rounding
-from randlora.ops.gpu import availability
+from randlora import RandLoraConfig
+from randlora.ops import rounding
 
-from .floor import step_floor
-from .gpu_clock import Rates, forget_peak, milliseconds, peak_bytes
-from .methods import DENSE, FROZEN, FULL, PEFT_DENSE, SPARSE, VERY_SPARSE, Method, frozen, ours, peft_own
-from .models import linear_shapes, twin
+from .gpu_clock import forget_peak, milliseconds, peak_bytes, waited
+from .methods import DENSE, FROZEN, PEFT_DENSE, SPARSE, VERY_SPARSE, Method, frozen, ours, peft_own
+from .models import twin
 
-LORA = "LoRA r=32"
+LORA, LORA_BF16 = "LoRA r=32", "LoRA r=32, bf16"
+STOCHASTIC = "randlora, stochastic"
+NEWER = [field.name for field in fields(RandLoraConfig) if field.name == "structured"]
+"""A kind of bases that not every version has."""
 POSITIONS = 2048  # whose logits a loss is taken from, at most: all methods alike
 TOLERANCE = 2e-2  # of a loss, beside PEFT's
-TOKEN, WEIGHT = plan.Plan("token", "token", "token"), plan.Plan("weight", "weight", "weight")
 QV, ALL = r".*\.(q|v)_proj", r".*\.(q|k|v|o|gate|up|down)_proj"
 
 
@@ -31,7 +34,7 @@ QV, ALL = r".*\.(q|v)_proj", r".*\.(q|k|v|o|gate|up|down)_proj"
 class Shape:
     """A Llama, and which of its layers are adapted."""
 
-    targets: str
+    targets: str = QV
     hidden: int = 3072
     intermediate: int = 8192
     layers: int = 28
@@ -65,50 +68,37 @@ class Way:
     autocast: bool = False
 
 
-def lora(base: Any, target: Any) -> nn.Module:
-    return peft.get_peft_model(base, peft.LoraConfig(r=32, target_modules=target.targets))
+def lora(**settings: Any) -> Method:
+    def build(base: Any, target: Any) -> nn.Module:
+        return peft.get_peft_model(base, peft.LoraConfig(r=32, target_modules=target.targets), **settings)
+
+    return build
 
 
-def full(base: Any, target: Any) -> nn.Module:
-    """Trains weights of its own in the layers that the others adapt."""
-    for name, module in base.named_modules():
-        if isinstance(module, nn.Linear) and name.endswith(tuple(_names(target.targets))):
-            module.weight = nn.Parameter(module.weight.detach().clone())
-    return base
-
-
-def switched(set_to: Callable[[bool], None], during: bool) -> Callable[[], AbstractContextManager[Any]]:
-    def setting() -> ExitStack:
-        stack = ExitStack()
-        set_to(during)
-        stack.callback(set_to, not during)
-        return stack
-
-    return setting
+def stochastic() -> ExitStack:
+    stack = ExitStack()
+    rounding.set_stochastic_rounding(True)
+    stack.callback(rounding.set_stochastic_rounding, False)
+    return stack
 
 
 WAYS = {
     FROZEN: Way(frozen),
-    LORA: Way(lora),
-    PEFT_DENSE: Way(peft_own(), autocast=True),
+    LORA: Way(lora()),
     DENSE: Way(ours()),
+    **{f"randlora, {kind}": Way(ours(**{kind: True})) for kind in NEWER},
+    STOCHASTIC: Way(ours(), stochastic),
+    PEFT_DENSE: Way(peft_own(), autocast=True),
     VERY_SPARSE: Way(ours(very_sparse=True)),
-    "randlora, stochastic": Way(ours(), switched(rounding.set_stochastic_rounding, True)),
     SPARSE: Way(ours(sparse=True)),
-    "randlora, no kernels": Way(ours(), switched(availability.set_kernels, False)),
-    "randlora, token space": Way(ours(), lambda: plan.force(TOKEN)),
-    "randlora, weight space": Way(ours(), lambda: plan.force(WEIGHT)),
-    FULL: Way(full),
+    LORA_BF16: Way(lora(autocast_adapter_dtype=False)),
 }
 
 
 def run(
-    device: torch.device, rates: Rates, shape: Shape, tokens: int, rounds: int, late: Callable[[], bool]
+    device: torch.device, base: Any, shape: Shape, tokens: int, rounds: int, late: Callable[[], bool]
 ) -> Iterator[dict[str, Any]]:
     """A row for each method; those that no time is left for are rows without figures."""
-    base = shape.build(device)
-    adapted, every = linear_shapes(base, shape.targets), linear_shapes(base)
-    ids = torch.randint(shape.vocab, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
     losses: dict[str, float] = {}
     for name, way in WAYS.items():
         row: dict[str, Any] = {"adapted": _label(shape.targets), "tokens": tokens, "method": name}
@@ -117,7 +107,7 @@ def run(
             continue
         with way.setting():
             try:
-                row |= measure(way, base, shape, ids, device, rounds)
+                row |= measure(way, base, shape, tokens, device, rounds)
             except torch.OutOfMemoryError:
                 yield row | {"note": "out of memory"}
                 continue
@@ -126,22 +116,38 @@ def run(
                 forget_peak(device)
         losses[name] = row["loss"]
         require_equal_loss(name, losses)
-        share = step_floor(name, adapted, every, tokens, shape.rank, fusible=False)
-        frozen_floor = rates.floor(sum(2 * tokens * out * into for out, into in every), 0)
-        yield row | {"floor ms": None if share is None else share * frozen_floor}
+        yield row
 
 
-def measure(way: Way, base: Any, shape: Shape, ids: Tensor, device: torch.device, rounds: int) -> dict[str, Any]:
+def measure(way: Way, base: Any, shape: Shape, tokens: int, device: torch.device, rounds: int) -> dict[str, Any]:
+    step, trainable = training_step(way, base, shape, tokens, device)
+    forget_peak(device)
+    losses: list[Tensor] = []
+    time = milliseconds(lambda: losses.append(step()), device, rounds)
+    peak = peak_bytes(device)
+    return {
+        "trainable": trainable,
+        "ms": time,
+        "host ms": host_milliseconds(step, device),
+        "peak GB": None if peak is None else peak / 1e9,
+        "loss": float(losses[-1]),
+    }
+
+
+def training_step(
+    way: Way, base: Any, shape: Shape, tokens: int, device: torch.device
+) -> tuple[Callable[[], Tensor], int]:
+    """A function that takes a step and returns its loss, and the number of trained values."""
     model: Any = way.build(twin(base), shape).train()
+    ids = torch.randint(shape.vocab, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4) if trainable else None
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model.model if way.autocast else model
     inner.enable_input_require_grads()  # all walk the same path back
-    if ids.shape[1] > 2 * POSITIONS:
+    if tokens > 2 * POSITIONS:
         inner.gradient_checkpointing_enable({"use_reentrant": False})
-    losses: list[Tensor] = []
 
-    def step() -> None:
+    def step() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=way.autocast):
             hidden = inner.model(input_ids=ids).last_hidden_state[:, :POSITIONS]
             logits = inner.lm_head(hidden)
@@ -150,29 +156,48 @@ def measure(way: Way, base: Any, shape: Shape, ids: Tensor, device: torch.device
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
-        losses.append(loss.detach())
+        return loss.detach()
 
-    forget_peak(device)
-    time = milliseconds(step, device, rounds)
-    peak = peak_bytes(device)
-    return {
-        "trainable": sum(parameter.numel() for parameter in trainable),
-        "ms": time,
-        "peak GB": None if peak is None else peak / 1e9,
-        "loss": float(losses[-1]),
-    }
+    return step, sum(parameter.numel() for parameter in trainable)
+
+
+def host_milliseconds(step: Callable[[], Tensor], device: torch.device) -> float:
+    """Until the host has launched all of a step: the same as the step's time where the host is what it waits for."""
+    waited(device)
+    start = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def profile(device: torch.device, base: Any, shape: Shape, tokens: int, most: int = 15) -> Iterator[dict[str, Any]]:
+    """The kernels of a step of ours that take the longest, and what the others take together."""
+    step, _ = training_step(WAYS[DENSE], base, shape, tokens, device)
+    step()
+    waited(device)
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        waited(device)
+    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    times = sorted(((getattr(event, key), event) for event in profiler.key_averages()), key=lambda found: -found[0])
+    total = sum(time for time, _ in times)
+    rest = times[most:]
+    for time_, event in times[:most]:
+        yield {"ms": 1e-3 * time_, "calls": event.count, "share": time_ / total, "kernel": event.key[:90]}
+    if rest:
+        left = sum(time for time, _ in rest)
+        calls = sum(event.count for _, event in rest)
+        yield {"ms": 1e-3 * left, "calls": calls, "share": left / total, "kernel": f"{len(rest)} others"}
 
 
 def require_equal_loss(name: str, losses: dict[str, float]) -> None:
-    """A speed counts only where the result is right."""
-    dense = name.startswith(DENSE) and name not in (SPARSE, VERY_SPARSE)
-    if dense and PEFT_DENSE in losses and not abs(losses[name] / losses[PEFT_DENSE] - 1) <= TOLERANCE:
-        raise RuntimeError(f"the loss of {name!r} is {losses[name]}, but that of PEFT's {losses[PEFT_DENSE]}")
-
-
-def _names(targets: str) -> list[str]:
-    return [f"{part}_proj" for part in targets.partition("(")[2].partition(")")[0].split("|")]
+    """A speed counts only where the result is right: ours with the same bases beside PEFT's, once both are there."""
+    for mine in (DENSE, STOCHASTIC):
+        known = {mine, PEFT_DENSE} <= losses.keys() and name in (mine, PEFT_DENSE)
+        if known and not abs(losses[mine] / losses[PEFT_DENSE] - 1) <= TOLERANCE:
+            raise RuntimeError(f"the loss of {mine!r} is {losses[mine]}, but that of PEFT's {losses[PEFT_DENSE]}")
 
 
 def _label(targets: str) -> str:
-    return ", ".join(name.removesuffix("_proj") for name in _names(targets)) if targets == QV else "all seven"
+    return "q, v" if targets == QV else "all seven"

@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("randlora", "torch", "peft", "transformers", "accelerate", "safetensors", "numpy")
 
 
-def save(name: str, rows: list[dict[str, Any]], machine: dict[str, Any], seconds: float) -> Path:
-    path = RESULTS / f"{name}.json"
+def save(
+    name: str, rows: list[dict[str, Any]], machine: dict[str, Any], seconds: float, folder: Path | None = None
+) -> Path:
+    path = (folder or RESULTS) / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     content = {
         "benchmark": name,
@@ -24,11 +26,18 @@ def save(name: str, rows: list[dict[str, Any]], machine: dict[str, Any], seconds
         "commit": commit(),
         "duration in seconds": round(seconds),
         "machine": machine,
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
         "rows": rows,
     }
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a folder on the path
+        return "not installed"
 
 
 def this_machine() -> dict[str, Any]:

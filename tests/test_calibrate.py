@@ -66,6 +66,24 @@ def test_measuring_times_every_way(kind):
     assert timing.problem().tokens == 8
 
 
+def test_half_precision_times_the_ways_that_it_may_take():
+    timing = measure((96, 64), 8, Dense(), calibration.torch.device("cpu"), calibration.torch.bfloat16)
+    assert set(timing.forward) == {"token", "weight"}
+    assert set(timing.backward) == set(calibration._HALF_WAYS)
+
+
+def test_a_gpu_is_fitted_by_rates_of_its_own(monkeypatch):
+    cpu, gpu = plan.rates, plan.gpu_rates
+    real = calibration.measure
+    monkeypatch.setattr(calibration, "measure", lambda *call: real(*call[:3], calibration.torch.device("cpu"), call[4]))
+    try:
+        found = calibrate("cuda", shapes=[(64, 64)], tokens=[8])
+        assert plan.gpu_rates is found
+        assert plan.rates is cpu
+    finally:
+        plan.set_rates(gpu, "cuda")
+
+
 def test_calibrate_puts_its_rates_in_force():
     found = calibrate(shapes=[(64, 64)], tokens=[8])
     assert plan.rates is found

@@ -156,7 +156,7 @@ def test_import_is_light_and_needs_no_network() -> None:
         "randlora.cli",
         "randlora.train",
         "randlora.report",
-        "randlora.ops.gpu.operators",
+        "randlora.ops.gpu.kernels",
         "randlora.ops.gpu.products",
     )
     assert not [name for name in run.stdout.split() if starts_with(name, *heavy) or name.startswith(ours)]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from randlora.ops import plan as planner
 from randlora.ops.bases import BasisKind, BasisSpec, Dense, Structured, Ternary, get_basis
-from randlora.ops.linear import adapted_linear, problem_of
+from randlora.ops.linear import adapted_linear, can_fuse, problem_of
 from randlora.ops.operands import Sizes
 from randlora.ops.plan import BasisWay, Problem, Rates, Way, backward_cost, forward_cost
 
@@ -22,7 +22,9 @@ _RANK = 32
 _SHAPES = ((1024, 1024), (2048, 1024), (1024, 2048))  # (out, in)
 _TOKENS = (128, 256, 512, 1024, 2048)
 _WAYS: tuple[tuple[Way, BasisWay], ...] = (("token", "token"), ("fused", "token"), ("fused", "weight"))
+_HALF_WAYS: tuple[tuple[Way, BasisWay], ...] = (("token", "token"), ("weight", "token"), ("weight", "weight"))
 _ROUNDS = 5
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,11 @@ def calibrate(
     shapes: Iterable[tuple[int, int]] = _SHAPES,
     tokens: Iterable[int] = _TOKENS,
 ) -> Rates:
-    """Measures layers of the given shapes, in float32, and makes the planner count with what fits them best.
+    """Measures layers of the given shapes and makes the planner count with what fits them best.
 
-    Takes about a minute with the default shapes. The rates hold for this process; a program that is to use them
-    without measuring passes them to ``randlora.ops.plan.set_rates``.
+    In float32 on a CPU. On a GPU in bfloat16, where only what an element costs is fitted; give it layers and tokens of
+    the size of a model's. Takes about a minute with the default shapes. The rates hold for this process; a program that
+    is to use them without measuring passes them to ``randlora.ops.plan.set_rates``.
 
     Args:
         device: where to measure.
@@ -58,32 +61,46 @@ def calibrate(
     Returns:
         The rates that are now in force.
     """
-    device = torch.device(device)
-    dense, sparse, structured = (
-        [measure(shape, count, kind, device) for shape in shapes for count in tokens]
-        for kind in (Dense(), Ternary(2.0 * _RANK), Structured())
-    )
-    rates = fitted(dense, planner.rates, {"split": _around(0.85), "element": _around(40.0)})
-    rates = fitted(sparse, rates, {"sparse": _around(9.0), "element_sparse": _around(40.0)})
-    rates = fitted(structured, rates, {"element_structured": _around(8.0)})
-    planner.set_rates(rates)
+    device, calls = torch.device(device), [(shape, count) for shape in shapes for count in tokens]
+    rates = planner.rates_on(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def measured(kind: BasisKind) -> list[Timing]:
+        return [measure(*call, kind, device, dtype) for call in calls]
+
+    if device.type == "cuda":
+        rates = fitted(measured(Dense()), rates, {"element": _around(rates.element)}, device)
+    else:
+        rates = fitted(measured(Dense()), rates, {"split": _around(0.85), "element": _around(40.0)}, device)
+        sparse = measured(Ternary(2.0 * _RANK))
+        rates = fitted(sparse, rates, {"sparse": _around(9.0), "element_sparse": _around(40.0)}, device)
+    start = {"element_structured": _around(rates.element_structured)}
+    rates = fitted(measured(Structured()), rates, start, device)
+    planner.set_rates(rates, device)
     return rates
 
 
-def measure(shape: tuple[int, int], tokens: int, kind: BasisKind, device: torch.device) -> Timing:
+def measure(
+    shape: tuple[int, int],
+    tokens: int,
+    kind: BasisKind,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Timing:
     """Times every way of computing one layer's call."""
     out, in_ = shape
     m, M = min(shape), max(shape)
     basis = get_basis(BasisSpec(_RANK, m, M, 0, kind, m, M))
-    operands = basis.operands(device, torch.float32, Sizes(M, m, basis.num_bases), tokens)
+    operands = basis.operands(device, dtype, Sizes(M, m, basis.num_bases), tokens)
     lam = torch.full((_RANK, basis.num_bases), 0.01, device=device, requires_grad=True)
     gamma = torch.full((basis.num_bases, m), 1 / M, device=device, requires_grad=True)
-    weight = torch.randn(out, in_, device=device)
-    x = torch.randn(tokens, in_, device=device, requires_grad=True)
-    dy = torch.randn(tokens, out, device=device)
+    weight = torch.randn(out, in_, device=device, dtype=dtype)
+    x = torch.randn(tokens, in_, device=device, dtype=dtype, requires_grad=True)
+    dy = torch.randn(tokens, out, device=device, dtype=dtype)
+    fusible = can_fuse(dtype, dtype)
     base = _seconds(lambda: F.linear(x, weight), dy)
-    timing = Timing(partial(problem_of, operands, tokens, out, in_, fusible=True), {}, {})
-    for way, basis_way in _WAYS:
+    timing = Timing(partial(problem_of, operands, tokens, out, in_, fusible), {}, {})
+    for way, basis_way in _WAYS if fusible else _HALF_WAYS:
         with planner.force(planner.Plan(way, way, basis_way)):
             found = _seconds(lambda: adapted_linear(x, operands, lam, gamma, 1.0, out, weight), dy)
         timing.forward[way] = found[0] - base[0]
@@ -91,16 +108,18 @@ def measure(shape: tuple[int, int], tokens: int, kind: BasisKind, device: torch.
     return timing
 
 
-def fitted(timings: list[Timing], start: Rates, candidates: dict[str, list[float]]) -> Rates:
+def fitted(
+    timings: list[Timing], start: Rates, candidates: dict[str, list[float]], device: torch.device = _CPU
+) -> Rates:
     """The rates among ``candidates`` with which the planner's choices take the least time in all."""
 
     def total(rates: Rates) -> float:
-        before = planner.rates
-        planner.set_rates(rates)
+        before = planner.rates_on(device)
+        planner.set_rates(rates, device)
         try:
             return sum(chosen_seconds(timing) for timing in timings)
         finally:
-            planner.set_rates(before)
+            planner.set_rates(before, device)
 
     options = (
         replace(start, **dict(zip(candidates, values, strict=True)))

@@ -8,37 +8,46 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, gpu_model, record
+from benchmarks import gpu, gpu_model
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_rehearsal_checks_measures_and_prints_its_tables_last(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
-    gpu.main(["--small"])
+def test_a_rehearsal_measures_and_ends_with_its_tables_and_json(tmp_path, capsys):
+    gpu.main(["--tiny", "--folder", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert printed.index("kernels") < printed.index("training steps") < printed.index("measured:")
+    assert printed.index("training steps") < printed.index("kernels\n") < printed.index("profile\n")
     (path,) = tmp_path.iterdir()
     result = json.loads(path.read_text())
     rows = result["rows"]
-    assert [row["kernel"] for row in rows if row["part"] == "kernels"].count("W + ΔW") == 1
-    methods = [row["method"] for row in rows if row["part"] == "steps"]
-    assert methods == list(gpu_model.WAYS) * 2
+    assert rows == json.loads(printed.splitlines()[-1])
+    assert [row["step"] for row in rows if row["part"] == "kernels"].count("ΔW") == 1
+    steps = [row for row in rows if row["part"] == "training steps"]
+    assert [row["method"] for row in steps] == list(gpu_model.WAYS) * 2
+    assert all(row["ms"] > 0 and row["host ms"] > 0 for row in steps)
+    assert len({round(row["loss"], 1) for row in steps}) == 1
+    shares = [row["share"] for row in rows if row["part"] == "profile"]
+    assert sum(shares) == pytest.approx(1)
     assert {"device", "kernels", "cpu"} <= set(result["machine"])
-    losses = {row["method"]: row["loss"] for row in rows if row["part"] == "steps"}
-    assert len({round(loss, 1) for loss in losses.values()}) == 1
 
 
 def test_what_no_time_is_left_for_is_said():
-    shape = gpu_model.Shape(gpu_model.QV, 64, 96, 1, 4, 2, 128, 16)
-    rows = list(gpu_model.run(gpu.torch.device("cpu"), None, shape, 8, 1, late=lambda: True))
+    rows = list(gpu_model.run(gpu.torch.device("cpu"), None, gpu_model.Shape(), 8, 1, late=lambda: True))
     assert {row["note"] for row in rows} == {"not measured: out of time"}
     assert gpu.compared(rows)[0]["× LoRA"] is None
 
 
-def test_a_wrong_loss_is_refused():
-    with pytest.raises(RuntimeError, match="token space"):
-        gpu_model.require_equal_loss("randlora, token space", {gpu_model.PEFT_DENSE: 2.0, "randlora, token space": 2.2})
+def test_every_kind_of_bases_is_measured():
+    kinds = {"sparse", "very_sparse", "structured"} & {
+        field.name for field in gpu_model.fields(gpu_model.RandLoraConfig)
+    }
+    assert {f"randlora, {kind.replace('_', ' ')}" for kind in kinds} <= set(gpu_model.WAYS)
+
+
+@pytest.mark.parametrize("mine", [gpu_model.DENSE, gpu_model.STOCHASTIC])
+def test_a_wrong_loss_is_refused(mine):
+    with pytest.raises(RuntimeError, match=mine):
+        gpu_model.require_equal_loss(gpu_model.PEFT_DENSE, {mine: 2.2, gpu_model.PEFT_DENSE: 2.0})
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
@@ -48,18 +57,41 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     assert "no GPU that torch sees" in capsys.readouterr().err
 
 
+ON_THE_PATH = """
+import sys
+from importlib import metadata
+sys.modules["rich"] = None  # as where nothing but torch, PEFT and Transformers is there
+def refuse(name, found=metadata.version):
+    if name == "randlora":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.version = refuse
+from benchmarks import gpu, record
+assert record._version("randlora") == "not installed"
+"""
+
+
+def test_it_needs_no_installed_package():
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "HOME": str(Path.home())}
+    run = subprocess.run(
+        [sys.executable, "-c", ON_THE_PATH], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
 COMPILE = """
 from benchmarks import gpu_resources
 rows = list(gpu_resources.run(quick=True))
-assert {row["kernel"] for row in rows} == {name for kinds in gpu_resources.FLAGS.values() for name in kinds}
+assert {row["kernel"] for row in rows} == set(gpu_resources.KERNELS)
 for row in rows:
-    assert row["spilled"] == 0 and row["matrix instr."] > 0 and 0 < row["registers"] <= 255, row
+    assert row["spilled"] == 0 and 0 < row["registers"] <= 255, row
+    assert (row["matrix instr."] > 0) == (row["kernel"] == gpu_resources.SUM), row
     assert row["shared"] <= 227 * 1024, row
 """
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which is for Linux only")
-def test_the_kernels_become_matrix_instructions_without_spilling():
+def test_the_kernels_become_machine_code_without_spilling():
     """In a process of its own, where Triton does not interpret; without a device."""
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "HOME": str(Path.home())}
     run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)

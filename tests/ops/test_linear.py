@@ -17,7 +17,6 @@ from randlora.ops.bases import BasisSpec, Structured, dense
 from randlora.ops.bases.dense import DenseBases
 from randlora.ops.bases.ternary import sparse_bases
 from randlora.ops.codes import pack
-from randlora.ops.gpu.grouped import GroupedBases, grouped
 from randlora.ops.linear import adapted_linear, can_fuse, delta_weight, with_update
 from randlora.ops.operands import Sizes
 from randlora.ops.plan import Plan, force
@@ -27,7 +26,7 @@ WAYS = ("token", "weight", "fused")
 # Output and gradients are computed apart, so that each way of the output and each pair of the gradients' is enough.
 PLANS = [Plan(o, *ways) for o, ways in zip(WAYS * 2, itertools.product(WAYS, WAYS[:2]), strict=True)]
 UNIFORM = [Plan("token", "token", "token"), Plan("weight", "weight", "weight"), Plan("fused", "fused", "weight")]
-KINDS = ("dense", "split", "codes", "sparse", "grouped", "structured")
+KINDS = ("dense", "split", "codes", "sparse", "structured")
 SCALING = 1.7
 
 
@@ -82,8 +81,6 @@ class Case:
             return self.stored.operands(torch.device("cpu"), self.dtype, sizes, None)
         if self.kind == "codes":
             return DenseBases(self.A.to(torch.int8).unsqueeze(1), pack(self.B.to(torch.int8)), self.dtype)
-        if self.kind == "grouped":
-            return GroupedBases(self.A, grouped(in_units(self.B, self.dtype), len(self.A)), self.dtype)
         B = self.B.bfloat16() if self.kind == "split" else in_units(self.B, self.dtype)
         return DenseBases(self.A.unsqueeze(1), B, self.dtype)
 
@@ -177,7 +174,7 @@ class TestAgainstThePlainFormula:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize(("out", "in_"), [(48, 32), (32, 48), (40, 40)], ids=["tall", "wide", "square"])
     @pytest.mark.parametrize("weight", [True, False])
-    @pytest.mark.parametrize("kind", ["dense", "codes", "sparse", "grouped", "structured"])
+    @pytest.mark.parametrize("kind", ["dense", "codes", "sparse", "structured"])
     def test_half_precision_against_float64(self, plan, dtype, out, in_, weight, kind):
         with force(plan):
             Case(out, in_, 6, (4, 9), dtype, weight=weight, kind=kind).check(TOLERANCE[dtype])
@@ -251,7 +248,7 @@ class TestPieces:
         in_=dims,
         rank=st.integers(1, 25),
         seed=st.integers(0, 1000),
-        kind=st.sampled_from(KINDS[:4]),
+        kind=st.sampled_from(KINDS),
         base=...,
     )
     def test_delta_weight(self, out: int, in_: int, rank: int, seed: int, kind: str, base: bool):
@@ -287,7 +284,7 @@ class TestPieces:
 
 
 SHAPES = pytest.mark.parametrize(("out", "in_", "rank"), [(5, 3, 2), (3, 5, 2), (4, 4, 6)], ids=["tall", "wide", "r>m"])
-DOUBLE_KINDS = pytest.mark.parametrize("kind", ["dense", "codes", "sparse", "grouped", "structured"])
+DOUBLE_KINDS = pytest.mark.parametrize("kind", ["dense", "codes", "sparse", "structured"])
 
 
 class TestDerivatives:
@@ -441,10 +438,10 @@ class TestCompile:
                 for name, leaf in leaves.items():
                     torch.testing.assert_close(leaf.grad, expected[name])
 
-    @pytest.mark.parametrize("kind", ["dense", "grouped", "structured"])
+    @pytest.mark.parametrize("kind", ["dense", "structured"])
     def test_one_graph_for_several_numbers_of_tokens(self, kind):
         torch._dynamo.reset()
-        case = Case(9, 6, 4, (5,), torch.float32, kind=kind)
+        case = Case(9, 6, 4, (5,), torch.float32)
         bases = case.bases()
         case.bases = lambda: bases
         compiled = torch.compile(case.run, fullgraph=True, backend="aot_eager", dynamic=True)

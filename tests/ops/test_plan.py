@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from randlora.ops import plan as plans
-from randlora.ops.bases import Ternary
+from randlora.ops.bases import Dense, Ternary
 from randlora.ops.bases.dense import DenseBases, dense_costs
 from randlora.ops.bases.ternary import _sparse_costs
 from randlora.ops.linear import adapted_linear
@@ -24,6 +24,7 @@ from randlora.ops.plan import (
     force,
     forward_cost,
     set_rates,
+    step_cost,
     sum_cost,
 )
 
@@ -38,7 +39,7 @@ def problem_of(tokens, out, in_, rank, can_fuse, input_needs_grad=True, products
     if products == "sparse":
         costs = _sparse_costs(rank, sizes, tokens, density)
     else:
-        costs = dense_costs(rank, sizes, tokens, splits=products == "split")
+        costs = dense_costs(rank, sizes, tokens, plans.rates, splits=products == "split")
     return Problem(tokens, out, in_, costs, can_fuse, input_needs_grad)
 
 
@@ -155,6 +156,58 @@ class TestRates:
         problem = problem_of(1, 64, 96, 8, can_fuse=True)
         assert call_cost(problem) > forward_cost(problem, choose(problem).output)
         assert sum_cost(problem) == forward_cost(problem, "fused")
+
+
+def on_a_gpu(tokens, out, in_, stochastic=False):
+    """A layer's problem on a GPU in bf16 at r = 32, with its base weight at hand only for stochastic rounding."""
+    sizes = Sizes(max(out, in_), min(out, in_), min(out, in_) // 32)
+    costs = Dense().costs(32, sizes, torch.device("cuda"), torch.bfloat16, tokens)
+    return Problem(tokens, out, in_, costs, can_fuse=stochastic)
+
+
+LLAMA = {"q": (3072, 3072), "o": (3072, 3072), "k": (1024, 3072), "v": (1024, 3072)}
+LLAMA |= {"gate": (8192, 3072), "up": (8192, 3072), "down": (3072, 8192)}
+"""(out, in) of the layers of Llama-3.2-3B."""
+
+
+class TestGpuRates:
+    """The plans of the layers that were measured on an H100 (docs/gpu.md)."""
+
+    def step(self, names, tokens, way=None):
+        """What the step of these layers costs by the plans that are chosen, or by one way throughout."""
+        problems = [on_a_gpu(tokens, *LLAMA[name]) for name in names]
+        if way is None:
+            return sum(map(step_cost, problems))
+        return sum(forward_cost(problem, way) + backward_cost(problem, way, way) for problem in problems)
+
+    @pytest.mark.parametrize("name", LLAMA)
+    def test_few_tokens_go_through_the_bases(self, name):
+        assert choose(on_a_gpu(840, *LLAMA[name])) == Plan("token", "token", "token")
+
+    def test_4096_tokens_take_the_weight_where_it_is_as_small(self):
+        output = {name: choose(on_a_gpu(4096, *shape)).output for name, shape in LLAMA.items()}
+        assert output == dict.fromkeys("qokv", "weight") | dict.fromkeys(("gate", "up", "down"), "token")
+        # 410 ms in token space, 486 by weights, 396 as chosen
+        chosen, token, weight = (self.step(LLAMA, 4096, way) for way in (None, "token", "weight"))
+        assert chosen < token < weight
+
+    @pytest.mark.parametrize("name", LLAMA)
+    def test_16384_tokens_take_the_weight(self, name):
+        # in an exact plan, dy B of a much taller layer serves dÃ and dx: three products beside four
+        backward = ("token", "token") if name in ("gate", "up") else ("weight", "weight")
+        assert choose(on_a_gpu(16384, *LLAMA[name])) == Plan("weight", *backward)
+        assert choose(on_a_gpu(16384, *LLAMA[name], stochastic=True)) == Plan("fused", "fused", "weight")
+
+    def test_each_device_has_its_own(self):
+        before = plans.rates, plans.gpu_rates
+        try:
+            for device in ("cpu", "cuda:1"):
+                set_rates(Rates(element=7.0), device)
+                assert plans.rates_on(torch.device(device)).element == 7
+                assert (plans.rates is before[0], plans.gpu_rates is before[1]) == (False, device == "cpu")
+        finally:
+            set_rates(before[0])
+            set_rates(before[1], "cuda")
 
 
 class TestChoice:

@@ -219,6 +219,42 @@ def test_compiled_training_in_one_graph_without_recompilation(build):
         assert_close(results[0], results[1], 1e-5)
 
 
+def test_bases_go_with_a_model_before_anything_is_compiled():
+    """A compiled call that needed them first would cast them within its graph."""
+    model = ours(stack(), r=4, projection_prng_key=4321, target_modules=STACK_TARGETS)
+    forms = model.model.tall.basis("default").stored.forms
+    before = len(list(forms))
+    model.bfloat16()
+    assert len(list(forms)) == before + 1
+    with torch.inference_mode():
+        torch.compile(model.model, backend="aot_eager", fullgraph=True)(features().bfloat16())
+    assert len(list(forms)) == before + 1
+
+
+AUTOCAST = [None, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize("autocast", AUTOCAST, ids=["plain", "autocast"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
+def test_a_whole_compiled_model_is_one_graph_forward_and_backward(dtype, autocast):
+    torch._dynamo.reset()
+    model = ours(llama(num_hidden_layers=1).to(dtype), r=4, randlora_alpha=8, target_modules=LLAMA_TARGETS)
+    compiled = torch.compile(randomise(model).model, fullgraph=True, backend="aot_eager")
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ids, found = tokens(), []
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
+        compiled(input_ids=ids, use_cache=False)  # what it makes of the bases must serve training, or not be kept
+    for run in (compiled, model.model):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
+            loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        found.append({name: p.grad.clone() for name, p in parameters.items()} | {"loss": loss.detach()})
+    for name, gradient in found[0].items():
+        assert_close(gradient, found[1][name], TOLERANCE[dtype if autocast is None else autocast], name)
+
+
 class TestNothingIsKept:
     def test_saved_tensors_of_a_model_are_inputs_and_parameters(self):
         """No layer keeps its Ã or ΔW: the parameters' sizes times the number of layers would show."""

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from randlora.ops.gpu import availability
+
 _PIECES = 3  # of 8 bits each: the 24 of float32
 _BLOCK = 1024  # rows or columns that are split at a time, so that the pieces stay in a core's cache
 _ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112  # of the CBLAS interface
@@ -43,14 +45,17 @@ def sum_of_products(pairs: list[tuple[Tensor, Tensor]], bias: Tensor | None, add
         bias: (j,).
         addend: (i, j), float32.
     """
-    dtype = pairs[0][0].dtype
-    if pairs[0][0].device.type == "cpu" and _in_blocks(dtype):
-        if addend is None and bias is not None:
-            addend = bias.float().expand(pairs[0][0].shape[0], -1)
-        elif addend is not None and bias is not None:
-            addend = addend + bias.float()
-        second = pairs[1] if len(pairs) > 1 else (None, None)
-        return call(_RoundedSum, torch.ops.randlora.rounded_sum, *pairs[0], *second, addend)
+    first, second = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
+    rows, dtype, device = first[0].shape[0], first[0].dtype, first[0].device
+    on_gpu = availability.why_not(device, dtype) is None
+    if on_gpu or (device.type == "cpu" and _in_blocks(dtype)):
+        kernels = availability.kernels(dtype, *first, *second, addend, bias)
+        if bias is not None:
+            bias = bias.float() if kernels is None else bias
+            addend = bias.expand(rows, -1) if addend is None else addend + bias
+        if kernels is not None:
+            return kernels.rounded_sum(*first, *second, addend)
+        return call(_RoundedSum, torch.ops.randlora.rounded_sum, *first, *second, addend)
     if addend is not None:
         total = addend if bias is None else addend + bias.float()
         for a, b in pairs:
@@ -103,6 +108,12 @@ def _rounded_sum(a: Tensor, b: Tensor, c: Tensor | None, d: Tensor | None, adden
                 _gemm_into(total, _blas_ready(first[rows]), second, adds=True)
         target.copy_(total)
     return out
+
+
+@torch.library.impl("randlora::rounded_sum", "CUDA")
+def _rounded_sum_on_gpu(a: Tensor, b: Tensor, c: Tensor | None, d: Tensor | None, addend: Tensor | None) -> Tensor:
+    """For compiled code."""
+    return availability.loaded().rounded_sum(a, b, c, d, addend)
 
 
 @torch.library.register_fake("randlora::split_mm")

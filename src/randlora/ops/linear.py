@@ -96,7 +96,7 @@ def with_update(
 
     For few tokens two products cost less than forming the sum.
     """
-    if x.numel() <= planner.rates.element * x.shape[-1]:
+    if x.numel() <= planner.rates_on(x.device).element * x.shape[-1]:
         return F.linear(x, weight, bias) + F.linear(x, update)
     return F.linear(x, weight + update, bias)
 

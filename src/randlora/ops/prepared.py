@@ -43,7 +43,7 @@ class PreparedCalls:
 
     def get(self, key: Hashable, basis: Basis, make: Callable[[], tuple[Operands, Problem]]) -> Prepared:
         """Return the call for ``key``, an adapter and all of an input that counts; ``make`` gives what it needs."""
-        settings = (plan.rates, plan.forced(), availability.enabled(), rounding.is_enabled())
+        settings = (plan.rates, plan.gpu_rates, plan.forced(), availability.enabled(), rounding.is_enabled())
         found = self._calls.get(key)
         if found is not None and found[1] is basis and found[2] == settings:
             return found[0]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from randlora.ops.gpu import availability
+
 _stochastic = False
 
 
@@ -35,6 +37,14 @@ def is_stochastic(compute: torch.dtype, weight: torch.dtype) -> bool:
 def new_seed(device: torch.device) -> Tensor:
     """A seed of shape (1,), int32, drawn where it is used, so that replayed CUDA graphs draw new ones."""
     return torch.randint(2**31 - 1, (1,), dtype=torch.int32, device=device)
+
+
+def stochastic_sum(update: Tensor, base: Tensor, seed: Tensor) -> Tensor:
+    """``update + base`` (i, j), rounded stochastically to bfloat16."""
+    kernels = availability.kernels(torch.bfloat16, update, base, seed)
+    if kernels is not None:
+        return kernels.stochastic_sum(update, base, seed)
+    return stochastic(update.float() + base.float(), seed)
 
 
 def stochastic(total: Tensor, seed: Tensor) -> Tensor:

@@ -1,12 +1,16 @@
 """Where the kernels run, and the sentence that says why not."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from randlora.ops.bases import BasisSpec, Dense, Ternary, get_basis
 from randlora.ops.bases.dense import DenseBases
-from randlora.ops.gpu import availability, reference
-from randlora.ops.gpu.grouped import GroupedBases, grouped
+from randlora.ops.gpu import availability
 from randlora.ops.operands import Sizes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -32,7 +36,7 @@ def test_they_run_in_half_precision_on_a_gpu(gpu):
 def test_there_are_none_for_other_devices(gpu, kind):
     gpu.delenv("TRITON_INTERPRET", raising=False)
     assert f"devices of type {kind}" in availability.why_not(torch.device(kind), torch.bfloat16)
-    assert availability.kernels(torch.device(kind), torch.bfloat16) is reference
+    assert availability.kernels(torch.bfloat16, torch.ones(2)) is None
 
 
 def test_each_hindrance_is_named(gpu):
@@ -53,22 +57,58 @@ def test_each_hindrance_is_named(gpu):
         availability.set_kernels(True)
 
 
+def test_compiled_code_may_be_the_first_to_ask(monkeypatch):
+    """Of a device to which the model has gone since. What the answer needs, Dynamo of torch 2.11 does not trace."""
+    monkeypatch.setattr(availability, "_found", {})
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def ask(x):
+        return x + 1 if availability.why_not(CPU, torch.bfloat16) is None else x
+
+    found = torch.compile(ask, backend="eager", fullgraph=True)(torch.zeros(1))
+    assert found == (1 if find_spec("triton") else 0)
+
+
+class TestWhereTheyMayBeCalled:
+    """Only where nobody looks at single operations: else a graph, a derivative or a sample would go without them."""
+
+    @pytest.fixture
+    def there(self, monkeypatch):
+        monkeypatch.setattr(availability, "why_not", lambda _device, _dtype: None)
+        monkeypatch.setattr(availability, "loaded", lambda: "kernels")
+
+    def test_on_plain_tensors(self, there):
+        plain, trained = torch.ones(2), nn.Parameter(torch.ones(2))
+        with torch.no_grad():
+            assert availability.kernels(torch.bfloat16, plain, None, trained) == "kernels"
+        assert availability.kernels(torch.bfloat16, plain) == "kernels"
+
+    def test_not_where_a_derivative_is_taken(self, there):
+        assert availability.kernels(torch.bfloat16, torch.ones(2), torch.ones(2, requires_grad=True)) is None
+
+    def test_not_where_operations_are_recorded(self, there):
+        found = []
+
+        def ask(x):
+            found.append(availability.kernels(torch.bfloat16, x))
+            return x + 1
+
+        torch.func.vmap(ask)(torch.ones(2))
+        torch.jit.trace(ask, torch.ones(2), check_trace=False)
+        with FlopCounterMode(display=False):
+            ask(torch.ones(2))
+        with FakeTensorMode() as fake:
+            x = fake.from_tensor(torch.ones(2))
+        ask(x)  # a tensor of another class
+        torch.compile(ask, backend="eager", fullgraph=True)(torch.ones(2))
+        assert found == [None] * 5
+
+
 @pytest.mark.parametrize("kind", [Dense(), Ternary(3.0)], ids=["dense", "codes"])
-def test_bases_lie_as_the_kernels_read_them(monkeypatch, kind):
+def test_operands_are_those_of_other_devices(monkeypatch, kind):
     basis = get_basis(BasisSpec(4, 11, 17, 5, kind, 11, 17))
-    monkeypatch.setattr(availability, "why_not", lambda _device, dtype: None if dtype == torch.bfloat16 else "wide")
-    monkeypatch.setattr(availability, "kernels", lambda *_: reference)
-    bases = basis.operands(CPU, torch.bfloat16, Sizes(9, 6, 2))
-    assert isinstance(bases, GroupedBases)
-    assert bases.B.dtype == (torch.bfloat16 if kind == Dense() else torch.int8)
-    plain = basis.lookup(CPU, torch.bfloat16, Sizes(9, 6, 2)).ready()
-    assert torch.equal(bases.A, plain.A.squeeze(1))
-    for b in range(2):
-        assert torch.equal(bases.B[:, 4 * b : 4 * b + 4].bfloat16(), plain.B.view(9, 4, 2)[:, :, b])
-    assert basis.operands(CPU, torch.bfloat16, Sizes(17, 6, 2)).B.data_ptr() == bases.B.data_ptr()
-    assert isinstance(basis.operands(CPU, torch.float32, Sizes(9, 6, 2)), DenseBases)
-
-
-def test_grouping_keeps_every_column():
-    B = torch.arange(24).view(2, 12)
-    assert grouped(B, 3).tolist()[0] == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
+    without = basis.operands(CPU, torch.bfloat16, Sizes(9, 6, 2))
+    monkeypatch.setattr(availability, "why_not", lambda _device, _dtype: None)
+    found = basis.operands(CPU, torch.bfloat16, Sizes(9, 6, 2))
+    assert type(found) is DenseBases
+    assert [t.data_ptr() for t in found.tensors()] == [t.data_ptr() for t in without.tensors()]

@@ -374,11 +374,16 @@ class TestPreparedCalls:
                 assert layer._prepared_call("default", x, layer.base_layer.weight).plan == plan
         first, before = layer._prepared_call("default", x, layer.base_layer.weight), plans.rates
         assert layer._prepared_call("default", x, layer.base_layer.weight) is first
+        gpu = plans.gpu_rates
         try:
             plans.set_rates(plans.Rates(element=0.0))
-            assert layer._prepared_call("default", x, layer.base_layer.weight) is not first
+            second = layer._prepared_call("default", x, layer.base_layer.weight)
+            assert second is not first
+            plans.set_rates(plans.Rates(element=0.0), "cuda")
+            assert layer._prepared_call("default", x, layer.base_layer.weight) is not second
         finally:
             plans.set_rates(before)
+            plans.set_rates(gpu, "cuda")
 
     def test_they_are_bounded(self):
         layer = self.layer().eval()

@@ -13,11 +13,10 @@ from torch.nn import functional as F
 
 from randlora.ops import bf16, codes, plan, rounding
 from randlora.ops.bases.drawing import round_to_bfloat16, std, words
-from randlora.ops.bases.spec import BasisSpec, Forms, Stored, nbytes_of, on_meta
+from randlora.ops.bases.spec import BasisSpec, Forms, nbytes_of, on_meta
 from randlora.ops.gpu import availability
-from randlora.ops.gpu.grouped import GroupedBases, grouped
 from randlora.ops.operands import Beside, Sizes, product, with_base
-from randlora.ops.plan import Costs
+from randlora.ops.plan import Costs, Rates
 from randlora.ops.units import in_units, unit
 
 _IN_CACHE = 1 << 17  # numbers of a temporary that stays in a core's cache
@@ -61,7 +60,7 @@ class Dense:
     def costs(self, rank: int, sizes: Sizes, device: torch.device, dtype: torch.dtype, tokens: int) -> Costs:
         """Return the costs of the operands that a layer of these sizes would get."""
         entries = sizes.max_dim * sizes.num_bases * rank
-        return dense_costs(rank, sizes, tokens, splits=bf16.splits(entries, device, dtype))
+        return dense_costs(rank, sizes, tokens, plan.rates_on(device), bf16.splits(entries, device, dtype))
 
 
 class DenseStored:
@@ -81,13 +80,9 @@ class DenseStored:
         self.label = str(a.dtype).removeprefix("torch.")
         self.forms = Forms()
 
-    def operands(
-        self, device: torch.device, dtype: torch.dtype, sizes: Sizes, tokens: int | None
-    ) -> DenseBases | GroupedBases:
+    def operands(self, device: torch.device, dtype: torch.dtype, sizes: Sizes, tokens: int | None) -> DenseBases:
         """Return a layer's slices: cast once for a device and dtype, or as they are where products can read that."""
         columns = sizes.num_bases * self.rank
-        if availability.why_not(device, dtype) is None:
-            return grouped_operands(self, dtype, device, dtype, sizes)
         if self.b.dtype == torch.bfloat16 and bf16.splits(self.b.numel(), device, dtype):
             return self.lookup(device, dtype, sizes)
         A, B = self._on(device, dtype)
@@ -132,7 +127,8 @@ class DenseBases(NamedTuple):
     """Bases as matrices. B is in one of three dtypes.
 
     That of the products; or bfloat16 for products in float32, which are exact (``bf16.py``); or ternary codes, which
-    ``ready`` unpacks. For products in float16, B stands in its unit (``units.py``).
+    ``ready`` unpacks. For products in float16, B stands in its unit (``units.py``). Products are BLAS's on every
+    device; on a GPU, kernels take the steps between them (``gpu/``).
 
     Attributes:
         A: (r, 1, m); codes are int8.
@@ -177,10 +173,13 @@ class DenseBases(NamedTuple):
     def costs(self, tokens: int) -> Costs:
         """Return the costs of products with matrices."""
         sizes = Sizes(self.B.shape[0], self.A.shape[2], self._columns // max(self.A.shape[0], 1))
-        return dense_costs(self.A.shape[0], sizes, tokens, self._splits)
+        return dense_costs(self.A.shape[0], sizes, tokens, plan.rates_on(self.B.device), self._splits)
 
     def scaled(self, lam: Tensor, gamma: Tensor) -> Tensor:
         """Return Ã (q, m), rows over (r, n), formed in the wider of the dtypes."""
+        kernels = availability.kernels(self.dtype, self.A, lam, gamma)
+        if kernels is not None:
+            return kernels.scaled(self.A, lam, gamma, self.dtype)
         A = self.A
         if not A.dtype == lam.dtype == self.dtype:
             A = A.to(torch.promote_types(lam.dtype, self.dtype))
@@ -191,11 +190,9 @@ class DenseBases(NamedTuple):
 
     def weight(self, scaled: Tensor, base: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
         """Return B Ã (+ base)."""
-        if base is not None and seed is not None:
-            return rounding.stochastic(product(self.B, scaled).float() + base.float(), seed)
         if base is not None and base.stride(1) != 1:
-            return product(scaled.T, self.B.T, base.T).T
-        return product(self.B, scaled, base)
+            return _sum(scaled.T, self.B.T, base.T, seed).T
+        return _sum(self.B, scaled, base, seed)
 
     def times(self, rows: Tensor, update: Tensor, beside: Beside | None) -> Tensor:
         """Return ``rows @ update`` (+ the base layer's product)."""
@@ -256,12 +253,16 @@ class DenseBases(NamedTuple):
 
     def _gradients(self, d_scaled: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """dλ (r, n) and dγ (n, m) from dÃ, which is read once; summed in the wider of the dtypes."""
+        kernels = availability.kernels(self.dtype, d_scaled, self.A, lam, gamma)
+        if kernels is not None:
+            return kernels.scaling_gradients(d_scaled, self.A, lam, gamma)
         if lam.dtype == gamma.dtype == d_scaled.dtype == self.A.dtype and d_scaled.numel() <= _IN_CACHE:
             weighted = d_scaled.view(*lam.shape, -1) * self.A  # (r, n, m)
             return (weighted * gamma).sum(-1), (weighted * lam.unsqueeze(-1)).sum(0)
         dtype = torch.promote_types(lam.dtype, d_scaled.dtype)
         lam, gamma = lam.to(dtype), gamma.to(dtype)
-        step = max(_IN_CACHE // max(gamma.numel(), 1), 1)
+        # a GPU has no such cache, and compilers fuse the whole
+        step = max(_IN_CACHE // max(gamma.numel(), 1), 1) if d_scaled.device.type == "cpu" else max(lam.shape[0], 1)
         d_lam, d_gamma = [], torch.zeros_like(gamma)
         blocks = (t.split(step) for t in (d_scaled.view(*lam.shape, -1), self.A.to(dtype), lam))
         for gradient, A, scale in zip(*blocks, strict=True):
@@ -284,11 +285,17 @@ def sliced(a: Tensor, b: Tensor, sizes: Sizes | None) -> tuple[Tensor, Tensor]:
     return (a, b) if sizes is None else (a[:, : sizes.min_dim], b[: sizes.max_dim, : sizes.num_bases * a.shape[0]])
 
 
-def dense_costs(rank: int, sizes: Sizes, tokens: int, splits: bool = False) -> Costs:
+def _sum(a: Tensor, b: Tensor, base: Tensor | None, seed: Tensor | None) -> Tensor:
+    """``a @ b (+ base)``; with a seed, rounded stochastically."""
+    if base is None or seed is None:
+        return product(a, b, base)
+    return rounding.stochastic_sum(product(a, b), base, seed)
+
+
+def dense_costs(rank: int, sizes: Sizes, tokens: int, rates: Rates, splits: bool) -> Costs:
     """Return the costs of products with matrices; ``splits`` says that B is read as bfloat16 by exact products."""
     M, m, n = sizes
-    q, rate = n * rank, plan.rates.split if splits else 1.0
-    element = plan.rates.element
+    q, rate, element = n * rank, rates.split if splits else 1.0, rates.element
     return Costs(
         products="split" if splits else "plain",
         through_A=tokens * q * m,
@@ -297,21 +304,6 @@ def dense_costs(rank: int, sizes: Sizes, tokens: int, splits: bool = False) -> C
         element=element,
         factors=element * q * (m + M),
     )
-
-
-def grouped_operands(
-    stored: Stored, held: torch.dtype, device: torch.device, dtype: torch.dtype, sizes: Sizes
-) -> GroupedBases:
-    """Return the slices as the GPU's kernels read them, with numbers in ``held``; one form for each number of bases."""
-    columns = sizes.num_bases * stored.rank
-
-    def make() -> tuple[Tensor, Tensor]:
-        availability.kernels(device, torch.bfloat16)  # imported now, before a compiled step needs them
-        a, b = stored.numbers()
-        return a.to(device, held), in_units(grouped(b[:, :columns], stored.rank), held).to(device)
-
-    A, B = stored.forms.get(("grouped", device, held, columns), make)
-    return GroupedBases(A[:, : sizes.min_dim], B[: sizes.max_dim], dtype)
 
 
 def _kaiming_bits(words: np.ndarray, fan_in: int) -> np.ndarray:

@@ -169,7 +169,11 @@ class Forms:
     def get(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         """Return the form for ``key``; it is made once."""
         found = self._made.get(key)
-        if found is None:
+        if found is None and torch.compiler.is_compiling():
+            found = make()  # Dynamo enters no lock: the call makes the form, and later ones find it
+            if torch.is_grad_enabled():  # what inference mode makes must not serve training, which saves it
+                self._made[key] = found
+        elif found is None:
             # they must serve training too, wherever they were first asked for
             with self._lock, torch.inference_mode(False), torch.no_grad():
                 found = self._made.get(key)

@@ -24,7 +24,7 @@ from randlora.ops import plan, rounding
 from randlora.ops.bases.drawing import words
 from randlora.ops.bases.spec import BasisSpec, Forms, nbytes_of
 from randlora.ops.operands import Beside, Sizes, added, with_base
-from randlora.ops.plan import Costs
+from randlora.ops.plan import Costs, Rates
 from randlora.ops.precision import WIDE, at_least_float32
 from randlora.ops.units import in_units, unit
 
@@ -74,7 +74,7 @@ class Structured:
 
     def costs(self, rank: int, sizes: Sizes, device: torch.device, dtype: torch.dtype, tokens: int) -> Costs:
         """Return the costs of the operands that a layer of these sizes would get."""
-        return _costs(rank, self.groups_of(rank), sizes, tokens)
+        return _costs(rank, self.groups_of(rank), sizes, tokens, plan.rates_on(device))
 
 
 class StructuredStored:
@@ -195,7 +195,8 @@ class StructuredBases(NamedTuple):
     def costs(self, tokens: int) -> Costs:
         """Return the costs of products by groups."""
         rho, g = self.A.shape[0], self.groups
-        return _costs(rho * g, g, Sizes(self.max_dim, self.min_dim, self.B.shape[1] // rho), tokens)
+        sizes = Sizes(self.max_dim, self.min_dim, self.B.shape[1] // rho)
+        return _costs(rho * g, g, sizes, tokens, plan.rates_on(self.B.device))
 
     @property
     def groups(self) -> int:
@@ -354,7 +355,7 @@ class StructuredBases(NamedTuple):
         rows, columns = (self.min_dim, self.max_dim) if blocks else (self.max_dim, self.min_dim)
         product = cut(cut(product, self.groups, columns).T, self.groups, rows).T
         if base is not None and seed is not None:
-            return rounding.stochastic(product.float() + base.float(), seed)
+            return rounding.stochastic_sum(product, base, seed)
         return (product if base is None else product + base).to(self.dtype)
 
     def _gradients(self, d_scaled: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
@@ -400,10 +401,10 @@ def hadamard(rows: int, columns: int) -> Tensor:
     return torch.from_numpy(found[:rows, :columns].copy())
 
 
-def _costs(rank: int, groups: int, sizes: Sizes, tokens: int) -> Costs:
+def _costs(rank: int, groups: int, sizes: Sizes, tokens: int, rates: Rates) -> Costs:
     """The costs of products by groups, Q_b being multiplied with the tokens or, if they are many, with Ã."""
     M, m, n = sizes
-    rows, q, element = -(-M // groups), n * rank, plan.rates.element_structured
+    rows, q, element = -(-M // groups), n * rank, rates.element_structured
     form = rows * q * m / groups  # P = Q_b Ã
     by_token = tokens <= rows
     return Costs(

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from randlora.ops import bf16, codes, plan
-from randlora.ops.bases.dense import DenseBases, DenseStored, dense_costs, grouped_operands, sliced, unfilled_matrices
+from randlora.ops.bases.dense import DenseBases, DenseStored, dense_costs, sliced, unfilled_matrices
 from randlora.ops.bases.drawing import chunks, std, words
 from randlora.ops.bases.spec import BasisSpec, Forms, nbytes_of, on_meta
 from randlora.ops.csr import BLOCK, Csr, compress, padded_rows, places_of
 from randlora.ops.gpu import availability
-from randlora.ops.gpu.grouped import GroupedBases
 from randlora.ops.operands import Beside, Sizes, added, with_base
 from randlora.ops.plan import Costs
 from randlora.ops.precision import WIDE, at_least_float32
@@ -72,7 +71,7 @@ class Ternary:
         if self.skips_zeros(device, dtype, tokens):
             return _sparse_costs(rank, sizes, tokens, (1 / self.sparsity, 1 / self.sparsity))
         entries = sizes.max_dim * sizes.num_bases * rank
-        return dense_costs(rank, sizes, tokens, splits=bf16.splits(entries, device, dtype))
+        return dense_costs(rank, sizes, tokens, plan.rates_on(device), bf16.splits(entries, device, dtype))
 
     def skips_zeros(self, device: torch.device, dtype: torch.dtype, tokens: int | None) -> bool:
         """Return whether products should skip the zeros.
@@ -105,10 +104,8 @@ class TernaryStored:
 
     def operands(
         self, device: torch.device, dtype: torch.dtype, sizes: Sizes, tokens: int | None
-    ) -> DenseBases | SparseBases | GroupedBases:
+    ) -> DenseBases | SparseBases:
         """Return a layer's slices: codes, or compressed rows, which are made once for each size of layer."""
-        if availability.why_not(device, dtype) is None:
-            return grouped_operands(self, torch.int8, device, dtype, sizes)
         if not self.kind.skips_zeros(device, dtype, tokens):
             return self.lookup(device, dtype, sizes)
         wide = at_least_float32(dtype)

@@ -1,1 +1,1 @@
-"""The kernels for GPUs, their twins in plain torch, and the operands that use them."""
+"""The kernels for GPUs: the small steps of an adapted layer, and sums of two products."""

@@ -8,19 +8,20 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
-
-from randlora.ops.gpu import reference
+from torch import Tensor
+from torch.nn import Parameter
 
 _HALF = (torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, Parameter)
 _enabled = True
-_found: dict[torch.device, str | None] = {}  # plain values, asked for before a compiler traces
-_operators: list[ModuleType] = []
+_found: dict[torch.device, str | None] = {}  # plain values, for compilers
+_kernels: list[ModuleType] = []
 
 
 def set_kernels(enabled: bool) -> None:
     """Whether layers use the Triton kernels where they can; on unless set, for the process.
 
-    Off, products are torch's own, and a second copy of the bases is made on the device if kernels have run before.
+    Off, torch's own operations take all steps.
     """
     global _enabled  # noqa: PLW0603 - a plain global is what torch.compile can guard on
     _enabled = enabled
@@ -32,7 +33,7 @@ def enabled() -> bool:
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why products in ``dtype`` on ``device`` are torch's own; ``None`` where the kernels run."""
+    """Why all steps in ``dtype`` on ``device`` are torch's own; ``None`` where the kernels run."""
     if not _enabled:
         return "they were switched off by set_kernels(False)"
     if dtype not in _HALF:
@@ -42,15 +43,38 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return _found[device]
 
 
-def kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module with the products of grouped bases. Triton is imported by the first call that needs it."""
-    if why_not(device, dtype):
-        return reference
-    if not _operators:
-        _operators.append(import_module("randlora.ops.gpu.operators"))
-    return _operators[0]
+def kernels(dtype: torch.dtype, *tensors: Tensor | None) -> ModuleType | None:
+    """The kernels for products in ``dtype``, if they may be called on ``tensors`` at this moment; the first says where.
+
+    A kernel is no operation of torch: nothing that records, differentiates or maps operations would see it. Compilers
+    fuse small steps themselves.
+    """
+    if dtype not in _HALF or torch.compiler.is_compiling():  # first what spares most calls the rest
+        return None
+    if tensors[0] is None or why_not(tensors[0].device, dtype) is not None:
+        return None
+    if _is_recorded() or not all(tensor is None or type(tensor) in _PLAIN for tensor in tensors):
+        return None
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return None
+    return loaded()
 
 
+def loaded() -> ModuleType:
+    """The module with all kernels. Triton is imported by the first call."""
+    if not _kernels:
+        _kernels.append(import_module("randlora.ops.gpu.kernels"))
+    return _kernels[0]
+
+
+def _is_recorded() -> bool:
+    """Whether a transform, a tracer or a dispatch mode (fake tensors, a counter) looks at each operation."""
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return torch._C._get_tracing_state() is not None
+
+
+@torch.compiler.assume_constant_result
 def _missing(device: torch.device) -> str | None:
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted:

@@ -1,95 +1,54 @@
-"""The kernel of dλ and dγ: dÃ exists as one tile at a time, which is summed up where it was computed.
+"""The kernel of dλ and dγ: it reads dÃ once.
 
-No float is added atomically: each program writes sums of its own, which are then added in a fixed order, so that the
-same inputs give the same bits. ``reference.py`` has the twin.
+No float is added atomically: each program writes sums of its own, and those of dλ are then added in a fixed order, so
+that the same inputs give the same bits.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from randlora.ops.gpu.tiles import (
-    add_dot,
-    basis,
-    basis_and_row,
-    blocks,
-    bucket,
-    interpreting,
-    matrix,
-    place,
-    strides,
-    tuned,
-)
+from randlora.ops.gpu.launch import block, launch
+
+BLOCK = block({"ROWS": 16, "COLUMNS": 256}, {"ROWS": 4, "COLUMNS": 16})
 
 
 def scaling_gradients(
-    left: Tensor,  # (t, q), the dtype of right, or int8 codes
-    right: Tensor,  # (t, m)
-    A: Tensor,  # (r, ≥ m), the dtype of right, or int8 codes
-    lam: Tensor,  # (r, n) float32
-    gamma: Tensor,  # (n, m) float32
-) -> tuple[Tensor, Tensor]:
-    """dλ (r, n) and dγ (n, m) from dÃ = leftᵀ right, float32."""
-    (t, m), (r, n) = right.shape, lam.shape
-    rows, columns = tile(r * n, m)
-    part = min(triton.next_power_of_2(r), rows)  # rows of A in a tile
-    parts, tiles = triton.cdiv(r, part), triton.cdiv(m, columns)
-    d_lam, d_gamma = lam.new_empty(tiles, r, n), gamma.new_empty(parts, n, m)
-    _scaling_gradients[(parts * triton.cdiv(n, rows // part) * tiles,)](
-        *(d_lam, d_gamma, left, right, A, lam, gamma, t, m, n, bucket(t)),
-        *strides(left, right),
-        A.stride(0),
-        RANK=r,
-        PART=part,
-        ROWS=rows,
-        COLUMNS=columns,
-        **{name: size for name, size in blocks().items() if name == "DEPTH"},
-    )
-    return d_lam.sum(0), d_gamma.sum(0)
+    d_scaled: Tensor,  # (r·n, m), half precision or float32
+    A: Tensor,  # (r, 1, ≥ m), half precision or int8 codes
+    lam: Tensor,  # (r, n)
+    gamma: Tensor,  # (n, m)
+) -> tuple[Tensor, Tensor]:  # (r, n), (n, m)
+    """dλ and dγ from dÃ, summed in float32."""
+    (r, n), m = lam.shape, gamma.shape[1]
+    parts = triton.cdiv(m, BLOCK["COLUMNS"])
+    d_lam = torch.empty((parts, r, n), dtype=torch.float32, device=A.device)
+    d_gamma = torch.empty((n, m), dtype=torch.float32, device=A.device)
+    arguments = (d_gamma, d_scaled, A, lam.contiguous(), gamma.contiguous(), r, n, m, *d_scaled.stride(), A.stride(0))
+    launch(_scaling_gradients, (n, parts), d_lam, *arguments, **BLOCK)
+    return (d_lam.sum(0) if parts != 1 else d_lam[0]), d_gamma
 
 
-def tile(q: int, m: int) -> tuple[int, int]:
-    """Rows and columns of dÃ that a program sums: fewer where there would be too few programs for a large GPU.
-
-    Not tuned, since the shares of the sums have its shape.
-    """
-    if interpreting:
-        return 32, 32
-    return (128, 128) if q * m >= 256 * 128 * 128 else (64, 64)
-
-
-@tuned("reduction", ["bucket", "width", "n", "RANK"])
-@triton.jit(do_not_specialize=["depth", "bucket"])
+@triton.jit
 def _scaling_gradients(
-    d_lam, d_gamma, left, right, A, lam, gamma,
-    depth, width, n, bucket,
-    left_0, left_1, right_0, right_1, A_0,
-    RANK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    d_lam, d_gamma, d_scaled, A, lam, gamma, r, n, m, d_0, d_1, A_0, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    BASES: tl.constexpr = ROWS // PART
-    PARTS: tl.constexpr = (RANK + PART - 1) // PART
-    down, across = place(PARTS * tl.cdiv(n, BASES) * ROWS, width, ROWS, COLUMNS)
-    first_basis, part = down // PARTS * BASES, down % PARTS
-    bases, k = basis_and_row(first_basis, part * PART, RANK, PART, ROWS)
-    valid = (bases < n) & (k < RANK)
-    j = across * COLUMNS + tl.arange(0, COLUMNS)
-    dtype: tl.constexpr = right.dtype.element_ty
-    gradient = tl.zeros((ROWS, COLUMNS), tl.float32)  # of Ã
-    for start in range(0, depth, DEPTH):
-        t = start + tl.arange(0, DEPTH)
-        factor = tl.trans(basis(left, t, bases * RANK + k, left_0, left_1, depth, valid, dtype))
-        gradient = add_dot(factor, matrix(right, t, j, right_0, right_1, depth, width), gradient)
-
-    weighted = gradient * matrix(A, k, j, A_0, 1, RANK, width).to(tl.float32)
-    there = valid[:, None] & (j < width)[None, :]
-    scale = tl.load(gamma + bases[:, None] * width + j[None, :], mask=there, other=0.0)
-    tl.store(d_lam + (across * RANK + k) * n + bases, tl.sum(weighted * scale, 1), mask=valid)
-    weighted *= tl.load(lam + k * n + bases, mask=valid, other=0.0)[:, None]
-    sums = tl.sum(tl.reshape(weighted, (BASES, PART, COLUMNS)), 1)
-    b = first_basis + tl.arange(0, BASES)
-    at = d_gamma + (part * n + b)[:, None] * width + j[None, :]
-    tl.store(at, sums, mask=(b < n)[:, None] & (j < width)[None, :])
+    b, part = tl.program_id(0), tl.program_id(1)
+    j = part * COLUMNS + tl.arange(0, COLUMNS)
+    across = tl.load(gamma + b.to(tl.int64) * m + j, mask=j < m, other=0.0).to(tl.float32)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, r, ROWS):
+        k = start + tl.arange(0, ROWS)
+        inside = (k < r)[:, None] & (j < m)[None, :]
+        at = d_scaled + (k[:, None].to(tl.int64) * n + b) * d_0 + j[None, :].to(tl.int64) * d_1
+        values = tl.load(A + k[:, None].to(tl.int64) * A_0 + j[None, :], mask=inside, other=0).to(tl.float32)
+        weighted = tl.load(at, mask=inside, other=0.0).to(tl.float32) * values
+        tl.store(d_lam + (part * r + k) * n + b, tl.sum(weighted * across[None, :], 1), mask=k < r)
+        scale = tl.load(lam + k * n + b, mask=k < r, other=0.0).to(tl.float32)
+        total += tl.sum(weighted * scale[:, None], 0)
+    tl.store(d_gamma + b.to(tl.int64) * m + j, total, mask=j < m)

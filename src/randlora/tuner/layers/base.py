@@ -93,6 +93,8 @@ class AdaptedModule(nn.Module):
         result = super()._apply(fn, recurse)
         if intact:
             layer._merged_bits = layer._weight_bits()
+        for name in layer.bases:
+            layer._cast_basis(name)
         return result
 
     def __repr__(self) -> str:
@@ -281,10 +283,16 @@ class RandLoraLayer(ScaledLayer):
         self.gamma_factor[adapter_name] = 1.0
 
     def bind_basis(self, adapter_name: str, basis: Basis | AwaitedBasis) -> None:
-        """Gives the adapter its bases, and casts them for the base layer: not while a compiled step is traced."""
+        """Gives the adapter its bases."""
         self.bases[adapter_name] = basis
+        self._cast_basis(adapter_name)
+
+    def _cast_basis(self, adapter_name: str) -> None:
+        """Casts an adapter's bases for the base layer where it is now: not while a compiled step is traced."""
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if isinstance(basis, Basis) and device is not None and dtype is not None and dtype.is_floating_point:
+        if not isinstance(self.bases[adapter_name], Basis) or device is None:
+            return
+        if dtype is not None and dtype.is_floating_point:
             self._operands(adapter_name, device, dtype)
 
     def get_scaled_bases(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

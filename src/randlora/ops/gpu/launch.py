@@ -1,0 +1,50 @@
+"""What the kernels share: how they are launched, and numbers in the dtype of a result."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from randlora.ops.units import unit
+
+interpreting: bool = triton.knobs.runtime.interpret
+"""Whether kernels run in Triton's interpreter, on tensors of the CPU: TRITON_INTERPRET=1 before the first import."""
+
+INTERPRETING = tl.constexpr(interpreting)
+_UNIT = tl.constexpr(unit(torch.float16))
+
+
+def launch(kernel: Any, grid: tuple[int, ...], out: torch.Tensor, *arguments: Any, **constants: Any) -> None:
+    """Runs ``kernel`` on the device of ``out``, its first argument; Triton takes the current one."""
+    if out.is_cuda and out.device.index != torch.cuda.current_device():
+        with torch.cuda.device(out.device):
+            kernel[grid](out, *arguments, **constants)
+    else:
+        kernel[grid](out, *arguments, **constants)
+
+
+def block(sizes: dict[str, int], small: dict[str, int]) -> dict[str, int]:
+    """``sizes`` of a block; ``small`` ones where the interpreter is to meet several blocks in small tensors."""
+    return small if interpreting else sizes
+
+
+@triton.jit
+def rounded(values, dtype: tl.constexpr):
+    """float32 ``values`` in ``dtype``, rounded to nearest."""
+    if INTERPRETING and dtype == tl.bfloat16:  # the interpreter cuts bits off
+        bits = values.to(tl.uint32, bitcast=True)
+        values = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return values.to(dtype)
+
+
+@triton.jit
+def in_units(values, dtype: tl.constexpr):
+    """float32 ``values`` in ``dtype`` and the unit of B in it."""
+    if dtype == tl.float16:
+        values *= _UNIT
+    return rounded(values, dtype)
