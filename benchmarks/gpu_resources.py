@@ -24,7 +24,7 @@ KERNELS: dict[str, tuple[Any, list[dict[str, int]], dict[str, Any]]] = {
     "Ã": (elementwise._scaled, [elementwise.SCALED], {}),
     "codes as numbers": (elementwise._unpacked, [elementwise.ROW], {}),
     "W + ΔW, stochastic": (elementwise._stochastic_sum, [elementwise.ROW], {"update_1": 1, "base_1": 1}),
-    "dλ, dγ": (gradients._scaling_gradients, [gradients.BLOCK], {"d_1": 1}),
+    "dλ, dγ": (gradients._scaling_gradients, [gradients.BLOCK], {"d_2": 1}),
     SUM: (
         products._rounded_sum,
         [products.LARGE, products.SMALL],

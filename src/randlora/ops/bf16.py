@@ -43,7 +43,7 @@ def sum_of_products(pairs: list[tuple[Tensor, Tensor]], bias: Tensor | None, add
     Args:
         pairs: one or two of (i, k) and (k, j), of equal i and j.
         bias: (j,).
-        addend: (i, j), float32.
+        addend: (i, j), floating point.
     """
     first, second = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
     rows, dtype, device = first[0].shape[0], first[0].dtype, first[0].device
@@ -51,13 +51,13 @@ def sum_of_products(pairs: list[tuple[Tensor, Tensor]], bias: Tensor | None, add
     if on_gpu or (device.type == "cpu" and _in_blocks(dtype)):
         kernels = availability.kernels(dtype, *first, *second, addend, bias)
         if bias is not None:
-            bias = bias.float() if kernels is None else bias
-            addend = bias.expand(rows, -1) if addend is None else addend + bias
+            wide = bias.float() if kernels is None or addend is not None else bias
+            addend = wide.expand(rows, -1) if addend is None else addend + wide
         if kernels is not None:
             return kernels.rounded_sum(*first, *second, addend)
         return call(_RoundedSum, torch.ops.randlora.rounded_sum, *first, *second, addend)
     if addend is not None:
-        total = addend if bias is None else addend + bias.float()
+        total = addend.float() if bias is None else addend + bias.float()
         for a, b in pairs:
             total = torch.addmm(total, a.float(), b.float())
         return total.to(dtype)
@@ -197,7 +197,7 @@ def _start(base: Tensor | None, rows: int, columns: int) -> Tensor:
     """A row-major float32 matrix to write to: a copy of ``base``, or one without values."""
     if base is None:
         return torch.empty(rows, columns, dtype=torch.float32, device="cpu")  # whatever the defaults are
-    return base.clone(memory_format=torch.contiguous_format)
+    return base.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _blas_ready(matrix: Tensor) -> Tensor:

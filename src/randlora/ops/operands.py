@@ -126,7 +126,7 @@ def with_base(a: Tensor, b: Tensor, beside: Beside | None) -> Tensor:
 
 
 def added(update: Tensor, beside: Beside | None, dtype: torch.dtype) -> Tensor:
-    """Return ``update``, in float32 or wider, plus the base layer's product, rounded once to ``dtype``."""
+    """Return ``update``, in any dtype, plus the base layer's product, rounded once to ``dtype``."""
     if beside is None:
         return update.to(dtype)
     if beside.rows.dtype not in WIDE:

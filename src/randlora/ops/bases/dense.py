@@ -255,7 +255,7 @@ class DenseBases(NamedTuple):
         """dλ (r, n) and dγ (n, m) from dÃ, which is read once; summed in the wider of the dtypes."""
         kernels = availability.kernels(self.dtype, d_scaled, self.A, lam, gamma)
         if kernels is not None:
-            return kernels.scaling_gradients(d_scaled, self.A, lam, gamma)
+            return kernels.scaling_gradients(d_scaled.unsqueeze(0), self.A, lam, gamma)
         if lam.dtype == gamma.dtype == d_scaled.dtype == self.A.dtype and d_scaled.numel() <= _IN_CACHE:
             weighted = d_scaled.view(*lam.shape, -1) * self.A  # (r, n, m)
             return (weighted * gamma).sum(-1), (weighted * lam.unsqueeze(-1)).sum(0)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from randlora.ops import plan, rounding
 from randlora.ops.bases.drawing import words
 from randlora.ops.bases.spec import BasisSpec, Forms, nbytes_of
+from randlora.ops.gpu import availability
 from randlora.ops.operands import Beside, Sizes, added, with_base
 from randlora.ops.plan import Costs, Rates
 from randlora.ops.precision import WIDE, at_least_float32
@@ -55,7 +56,7 @@ class Structured:
         drawn = words(spec.key, iter([g, max(spec.used_min_dim, rows) * (rho + 1)]))
         signs, indices = next(drawn), next(drawn).reshape(-1, rho + 1)
         return StructuredStored(
-            torch.from_numpy(_uniform(indices[: spec.used_min_dim, :rho].T)),
+            torch.from_numpy(np.ascontiguousarray(_uniform(indices[: spec.used_min_dim, :rho]).T)),
             torch.from_numpy(_signs(signs)),
             torch.from_numpy(_signs(indices[:rows, rho])),
             spec.used_max_dim,
@@ -98,7 +99,8 @@ class StructuredStored:
 
     def operands(self, device: torch.device, dtype: torch.dtype, sizes: Sizes, tokens: int | None) -> StructuredBases:
         """Return a layer's A, Q_a and Q_b: in half precision on a CPU for products in float32."""
-        held = at_least_float32(dtype) if device.type == "cpu" else dtype
+        in_dtype = device.type != "cpu" or availability.why_not(device, dtype) is None
+        held = dtype if in_dtype else at_least_float32(dtype)
         rows, columns = -(-sizes.max_dim // self.groups), sizes.num_bases * self.a.shape[0]
 
         def make() -> tuple[Tensor, Tensor, Tensor]:
@@ -227,7 +229,7 @@ class StructuredBases(NamedTuple):
             inner = self._through(columns, scaled)
         else:
             inner = columns @ self._factor(tokens, scaled).permute(1, 2, 0)  # (g, T, k)
-        mixed = self.mix @ inner.transpose(0, 1)  # (T, g, k)
+        mixed = self._mixed(inner.transpose(0, 1), self.mix)  # (T, g, k)
         if not self._by_token(tokens):
             return self._plus(mixed.flatten(1), beside, self.max_dim)
         blocks = mixed.flatten(0, 1)  # (T·g, k)
@@ -238,7 +240,7 @@ class StructuredBases(NamedTuple):
 
     def project(self, u: Tensor, scaled: Scaled | None = None) -> Tensor:
         """Return u (Q_a ⊗ Q_b) as (T, g, ρ·n), or, for more tokens than Q_b has rows, u (Q_a ⊗ 1)."""
-        mixed = self.mix.T @ self._blocks(u)  # (T, g, ⌈M/g⌉)
+        mixed = self._mixed(self._blocks(u), self.mix.T)  # (T, g, ⌈M/g⌉)
         return mixed @ self.B if self._by_token(u.shape[0]) else mixed
 
     def narrow(self, projected: Tensor, scaled: Scaled, beside: Beside | None) -> Tensor:
@@ -288,6 +290,9 @@ class StructuredBases(NamedTuple):
 
     def _formed(self, scaled: Scaled) -> Tensor:
         """Ã (ρ·n, g·c) without the zeros outside of its groups; formed in float32 or wider, rounded once."""
+        kernels = availability.kernels(self.B.dtype, self.A, *scaled)
+        if kernels is not None:
+            return kernels.scaled(self.A, scaled.lam, padded(scaled.gamma, self.groups), self.B.dtype, self.groups)
         lam, gamma = self._by_group(*scaled)
         formed = (lam * gamma * self._grouped_A(lam.dtype).unsqueeze(1)).flatten(0, 1).flatten(1)
         return formed if formed.dtype == self.B.dtype else formed.to(self.B.dtype)
@@ -310,6 +315,11 @@ class StructuredBases(NamedTuple):
         inner = inner.transpose(2, 3).flatten(1, 2)  # (g, T·n, ρ)
         inner = inner @ self._grouped_A(inner.dtype).transpose(0, 1)  # (g, T·n, c)
         return (inner.unflatten(1, (projected.shape[1], gamma.shape[0])) * gamma.transpose(0, 1).unsqueeze(1)).sum(2)
+
+    def _mixed(self, values: Tensor, mix: Tensor) -> Tensor:
+        """``mix @ values`` for values (T, g, k)."""
+        kernels = availability.kernels(self.B.dtype, values, mix)
+        return mix @ values if kernels is None else kernels.mixed(values, mix)
 
     def _grouped_A(self, dtype: torch.dtype) -> Tensor:  # (ρ, g·c) -> (ρ, g, c)
         A = self.A if self.A.dtype == dtype else self.A.to(torch.promote_types(dtype, self.A.dtype))
@@ -360,6 +370,10 @@ class StructuredBases(NamedTuple):
 
     def _gradients(self, d_scaled: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """dλ (r, n) and dγ (n, m) from dÃ (g, ρ·n, c)."""
+        kernels = availability.kernels(self.B.dtype, d_scaled, self.A, lam, gamma)
+        if kernels is not None:
+            d_lam, d_gamma = kernels.scaling_gradients(d_scaled, self.A, lam, padded(gamma, self.groups))
+            return d_lam, cut(d_gamma, self.groups, self.min_dim)
         rho = self.A.shape[0]
         wide = at_least_float32(d_scaled.dtype)
         d = d_scaled.to(wide).unflatten(1, (rho, -1))  # (g, ρ, n, c)

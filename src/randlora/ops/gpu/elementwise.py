@@ -1,4 +1,4 @@
-"""Kernels that read and write each entry once: Ã, the codes of ternary bases as numbers, and W + ΔW rounded by chance.
+"""Kernels that read and write each entry once: Ã, codes as numbers, mixed groups, and W + ΔW rounded by chance.
 
 Memory sets their pace. So blocks are constants, and nothing is tuned.
 """
@@ -16,21 +16,23 @@ from randlora.ops.gpu.launch import block, in_units, launch, rounded
 
 SCALED = block({"ROWS": 16, "COLUMNS": 256}, {"ROWS": 4, "COLUMNS": 16})
 ROW = block({"COLUMNS": 1024}, {"COLUMNS": 32})
+MIXED = block({"COLUMNS": 256}, {"COLUMNS": 16})
 _PER_BYTE = 4
 
 
 def scaled(
-    A: Tensor,  # (r, 1, ≥ m), half precision or int8 codes
-    lam: Tensor,  # (r, n)
+    A: Tensor,  # (ρ, 1, ≥ m), floating point or int8 codes
+    lam: Tensor,  # (groups·ρ, n)
     gamma: Tensor,  # (n, m)
     dtype: torch.dtype,
-) -> Tensor:  # (r·n, m)
-    """Ã = λ·A·γ, rows over (r, n), computed in float32 and rounded once."""
+    groups: int = 1,
+) -> Tensor:  # (ρ·n, m)
+    """Ã = λ·A·γ, rows over (ρ, n), computed in float32 and rounded once; each group of columns has rows of λ."""
     (r, n), m = lam.shape, gamma.shape[1]
-    out = torch.empty((r * n, m), dtype=dtype, device=A.device)
-    rows, columns = SCALED["ROWS"], SCALED["COLUMNS"]
-    grid = (n, triton.cdiv(m, columns), triton.cdiv(r, rows))
-    launch(_scaled, grid, out, A, lam.contiguous(), gamma.contiguous(), r, n, m, A.stride(0), **SCALED)
+    rho, group = r // groups, m // groups
+    out = torch.empty((rho * n, m), dtype=dtype, device=A.device)
+    grid = (n, groups * triton.cdiv(group, SCALED["COLUMNS"]), triton.cdiv(rho, SCALED["ROWS"]))
+    launch(_scaled, grid, out, A, lam.contiguous(), gamma.contiguous(), rho, n, m, group, A.stride(0), **SCALED)
     return out
 
 
@@ -52,14 +54,41 @@ def stochastic_sum(update: Tensor, base: Tensor, seed: Tensor) -> Tensor:
     return out
 
 
+def mixed(values: Tensor, mix: Tensor) -> Tensor:
+    """``mix @ values`` for values (T, g, k) in any order of memory: contiguous, summed in float32, rounded once."""
+    tokens, g, k = values.shape
+    out = torch.empty((tokens, g, k), dtype=values.dtype, device=values.device)
+    grid = (tokens, triton.cdiv(k, MIXED["COLUMNS"]))
+    launch(_mixed_groups, grid, out, values, mix, k, *values.stride(), *mix.stride(), G=g, **MIXED)
+    return out
+
+
 @triton.jit
-def _scaled(out, A, lam, gamma, r, n, m, A_0, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _mixed_groups(
+    out, values, mix, k, values_0, values_1, values_2, mix_0, mix_1, G: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    a = tl.arange(0, G)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((G, COLUMNS), tl.float32)
+    for i in range(G):
+        sign = tl.load(mix + a * mix_0 + i * mix_1).to(tl.float32)
+        row = tl.load(values + t * values_0 + i * values_1 + column * values_2, mask=column < k, other=0.0)
+        total += sign[:, None] * row.to(tl.float32)[None, :]
+    at = out + (t * G + a[:, None]) * k + column[None, :]
+    tl.store(at, rounded(total, out.dtype.element_ty), mask=(a < G)[:, None] & (column < k)[None, :])
+
+
+@triton.jit
+def _scaled(out, A, lam, gamma, r, n, m, group, A_0, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     b = tl.program_id(0)
-    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    parts = tl.cdiv(group, COLUMNS)  # of a group, which no block of columns leaves
+    i, within = tl.program_id(1) // parts, tl.program_id(1) % parts * COLUMNS + tl.arange(0, COLUMNS)
+    j = i * group + within
     k = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    inside = (k < r)[:, None] & (j < m)[None, :]
-    scale = tl.load(lam + k * n + b, mask=k < r, other=0.0).to(tl.float32)
-    across = tl.load(gamma + b.to(tl.int64) * m + j, mask=j < m, other=0.0).to(tl.float32)
+    inside = (k < r)[:, None] & (within < group)[None, :]
+    scale = tl.load(lam + (i * r + k) * n + b, mask=k < r, other=0.0).to(tl.float32)
+    across = tl.load(gamma + b.to(tl.int64) * m + j, mask=within < group, other=0.0).to(tl.float32)
     values = tl.load(A + k[:, None].to(tl.int64) * A_0 + j[None, :], mask=inside, other=0).to(tl.float32)
     values = scale[:, None] * values * across[None, :]
     at = out + (k[:, None].to(tl.int64) * n + b) * m + j[None, :]
