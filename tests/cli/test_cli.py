@@ -53,6 +53,7 @@ def test_training_prints_one_json_object(tmp_path, tiny_bert, reviews):
     assert "\nstep 2 of 2: loss " in process.stderr
     assert "\r" not in process.stderr  # a bar
     assert "LOAD REPORT" not in process.stderr  # advice of libraries
+    assert "Failed to load" not in process.stderr
     assert "FutureWarning" not in process.stderr
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
     adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
@@ -98,6 +99,16 @@ def test_help_lists_every_command_and_imports_none():
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not process.stderr.strip()
     assert all(f"│ {name} " in process.stdout for name in COMMANDS)
+
+
+def test_the_help_of_a_command_and_a_mistaken_flag_import_no_library():
+    program = (
+        "import sys; from typer.testing import CliRunner; from randlora_cli import COMMANDS, app\n"
+        "codes = {CliRunner().invoke(app, [name, flag]).exit_code for name in COMMANDS for flag in ('--help', '--hlep')}\n"
+        "print(codes, *({'torch', 'peft', 'transformers', 'datasets', 'numpy'} & sys.modules.keys()))"
+    )
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "{0, 2}"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
