@@ -104,7 +104,8 @@ def test_help_lists_every_command_and_imports_none():
 def test_the_help_of_a_command_and_a_mistaken_flag_import_no_library():
     program = (
         "import sys; from typer.testing import CliRunner; from randlora_cli import COMMANDS, app\n"
-        "codes = {CliRunner().invoke(app, [name, flag]).exit_code for name in COMMANDS for flag in ('--help', '--hlep')}\n"
+        "run = lambda *words: CliRunner().invoke(app, words).exit_code\n"
+        "codes = {run(name, flag) for name in COMMANDS for flag in ('--help', '--hlep')}\n"
         "print(codes, *({'torch', 'peft', 'transformers', 'datasets', 'numpy'} & sys.modules.keys()))"
     )
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
