@@ -1,4 +1,4 @@
-"""From an adapter folder to a model folder that needs nothing else: merged weights and the tokenizer."""
+"""From an adapter folder to a model folder that needs nothing else: merged weights, and what prepares inputs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from randlora.convert.shards import save_merged
 from randlora.errors import ConfigError
 from randlora.tuner.base_model import base_path_of
-from randlora.tuner.files.adapter_folder import adapter_path, head_size, label_names, read_randlora_config
+from randlora.tuner.files.adapter_folder import adapter_path, read_randlora_config
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -29,6 +29,7 @@ class MergedFolder:
         files: their number.
         dtype: of the first weight.
         tokenizer: whether a tokenizer is in it.
+        image_processor: whether that of a model of images is.
     """
 
     path: str
@@ -36,6 +37,7 @@ class MergedFolder:
     files: int
     dtype: str
     tokenizer: bool
+    image_processor: bool
 
 
 def merge_folder(
@@ -47,7 +49,9 @@ def merge_folder(
     max_shard_size: int | str = "5GB",
     **base_model_arguments: Any,
 ) -> MergedFolder:
-    """Merges an adapter folder into its base model, and writes the whole with the adapter's tokenizer, or the model's.
+    """Merges an adapter folder into its base model, and writes the whole with the tokenizer of one of them.
+
+    Models of images have an image processor instead.
 
     Args:
         adapter: folder of the adapter, or of the run that made it.
@@ -70,26 +74,22 @@ def merge_folder(
     adapter = adapter_path(adapter)
     source = base_path_of(read_randlora_config(adapter), base_model_path)
     arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **base_model_arguments}
-    if "num_labels" not in arguments and (labels := head_size(adapter)) is not None:
-        arguments["num_labels"] = labels
-        if (names := label_names(adapter)) is not None:
-            arguments |= {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     save_merged(adapter, folder, max_shard_size=max_shard_size, base_model_path=source, **arguments)
     trusted = bool(base_model_arguments.get("trust_remote_code", False))
-    tokenizer = _save_tokenizer((adapter, source), target, trusted)
+    prepares = [_save_processor(one, (adapter, source), target, trusted) for one in (AutoTokenizer, AutoImageProcessor)]
     files = sorted(target.glob("*.safetensors"))
     with safe_open(files[0], "pt") as file:
         found = file.get_tensor(next(iter(file.keys()))).dtype
     name = str(found).removeprefix("torch.")
-    return MergedFolder(str(target), sum(file.stat().st_size for file in files), len(files), name, tokenizer)
+    return MergedFolder(str(target), sum(file.stat().st_size for file in files), len(files), name, *prepares)
 
 
-def _save_tokenizer(places: tuple[str | os.PathLike[str], ...], folder: Path, trust_remote_code: bool) -> bool:
+def _save_processor(auto_class: Any, places: tuple[str | os.PathLike[str], ...], folder: Path, trusted: bool) -> bool:
     for place in places:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(os.fspath(place), trust_remote_code=trust_remote_code)
+            processor = auto_class.from_pretrained(os.fspath(place), trust_remote_code=trusted)
         except (OSError, ValueError, KeyError):
             continue
-        tokenizer.save_pretrained(str(folder))
+        processor.save_pretrained(str(folder))
         return True
     return False
