@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def evaluate(
     adapter: str = typer.Argument(help="Folder of a run, an adapter or a model."),
-    data: str | None = typer.Option(None, help="Data, as for training; by default the run's own evaluation data."),
+    data: list[str] | None = typer.Option(
+        None, help="Data, as for training; by default the run's own evaluation data."
+    ),
     model: str | None = typer.Option(None, help="Base model, if it is not where the adapter's config says."),
     task: TaskName | None = typer.Option(None, help="If it is not known."),
     base: bool = typer.Option(False, "--base", help="Score the base model too, without the adapter."),
@@ -43,7 +45,11 @@ def evaluate(
 
         scores = {
             name: score(
-                load_trained(adapter, model, task, name == "adapter"), data, batch_size, input_column, label_column
+                load_trained(adapter, model, task, name == "adapter"),
+                data or None,
+                batch_size,
+                input_column,
+                label_column,
             )
             for name in (("base", "adapter") if base else ("adapter",))
         }

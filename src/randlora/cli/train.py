@@ -55,9 +55,14 @@ def train(**flags: Any) -> None:
 
 
 def _folded(flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags by setting; ``--no-packing`` is a false ``packing``."""
-    found = {name: value for name, value in flags.items() if name in TrainSettings.model_fields}
-    return found | {name.removeprefix(_NO): False for name in flags.keys() - found.keys() if flags[name]}
+    """Flags by setting; ``--no-packing`` is a false ``packing``; a list that was given once is as a file has it."""
+    given = {name: value for name, value in flags.items() if value != []}
+    found = {
+        name: value[0] if isinstance(value, list) and len(value) == 1 else value
+        for name, value in given.items()
+        if name in TrainSettings.model_fields
+    }
+    return found | {name.removeprefix(_NO): False for name in given.keys() - found.keys() if given[name]}
 
 
 def _train(settings: TrainSettings, out: Console) -> dict[str, Any]:
@@ -138,7 +143,9 @@ def _flags() -> Iterator[inspect.Parameter]:
     panel = ""
     for name, field in TrainSettings.model_fields.items():
         panel = _PANELS.get(name, panel)
-        kind = next((t for t in _members(field.annotation) if t in (bool, int, float, str)), str)
+        members = _members(field.annotation)
+        kind = next((t for t in members if t in (bool, int, float, str)), str)
+        kind = list[str] if list[str] in members else kind
         yield _parameter(name, kind | None, None, _description(field), rich_help_panel=panel)
         if kind is bool:  # the opposite of a file's `true`; the help says so once, not for each
             yield _parameter(_NO + name, bool, False, "", hidden=True)

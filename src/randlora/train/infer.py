@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,7 @@ from transformers import TextStreamer, Trainer, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
 from randlora.errors import ConfigError
-from randlora.train.data import load_data, load_rows
-from randlora.train.settings import TrainSettings
+from randlora.train.data import Source, load_data, load_rows
 from randlora.train.tasks import TASKS, Outcome, Task
 from randlora.train.tasks.language import prompt_tokens
 from randlora.train.tasks.token import first_pieces
@@ -69,8 +69,13 @@ class Score:
     outcome: Outcome
 
 
-def predict_labels(trained: Trained, given: Sequence[str], batch_size: int = 32) -> Iterator[Prediction | Tagged]:
-    """Labels of texts, or of image files, in their order.
+def predict_labels(trained: Trained, given: Sequence[Any], batch_size: int = 32) -> Iterator[Prediction | Tagged]:
+    """Labels of texts, or of images, in their order.
+
+    Args:
+        trained: the model.
+        given: texts; or names of image files, or images as ``datasets`` holds them, with ``path`` and ``bytes``.
+        batch_size: as many at a time.
 
     Raises:
         ConfigError: if the model is no classifier, or a file no image.
@@ -106,7 +111,7 @@ def predict(model: Any, examples: Any, task: Task, processor: Any, batch_size: i
 
 def score(
     trained: Trained,
-    data: str | None = None,
+    data: Source | None = None,
     batch_size: int = 32,
     input_column: str | None = None,
     label_column: str | None = None,
@@ -115,25 +120,17 @@ def score(
 
     Args:
         trained: the model.
-        data: a file, folder or name on the hub, as for training; ``None`` takes the evaluation data of its run.
+        data: files, folders or names on the hub, as for training; ``None`` takes the evaluation data of its run.
         batch_size: examples at a time.
-        input_column: column of the input, as for training.
-        label_column: column of the labels, as for training.
+        input_column: column of the input, as for training; by default the run's.
+        label_column: column of the labels, likewise.
 
     Raises:
         ConfigError: if the data cannot be read, or has labels that the model does not know.
     """
     task, labels, settings = TASKS[trained.task], list(trained.labels), trained.run
     if data is not None:
-        settings = TrainSettings(
-            model=trained.base,
-            data=data,
-            task=trained.task,
-            input_column=input_column,
-            label_column=label_column,
-            max_length=max(trained.max_length, 2),
-            packing=None if settings is None else settings.packing,
-        )
+        settings = trained.settings_for(data, input_column, label_column)
         rows = task.encode(load_rows(data, settings), labels)
     elif settings is None:
         raise ConfigError(f"{trained.path} belongs to no run that would say on what to score it: name data")
@@ -232,14 +229,15 @@ class _Streamer(TextStreamer):
 
 @torch.inference_mode()
 def _labelled(
-    trained: Trained, given: Sequence[str], batch_size: int, inputs: Callable[[list[str]], Any]
+    trained: Trained, given: Sequence[Any], batch_size: int, inputs: Callable[[list[Any]], Any]
 ) -> Iterator[Prediction]:
     for start in range(0, len(given), batch_size):
         batch = list(given[start : start + batch_size])
         logits = trained.model(**inputs(batch).to(trained.model.device)).logits.float().cpu()
-        for text, shares in zip(batch, logits.softmax(-1).tolist(), strict=True):
+        for number, (one, shares) in enumerate(zip(batch, logits.softmax(-1).tolist(), strict=True), start):
             by_label = dict(zip(trained.labels, shares, strict=True))
-            yield Prediction(text, max(by_label, key=lambda label: by_label[label]), by_label)
+            name = one if isinstance(one, str) else one["path"] or f"image {number}"
+            yield Prediction(name, max(by_label, key=lambda label: by_label[label]), by_label)
 
 
 @torch.inference_mode()
@@ -263,9 +261,12 @@ def _tokens(trained: Trained, texts: Any, **arguments: Any) -> Any:
     )
 
 
-def _pixels(trained: Trained, paths: list[str]) -> Any:
+def _pixels(trained: Trained, given: list[Any]) -> Any:
+    files = [
+        one if isinstance(one, str) else one["path"] if one["bytes"] is None else BytesIO(one["bytes"]) for one in given
+    ]
     try:
-        images = [Image.open(path).convert("RGB") for path in paths]
+        images = [Image.open(file).convert("RGB") for file in files]
     except OSError as error:
         raise ConfigError(f"no image that can be read: {error}") from None
     return trained.processor(images, return_tensors="pt")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from randlora.errors import CheckpointError, ConfigError
-from randlora.train.data import load_data
+from randlora.train.data import Source, load_data
 from randlora.train.record import HEAD
 from randlora.train.settings import TaskName, TrainSettings, load_settings
 from randlora.train.tasks import TASKS, Task
@@ -46,6 +46,18 @@ class Trained:
     labels: tuple[str, ...]
     max_length: int
     run: TrainSettings | None
+
+    def settings_for(
+        self, data: Source, input_column: str | None = None, label_column: str | None = None
+    ) -> TrainSettings:
+        """The settings with which data is read for this model: those of its run, but for what is of the run's data."""
+        named = list(data) if not isinstance(data, str) else data
+        known = TrainSettings(model=self.base, data=named) if self.run is None else self.run
+        changes = dict.fromkeys(("data_config", "split", "eval_split", "encoding"))
+        columns = {"input_column": input_column, "label_column": label_column}
+        changes |= {name: column for name, column in columns.items() if column is not None}
+        length = max(self.max_length, 2)
+        return known.model_copy(update={"data": named, "task": self.task, "max_length": length, **changes})
 
 
 def load_trained(

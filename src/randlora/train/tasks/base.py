@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Value
 from peft import TaskType
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -76,6 +76,16 @@ class Task(ABC):
         Raises:
             ConfigError: if a column is missing, empty or of another kind.
         """
+
+    def inputs(self, rows: Dataset, settings: TrainSettings, source: str) -> list[Any]:
+        """What is to be labelled, of rows that need not have labels: texts, or images as ``datasets`` holds them.
+
+        Raises:
+            ConfigError: if the column is missing, empty or of another kind.
+        """
+        column = settings.input_column or "text"
+        require_column(rows, column, "input_column", source, is_text)
+        return list(rows[column])
 
     @abstractmethod
     def identities(self, rows: Dataset) -> list[str]:
@@ -162,6 +172,11 @@ def require_column(rows: Dataset, column: str, setting: str, source: str, fits: 
     empty = [row for row, value in enumerate(rows.with_format("arrow")[column].to_pylist()) if value is None]
     if empty:
         raise ConfigError(f"{source!r} has no {column!r} in {len(empty)} of its rows, first in row {empty[0]}")
+
+
+def is_text(feature: Any) -> bool:
+    """Whether a column holds text."""
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
 def from_pretrained(auto_class: Any, settings: TrainSettings, **kwargs: Any) -> Any:

@@ -11,8 +11,8 @@ from datasets import Dataset
 
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
-from randlora.train.tasks.base import IGNORED, require_column
-from randlora.train.tasks.classification import is_text, renamed
+from randlora.train.tasks.base import IGNORED, is_text, require_column
+from randlora.train.tasks.classification import renamed
 from randlora.train.tasks.language import Language, as_dataset, packed, prompt_tokens
 
 _PAIR = ("prompt", "completion")

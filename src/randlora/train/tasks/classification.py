@@ -15,10 +15,8 @@ from transformers import (
 
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
-from randlora.train.tasks.base import Outcome, Task, from_pretrained, log_shares, require_column
+from randlora.train.tasks.base import Outcome, Task, from_pretrained, is_text, log_shares, require_column
 from randlora.train.tasks.quantized import weights_as
-
-_TEXT_TYPES = ("string", "large_string")
 
 
 class Classification(Task):
@@ -119,11 +117,6 @@ class SequenceClassification(Classification):
     def collator(self, processor: Any) -> Callable[[Any], Any]:
         """Pads to the longest."""
         return DataCollatorWithPadding(processor)
-
-
-def is_text(feature: Any) -> bool:
-    """Whether a column holds text."""
-    return isinstance(feature, Value) and feature.dtype in _TEXT_TYPES
 
 
 def is_label(feature: Any) -> bool:

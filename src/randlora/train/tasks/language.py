@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, PreTraine
 
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
-from randlora.train.tasks.base import IGNORED, Outcome, Task, exp_of, from_pretrained, require_column
-from randlora.train.tasks.classification import is_text, renamed
+from randlora.train.tasks.base import IGNORED, Outcome, Task, exp_of, from_pretrained, is_text, require_column
+from randlora.train.tasks.classification import renamed
 from randlora.train.tasks.quantized import weights_as
 
 
