@@ -57,7 +57,8 @@ def summary(run: Run) -> list[Cell]:
 def _state(run: Run) -> str:
     if run.diverged_at is not None:
         return f"diverged at step {run.diverged_at}"
-    if run.result or any("train_runtime" in entry for entry in run.log):
+    logged_its_end = any("train_runtime" in entry for entry in run.log)
+    if run.result or (logged_its_end and not run.settings):  # the Trainer logs that of an interrupted run too
         return "finished"
     return "not finished" if run.log else "–"
 
