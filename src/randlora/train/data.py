@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -185,9 +186,11 @@ def _checked(rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
 
 
 def _split(data: Dataset, settings: TrainSettings) -> tuple[Dataset, Dataset]:
-    """A seeded split that keeps all copies of an example on one side."""
-    given = TASKS[settings.task].identities(data)
-    different = sorted(set(given))
+    """A seeded split that keeps all copies of an example on one side, and has the same share of each label on both."""
+    task = TASKS[settings.task]
+    given = task.identities(data)
+    kinds = dict(zip(given, task.strata(data), strict=True))
+    different = sorted(kinds)
     held_out = round(len(different) * settings.eval_fraction)
     if not 0 < held_out < len(different):
         raise ConfigError(
@@ -195,8 +198,23 @@ def _split(data: Dataset, settings: TrainSettings) -> tuple[Dataset, Dataset]:
             "side; give eval_data, or more data"
         )
     shuffled = Dataset.from_dict({"identity": different}).shuffle(seed=settings.seed)["identity"]
-    evaluation = set(shuffled[:held_out])
+    evaluation = _drawn(shuffled, kinds, held_out)
     rows: tuple[list[int], list[int]] = ([], [])
     for row, identity in enumerate(given):
         rows[identity in evaluation].append(row)
     return data.select(rows[0]), data.select(rows[1])
+
+
+def _drawn(shuffled: Sequence[str], kinds: dict[str, Any], wanted: int) -> set[str]:
+    """So many of ``shuffled``, of each kind its share; what is left by rounding goes to the largest rests."""
+    counts = Counter(kinds.values())
+    exact = {kind: count * wanted / len(shuffled) for kind, count in counts.items()}
+    quota = {kind: int(share) for kind, share in exact.items()}
+    for kind in sorted(exact, key=lambda kind: (quota[kind] - exact[kind], str(kind)))[: wanted - sum(quota.values())]:
+        quota[kind] += 1
+    drawn: set[str] = set()
+    for identity in shuffled:
+        if quota[kinds[identity]]:
+            quota[kinds[identity]] -= 1
+            drawn.add(identity)
+    return drawn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -29,6 +30,7 @@ from randlora.train.progress import CostInLines, CostOnBar
 from randlora.train.resume import checkpoint_to_resume, is_finished
 from randlora.train.settings import TrainSettings
 from randlora.train.tasks import TASKS, require_length
+from randlora.train.weighted_loss import balanced_loss
 from randlora.tuner.files.atomic import write_atomically, write_json, write_text
 
 
@@ -146,8 +148,10 @@ def _trainer(run: Resolved, output: Path, evaluation: Dataset, callbacks: list[T
         found = task.outcome(np.asarray(prediction.predictions), np.asarray(prediction.label_ids), run.data.labels)
         return {name: value for name, value in found.metrics.items() if name != "loss"}  # that one is the Trainer's
 
+    weighted = settings.class_weights == "balanced"
     trainer = Trainer(
         model=run.model,
+        compute_loss_func=balanced_loss(run.data.train["label"][:], len(run.data.labels)) if weighted else None,
         args=training_arguments(settings, output),
         train_dataset=task.prepare(run.data.train, run.processor, settings),
         eval_dataset=evaluation,
@@ -196,6 +200,8 @@ def _evaluate(trainer: Trainer, prepared: Dataset, run: Resolved, output: Path) 
     prediction = trainer.predict(prepared, metric_key_prefix="eval")
     kept, targets = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
     if is_main_process():
+        if shortfall := task.outcome(kept, targets, labels).shortfall:
+            warnings.warn(shortfall, stacklevel=2)
         if task.classifies and kept.ndim == 2:
             _save_predictions(output / "predictions.npz", kept, targets)
         rows = task.records(run.data.evaluation, prepared, kept, labels, run.processor)

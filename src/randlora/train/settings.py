@@ -57,6 +57,9 @@ class TrainSettings(BaseModel):
     label_column: str | None = Field(
         None, description="Column of the labels, words or numbers; by default label, or tags for token-classification."
     )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced: an example of a rare label counts for more, so that all labels count the same."
+    )
     max_length: int = Field(256, ge=2, description="Longest input in tokens; length of a packed chunk.")
     packing: bool | None = Field(
         None,
@@ -177,6 +180,8 @@ class TrainSettings(BaseModel):
             )
         if self.method == "vera" and self.alpha is not None:
             raise ValueError(f"alpha={self.alpha}: VeRA has none; leave it out")
+        if self.class_weights != "none" and self.task not in ("sequence-classification", "image-classification"):
+            raise ValueError(f"class_weights={self.class_weights!r} is for one label of an example, not {self.task!r}")
         if self.chat_template is not None and self.task != "chat":
             raise ValueError(f"chat_template={self.chat_template!r} is for task='chat', not {self.task!r}")
         if self.packing is not None and self.task not in ("causal-lm", "chat"):

@@ -28,12 +28,38 @@ class Outcome:
         tokens: number of tokens that counted; 0 where examples count.
         correct: examples, or tokens, with the right label; ``None`` for language.
         by_label: for each label how many have it, and how many of these were found.
+        confusion: for each label, in their order, how many of its examples were given which; empty for tags.
     """
 
     metrics: dict[str, float]
     tokens: int = 0
     correct: int | None = None
     by_label: dict[str, tuple[int, int]] = field(default_factory=dict)
+    confusion: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def majority(self) -> tuple[str, float] | None:
+        """The most frequent label, and its share: the accuracy of always saying it."""
+        total = sum(count for count, _ in self.by_label.values())
+        if not total:
+            return None
+        label = max(self.by_label, key=lambda name: self.by_label[name][0])
+        return label, self.by_label[label][0] / total
+
+    @property
+    def shortfall(self) -> str:
+        """What there is to say where a classifier does no better than always saying the most frequent label."""
+        there = sum(count > 0 for count, _ in self.by_label.values())
+        if self.majority is None or self.correct is None or there < 2:
+            return ""
+        label, share = self.majority
+        often = f"{label!r}, which {share:.1%} of the examples are"
+        given = [sum(column) for column in zip(*self.confusion, strict=True)]
+        if sum(count > 0 for count in given) == 1:
+            only = next(name for name, count in zip(self.by_label, given, strict=True) if count)
+            return f"every example was labelled {only!r}: nothing is told apart. The most frequent label is {often}"
+        accuracy = self.metrics["accuracy"]
+        return "" if accuracy > share else f"accuracy {accuracy:.1%} is no better than always saying {often}"
 
 
 class Task(ABC):
@@ -94,6 +120,10 @@ class Task(ABC):
     def labels(self, rows: Dataset) -> list[str]:
         """Names of the labels, in the order of their numbers."""
         return []
+
+    def strata(self, rows: Dataset) -> list[Any]:
+        """Of which kind each row is, where a split is to have as much of each kind on either side."""
+        return [None] * len(rows)
 
     def encode(self, rows: Dataset, labels: list[str]) -> Dataset:
         """Labels as numbers.
