@@ -17,6 +17,7 @@ from transformers.trainer_utils import PredictionOutput
 from randlora.errors import ConfigError
 from randlora.train.data import Source, load_data, load_rows
 from randlora.train.tasks import TASKS, Outcome, Task
+from randlora.train.tasks.chat import end_of_turn, templated, tokens_of
 from randlora.train.tasks.language import prompt_tokens
 from randlora.train.tasks.token import first_pieces
 from randlora.train.trained import Trained
@@ -178,10 +179,12 @@ def generate_text(
     tokenizer: Any = trained.processor
     if trained.task == "chat" and tokenizer.chat_template and isinstance(prompt, str) and prompt:
         prompt = [{"role": "user", "content": prompt}]
+    ends: dict[str, Any] = {}
     if isinstance(prompt, str):
         asked = prompt_tokens(tokenizer, prompt)
-    else:
-        asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    else:  # without a blank at its end, which in training was one token with the first word of the answer
+        asked = tokens_of(templated(prompt, tokenizer, add_generation_prompt=True).rstrip(" "), tokenizer)
+        ends = _ends(trained)
     if not asked:
         raise ConfigError("the prompt is empty: there is nothing to go on from")
     ids = torch.tensor([asked], device=trained.model.device)
@@ -202,8 +205,18 @@ def generate_text(
             pad_token_id=tokenizer.pad_token_id,
             streamer=_Streamer(tokenizer, take),
             **sampling,
+            **ends,
         )
     return "".join(pieces)
+
+
+def _ends(trained: Trained) -> dict[str, list[int]]:
+    """The tokens that end an answer: the model's own, and the one by which the chat template closes a turn."""
+    known = getattr(trained.model.generation_config, "eos_token_id", None)
+    known = trained.processor.eos_token_id if known is None else known
+    found = [*(known if isinstance(known, list) else [known]), end_of_turn(trained.processor)]
+    ends = sorted({token for token in found if token is not None})
+    return {"eos_token_id": ends} if ends else {}
 
 
 def _room(trained: Trained, asked: int, wanted: int) -> int:
