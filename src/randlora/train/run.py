@@ -31,7 +31,7 @@ from randlora.train.resume import checkpoint_to_resume, is_finished
 from randlora.train.settings import TrainSettings
 from randlora.train.tasks import TASKS, require_length
 from randlora.train.weighted_loss import balanced_loss
-from randlora.tuner.files.atomic import write_atomically, write_json, write_text
+from randlora.tuner.files.atomic import disk_errors, write_atomically, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,17 @@ def train(settings: TrainSettings) -> TrainResult:
     Raises:
         ConfigError: naming what cannot be used.
         KeyboardInterrupt: on Ctrl-C, when a checkpoint of the last step has been written.
+        OSError: if the disk is full, or may not be written.
     """
     checkpoint = checkpoint_to_resume(settings)
     run = resolve(settings)
     output = _make_folder(settings.output_dir)
+    with disk_errors(output):
+        return _train(run, checkpoint, output)
+
+
+def _train(run: Resolved, checkpoint: Path | None, output: Path) -> TrainResult:
+    settings = run.settings
     if is_main_process():
         write_text(output / "resolved.yaml", yaml.safe_dump(settings.resolved(), sort_keys=False))
         record.write_environment(output)
