@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -138,6 +139,8 @@ class Task(ABC):
     def load_processor(self, settings: TrainSettings) -> Any:
         """The model's tokenizer, with a padding token."""
         tokenizer = from_pretrained(AutoTokenizer, settings)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what Transformers makes where there are no files
+            raise ConfigError(_missing_part(AutoTokenizer, settings.model))
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -204,6 +207,9 @@ def require_column(rows: Dataset, column: str, setting: str, source: str, fits: 
         raise ConfigError(f"{source!r} has no {column!r} in {len(empty)} of its rows, first in row {empty[0]}")
 
 
+_PARTS = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}
+
+
 def is_text(feature: Any) -> bool:
     """Whether a column holds text."""
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
@@ -217,11 +223,21 @@ def from_pretrained(auto_class: Any, settings: TrainSettings, **kwargs: Any) -> 
     """
     try:
         return auto_class.from_pretrained(settings.model, trust_remote_code=settings.trust_remote_code, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if auto_class.__name__ in _PARTS and (Path(settings.model) / "config.json").is_file():
+            raise ConfigError(_missing_part(auto_class, settings.model)) from error
         raise ConfigError(
             f"model={settings.model!r} is neither a folder that {auto_class.__name__} can load nor a model of the hub "
             f"within reach: {str(error).strip()}"
         ) from error
+
+
+def _missing_part(auto_class: Any, model: str) -> str:
+    name = auto_class.__name__
+    return (
+        f"model={model!r} has no {_PARTS[name]} that can be read beside its weights: save the one that it was trained "
+        f"with there, {name}.from_pretrained(…).save_pretrained({model!r})"
+    )
 
 
 def require_length(model: PreTrainedModel, settings: TrainSettings) -> None:
