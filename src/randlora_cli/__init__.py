@@ -7,6 +7,7 @@ imported when the work begins.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -64,6 +65,13 @@ class _LazyGroup(TyperGroup):
             return None
         place, summary = COMMANDS[cmd_name]
         return TyperCommand(cmd_name, help=summary) if self._lists else _load(cmd_name, place)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As click does, with the name that is near."""
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        if args[0] not in COMMANDS and near and not args[0].startswith("-"):
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self._lists = True

@@ -61,6 +61,17 @@ def test_training_prints_one_json_object(tmp_path, tiny_bert, reviews):
     assert "max_steps: 2" in (tmp_path / "run/resolved.yaml").read_text()
 
 
+def test_a_full_disk_is_one_line(tmp_path, tiny_bert, reviews, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers raises it
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+    flags = ["--max-steps", "1", "--max-length", "16", "--r", "8", "--output-dir", tmp_path / "run"]
+    text = invoke("train", "--model", tiny_bert, "--data", reviews, *flags, code=1).output
+    assert "No space left on device" in text
+    assert str(tmp_path / "run") in "".join(text.split())
+
+
 def test_a_dry_run_trains_nothing(tmp_path, tiny_bert, reviews):
     output = tmp_path / "run"
     process = invoke(
@@ -89,6 +100,12 @@ def test_a_dry_run_trains_nothing(tmp_path, tiny_bert, reviews):
 def test_mistakes_end_with_code_2_and_are_named(arguments, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert expected in invoke(*arguments, code=2).output
+
+
+def test_a_mistyped_command_is_told_the_near_one_and_lr_is_a_name():
+    assert "Did you mean 'train'?" in invoke("trian", "--model", "m", code=2).output
+    assert "Did you mean" not in invoke("frobnicate", code=2).output
+    assert "learning_rate=-1.0" in invoke("train", "--model", "m", "--data", "d.csv", "--lr", "-1", code=2).output
 
 
 def test_help_lists_every_command_and_imports_none():

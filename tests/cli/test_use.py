@@ -153,6 +153,31 @@ class TestPredict:
         assert answer("predict", moved, text)["predictions"][0]["label"] == "LABEL_1"
 
 
+class TestUnfinished:
+    """A run of which the checkpoints are there and the result is not."""
+
+    @pytest.fixture
+    def stopped(self, run, tmp_path):
+        folder = shutil.copytree(run, tmp_path / "stopped")
+        shutil.rmtree(folder / "adapter")
+        return folder
+
+    @pytest.mark.parametrize("command", ["eval", "predict", "merge", "inspect"])
+    def test_it_is_said_how_to_go_on(self, stopped, command, tmp_path):
+        more = {"predict": ["good"], "merge": [tmp_path / "merged"]}.get(command, [])
+        text = " ".join(invoke(command, stopped, *more, code=2).output.split())
+        assert "has not ended" in text
+        assert "--resume auto" in text
+        assert "checkpoint-" in text
+
+    def test_a_checkpoint_is_used_as_the_adapter_would_be(self, run, stopped, tmp_path, sentences):
+        last = max((stopped / "checkpoints").glob("checkpoint-*"), key=lambda one: int(one.name.rpartition("-")[2]))
+        assert answer("eval", last)["adapter"] == answer("eval", run)["adapter"]
+        invoke("merge", last, tmp_path / "merged")
+        text, label = sentences[0]
+        assert answer("predict", tmp_path / "merged", text)["predictions"][0]["label"] == label
+
+
 class TestGenerate:
     def test_what_transformers_generates(self, adapter, tiny_llama):
         found = answer("generate", adapter, "--prompt", "good film", "--temperature", 0, "--max-new-tokens", 6)
@@ -325,7 +350,6 @@ class TestPush:
         ("push nowhere me/x", "neither an adapter nor a run"),
         ("bench --hidden 100", "hidden=100"),
         ("bench --rounds 0", "rounds=0"),
-        ("plan LLAMA", "give one of params, percent, match_lora and r"),
         ("plan LLAMA --params many", "params='many'"),
         ("plan LLAMA --params 1M --r 4", "only one"),
         ("plan nowhere --r 4", "nowhere"),
@@ -354,6 +378,7 @@ def test_a_long_title_is_not_broken(capsys):
 def test_plan_says_which_r(tiny_llama):
     found = answer("plan", tiny_llama, "--match-lora", 4, "--batch-size", 2, "--length", 16)
     assert found["lora"]["r"] == 4
+    assert answer("plan", tiny_llama, "--length", 16)["chosen"]["r"] == 32  # without a budget, that of `train`
     text = invoke("plan", tiny_llama, "--params", "5k", "--bases", "very-sparse", "--length", 16).stdout
     assert "a larger r means fewer parameters" in text
     assert "←" in text

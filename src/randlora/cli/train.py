@@ -19,6 +19,7 @@ from randlora.train.settings import TrainSettings, load_settings
 
 _SHOWN = ("loss", "accuracy", "macro_f1", "f1", "perplexity")
 _NO = "no_"
+_SHORT = {"learning_rate": ("--lr",)}
 _PANELS = {
     "model": "Model and data",
     "method": "Method",
@@ -146,7 +147,7 @@ def _flags() -> Iterator[inspect.Parameter]:
         members = _members(field.annotation)
         kind = next((t for t in members if t in (bool, int, float, str)), str)
         kind = list[str] if list[str] in members else kind
-        yield _parameter(name, kind | None, None, _description(field), rich_help_panel=panel)
+        yield _parameter(name, kind | None, None, _description(field), *_SHORT.get(name, ()), rich_help_panel=panel)
         if kind is bool:  # the opposite of a file's `true`; the help says so once, not for each
             yield _parameter(_NO + name, bool, False, "", hidden=True)
 

@@ -18,7 +18,7 @@ from randlora.train.tasks import TASKS, Task
 from randlora.train.tasks.classification import head_for
 from randlora.train.tasks.quantized import weights_as
 from randlora.tuner.base_model import base_path_of, load_base, model_config, with_adapter
-from randlora.tuner.files.adapter_folder import CONFIG, head_size, label_names, read_config
+from randlora.tuner.files.adapter_folder import CONFIG, head_size, label_names, read_config, unfinished
 
 _LENGTH = 256  # of an input, where no run says
 
@@ -115,9 +115,12 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
         if (path / inner).is_dir() and (path / "resolved.yaml").is_file():
             return path / inner, path
     if not (path / CONFIG).is_file() and not (path / "config.json").is_file():
+        if (path / "resolved.yaml").is_file():
+            raise CheckpointError(unfinished(path))
         what = "has neither an adapter nor a model in it" if path.is_dir() else "is no folder"
         raise CheckpointError(f"{os.fspath(path)!r} {what}: name a run, an adapter or a model folder")
-    return path, path.parent if (path.parent / "resolved.yaml").is_file() else None
+    # a checkpoint is in the folder `checkpoints` of its run
+    return path, next((one for one in path.absolute().parents[:2] if (one / "resolved.yaml").is_file()), None)
 
 
 _CLASSES: dict[str, TaskName] = {
