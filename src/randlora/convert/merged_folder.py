@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from randlora.convert.shards import save_merged
-from randlora.errors import ConfigError
-from randlora.tuner.base_model import base_path_of
-from randlora.tuner.files.adapter_folder import adapter_path, read_randlora_config
+from randlora.errors import ConfigError, MergeError
+from randlora.tuner.base_model import base_path_of, head_arguments, load_base, task_of, with_adapter
+from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.files.adapter_folder import adapter_path, read_config
+from randlora.tuner.files.atomic import folder_atomically
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -54,7 +57,7 @@ def merge_folder(
     Models of images have an image processor instead.
 
     Args:
-        adapter: folder of the adapter, or of the run that made it.
+        adapter: folder of the adapter, of RandLoRA or another method of PEFT's, or of the run that made it.
         folder: where to write; there must be nothing yet.
         base_model_path: where the base model is, if not where the adapter's config says.
         dtype: "auto" for that of the base model's files, or its name. Half precision rounds small updates away.
@@ -72,9 +75,13 @@ def merge_folder(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):  # before anything is loaded
         raise ConfigError(f"there is something in {folder} already: name a folder that does not exist")
     adapter = adapter_path(adapter)
-    source = base_path_of(read_randlora_config(adapter), base_model_path)
+    config = read_config(adapter)
+    source = base_path_of(config, base_model_path)
     arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **base_model_arguments}
-    save_merged(adapter, folder, max_shard_size=max_shard_size, base_model_path=source, **arguments)
+    if isinstance(config, RandLoraConfig):
+        save_merged(adapter, folder, max_shard_size=max_shard_size, base_model_path=source, **arguments)
+    else:
+        _merge_by_peft(config, adapter, target, source, max_shard_size, arguments)
     trusted = bool(base_model_arguments.get("trust_remote_code", False))
     prepares = [_save_processor(one, (adapter, source), target, trusted) for one in (AutoTokenizer, AutoImageProcessor)]
     files = sorted(target.glob("*.safetensors"))
@@ -82,6 +89,19 @@ def merge_folder(
         found = file.get_tensor(next(iter(file.keys()))).dtype
     name = str(found).removeprefix("torch.")
     return MergedFolder(str(target), sum(file.stat().st_size for file in files), len(files), name, *prepares)
+
+
+def _merge_by_peft(
+    config: PeftConfig, adapter: Path, folder: Path, source: str, max_shard_size: int | str, arguments: dict[str, Any]
+) -> None:
+    """An adapter of another method, such as the LoRA of a run that is compared with: the whole model in memory."""
+    base = load_base(source, task_of(config), **head_arguments(adapter), **arguments)
+    model: Any = with_adapter(base, adapter)
+    if not hasattr(model, "merge_and_unload"):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise MergeError(f"{os.fspath(adapter)!r} is an adapter of {kind}, which cannot be merged into weights")
+    with folder_atomically(folder) as temporary:
+        model.merge_and_unload().save_pretrained(temporary, max_shard_size=max_shard_size)
 
 
 def _save_processor(auto_class: Any, places: tuple[str | os.PathLike[str], ...], folder: Path, trusted: bool) -> bool:

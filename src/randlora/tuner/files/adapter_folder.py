@@ -356,9 +356,9 @@ def label_names(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
     return tuple(names[str(number)] for number in range(len(names)))
 
 
-def content_of(folder: AdapterFolder) -> dict[str, object]:
+def content_of(folder: Path) -> dict[str, object]:
     """The config file as it stands."""
-    content: dict[str, object] = json.loads((folder.path / CONFIG).read_text(encoding="utf-8"))
+    content: dict[str, object] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     return content
 
 
