@@ -1,6 +1,7 @@
 """Templates as they are in the wild: a prompt that ends in a blank, an end of turn that is not the eos token."""
 
 import pytest
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -69,3 +70,34 @@ class TestEndOfTurn:
         generate_text(Trained(None, "base", model, blanks, "chat", (), 64, None), TALK[:1], str)
         assert set(asked["eos_token_id"]) == {blanks.eos_token_id, end_of_turn(blanks)}
         assert blanks.decode(asked["input_ids"][0]).endswith("<|assistant|>")
+
+
+class TestShapes:
+    def read(self, rows, **values):
+        settings = load_settings(None, {"model": "m", "data": "d", "task": "chat", **values})
+        return TASKS["chat"].read(Dataset.from_list(rows), settings, "d")["messages"][:]
+
+    def test_alpaca(self):
+        rows = [
+            {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+            {"instruction": "Greet.", "input": "", "output": "Hello"},
+        ]
+        assert self.read(rows) == [
+            [{"role": "user", "content": "Add.\n\n1 and 2"}, {"role": "assistant", "content": "3"}],
+            [{"role": "user", "content": "Greet."}, {"role": "assistant", "content": "Hello"}],
+        ]
+
+    @pytest.mark.parametrize("column", ["conversations", "talks"])
+    def test_sharegpt(self, column):
+        talk = [{"from": who, "value": text} for who, text in (("system", "s"), ("human", "say"), ("gpt", "good"))]
+        named = {} if column == "conversations" else {"input_column": column}
+        (found,) = self.read([{column: talk}], **named)
+        assert [(one["role"], one["content"]) for one in found] == [
+            ("system", "s"),
+            ("user", "say"),
+            ("assistant", "good"),
+        ]
+
+    def test_a_turn_of_nobody_known(self):
+        with pytest.raises(ConfigError, match="a turn of 'tool': 'x'; known are human"):
+            self.read([{"conversations": [{"from": "tool", "value": "x"}]}])

@@ -12,6 +12,7 @@ from datasets import Dataset
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
 from randlora.train.tasks.base import IGNORED, is_text, require_column
+from randlora.train.tasks.chat_shapes import as_messages, fields_of
 from randlora.train.tasks.classification import renamed
 from randlora.train.tasks.language import Language, as_dataset, packed, prompt_tokens
 
@@ -22,7 +23,8 @@ class Chat(Language):
     """Answers in conversations.
 
     The data has a column of messages, each with ``role`` and ``content``, of which the tokenizer's chat template makes
-    text; or the columns ``prompt`` and ``completion``, which are text, or messages, themselves.
+    text; or the columns ``prompt`` and ``completion``, which are text, or messages, themselves; or Alpaca's or
+    ShareGPT's shape (``chat_shapes.py``).
     """
 
     name = "chat"
@@ -30,6 +32,7 @@ class Chat(Language):
 
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
         """Column ``messages``, or the columns ``prompt`` and ``completion``."""
+        rows = as_messages(rows, settings.input_column, source)
         column = settings.input_column or "messages"
         if column not in rows.column_names and set(_PAIR) <= set(rows.column_names):
             for name in _PAIR:
@@ -157,7 +160,4 @@ def _shared(one: list[int], other: list[int]) -> int:
 
 
 def _is_messages(feature: Any) -> bool:
-    inner = getattr(feature, "feature", None)
-    if inner is None and isinstance(feature, list) and feature:
-        inner = feature[0]
-    return isinstance(inner, dict) and {"role", "content"} <= set(inner)
+    return fields_of(feature) >= {"role", "content"}
