@@ -84,7 +84,7 @@ def _load(name: str, place: str) -> Any:
     command = getattr(importlib.import_module(f"randlora.cli.{module}"), function)
     # typer keeps the line breaks of a docstring, which are those of the source
     paragraphs = (inspect.getdoc(command) or "").split("\n\n")
-    single = _typer()
+    single = _typer(add_completion=False)
     single.command(name, cls=_Command, help="\n\n".join(" ".join(text.split("\n")) for text in paragraphs))(command)
     return typer.main.get_command(single)
 
@@ -108,7 +108,6 @@ def _import_package() -> None:
 
 def _typer(**kwargs: Any) -> typer.Typer:
     return typer.Typer(
-        add_completion=False,
         pretty_exceptions_enable=False,
         context_settings=_CONTEXT,
         rich_markup_mode="rich",

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -127,6 +128,19 @@ def test_the_help_of_a_command_and_a_mistaken_flag_import_no_library():
     )
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert process.stdout.strip() == "{0, 2}"
+
+
+@pytest.mark.parametrize(("line", "expected"), [("randlora tr", "train"), ("randlora eval --bas", "--base")])
+def test_the_shell_completes_commands_and_flags(line, expected):
+    asked = {"_RANDLORA_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    process = subprocess.run(
+        [sys.executable, "-c", "from randlora_cli import main; main()"],
+        env=os.environ | asked,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.stdout.split() == [expected]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

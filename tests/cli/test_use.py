@@ -129,7 +129,10 @@ class TestPredict:
         assert sorted(one["text"].rpartition("/")[2] for one in found) == [f"{number}.png" for number in range(6)]
         assert answer("predict", tmp_path / "vit", found[0]["text"])["predictions"][0] == found[0]
         invoke("predict", tmp_path / "vit", *flags, "--output", tmp_path / "o.csv")
-        assert (tmp_path / "o.csv").read_text().startswith("file,label,predicted,confidence\n")
+        with (tmp_path / "o.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert all(row["file"].split("/")[-2] == row["label"] for row in rows)
+        assert [row["predicted"] for row in rows] == [one["label"] for one in found]
 
     def test_batches_make_no_difference(self, run):
         texts = ["good", "bad poor dull awful 7", "fine lovely"]

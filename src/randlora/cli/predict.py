@@ -89,17 +89,23 @@ def _lines() -> list[str]:
 
 
 def _read(trained: Trained, data: list[str], column: str | None) -> tuple[Sequence[Mapping[str, Any]], list[Any]]:
-    """The rows without images, and what in them is to be labelled."""
-    from datasets import Image
+    """The rows without images, labels by their names, and what is to be labelled in them."""
+    from datasets import ClassLabel, Image
 
     from randlora.train.data import load_inputs
 
     rows, given = load_inputs(data, trained.settings_for(data, column))
     images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
     kept = rows.remove_columns(images)
-    if not images:
-        return kept, given
-    return [{"file": one["path"], **row} for one, row in zip(given, kept or [{}] * len(given), strict=True)], given
+    names = {name: feature.names for name, feature in kept.features.items() if isinstance(feature, ClassLabel)}
+
+    def shown(key: str, value: Any) -> Any:  # data without labels has -1, or nothing
+        return (names[key][value] if (-1 if value is None else value) >= 0 else "") if key in names else value
+
+    table = [{key: shown(key, value) for key, value in row.items()} for row in kept]
+    if images:
+        table = [{"file": one["path"], **row} for one, row in zip(given, table or [{}] * len(given), strict=True)]
+    return table, given
 
 
 def _require_writable(output: Path) -> None:
