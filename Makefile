@@ -23,27 +23,29 @@ MIN_TORCH := 2.11.0
 MIN_TRANSFORMERS := 5.0.0
 RANGES := build/ranges
 
-# What the tests need and cannot have in $(VENV): timm's torchvision comes for CUDA builds of torch only, and what
+# What `make test-aside` needs and cannot have in $(VENV): timm's torchvision comes for CUDA builds of torch only, and what
 # finds it beside another fails on import; DeepSpeed is built from source, against the torch that is there; gptqmodel
-# asks for a newer torch than it needs.
+# asks for a newer torch than it needs. Both are built for minutes, so that `make test` does without them.
 ASIDE := build/.ready
 
 # Two processes with one thread each: torch's own threads would fight over the cores. In the order of their names, since
 # files with few tests, which xdist puts last, are the longest.
-TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -m "not demo and not browser and not slow" -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+TEST := $(PYTEST) -m "not demo and not browser and not slow and not aside"
 
 # Chromium is a package of the system, so this asks for the rights to install one; other tests need no browser.
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 BROWSER := chromium chromium-driver
 
-.PHONY: help setup aside demo test browser test-browser test-min-peft test-ranges test-slow docs lint bench clean
+.PHONY: help setup aside demo test browser test-browser test-aside test-min-peft test-ranges test-slow docs lint bench clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo           fine-tune a real model in four ways and compare them (6 to 12 minutes)"
-	@echo "make test           the tests, without those that need a browser"
+	@echo "make demo           fine-tune a real model in four ways and compare them (under ten minutes)"
+	@echo "make test           the tests, but for those of the targets below"
 	@echo "make browser        install Chromium (Debian and its kin: apt-get, with sudo where needed)"
 	@echo "make test-browser   the tests of the report in Chromium"
+	@echo "make test-aside     the tests with timm, DeepSpeed and gptqmodel, which it builds for minutes"
 	@echo "make test-min-peft  the tuner's tests against peft $(MIN_PEFT), the oldest supported"
 	@echo "make test-ranges    compiled code and Transformers' flows with the oldest versions allowed (gigabytes)"
 	@echo "make test-slow      what an adapter is promised to survive, tried for hours"
@@ -69,8 +71,12 @@ aside: $(ASIDE)
 demo: $(READY)
 	$(VENV)/bin/randlora demo
 
-test: $(READY) $(ASIDE)
+test: $(READY)
+	@echo "The tests in two processes. Not among them: make test-aside, test-min-peft, test-ranges, test-browser, test-slow"
 	$(TEST)
+
+test-aside: $(READY) $(ASIDE)
+	$(PYTEST) -m aside
 
 browser:
 	@{ command -v chromium && command -v chromedriver; } >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $(BROWSER) fonts-dejavu-core; }

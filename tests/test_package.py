@@ -1,6 +1,8 @@
 """The package's own promises: version, typing, ranges, pins, and what conftest does to fresh memory."""
 
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +32,14 @@ def test_version_is_the_same_everywhere() -> None:
 
 def test_public_names_exist() -> None:
     assert all(hasattr(randlora, name) for name in randlora.__all__)
+
+
+def test_the_imports_of_the_readme_say_nothing() -> None:
+    snippet = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    lines = [line for line in snippet.splitlines() if line.startswith(("import ", "from "))]
+    assert any(line.startswith("from randlora import") for line in lines)
+    run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert run.stdout + run.stderr == ""  # libraries speak of optional packages
 
 
 def test_types_are_shipped() -> None:

@@ -4,28 +4,31 @@ Importing this package puts its classes in PEFT's registries for ``PeftType.RAND
 everything built on them use it.
 """
 
-from peft import PeftModel, get_peft_model
+from randlora.quiet import quiet_imports
 
-from randlora.errors import (
-    AdapterNamesError,
-    BasisMismatchError,
-    CheckpointError,
-    CombinationError,
-    ConfigError,
-    HotswapError,
-    MergeError,
-    RandLoraError,
-    UnsupportedLayerError,
-)
-from randlora.ops.rounding import set_stochastic_rounding
-from randlora.tuner.config import RandLoraConfig
-from randlora.tuner.files.hotswap import hotswap_adapter
-from randlora.tuner.layers.base import RandLoraLayer
-from randlora.tuner.layers.linear import Linear
-from randlora.tuner.layers.quantized import Linear4bit, Linear8bitLt, QuantizedLinear
-from randlora.tuner.layers.weight_cache import set_weight_cache
-from randlora.tuner.model import RandLoraModel
-from randlora.tuner.register import register
+with quiet_imports():
+    from peft import PeftModel, get_peft_model
+
+    from randlora.errors import (
+        AdapterNamesError,
+        BasisMismatchError,
+        CheckpointError,
+        CombinationError,
+        ConfigError,
+        HotswapError,
+        MergeError,
+        RandLoraError,
+        UnsupportedLayerError,
+    )
+    from randlora.ops.rounding import set_stochastic_rounding
+    from randlora.tuner.config import RandLoraConfig
+    from randlora.tuner.files.hotswap import hotswap_adapter
+    from randlora.tuner.layers.base import RandLoraLayer
+    from randlora.tuner.layers.linear import Linear
+    from randlora.tuner.layers.quantized import Linear4bit, Linear8bitLt, QuantizedLinear
+    from randlora.tuner.layers.weight_cache import set_weight_cache
+    from randlora.tuner.model import RandLoraModel
+    from randlora.tuner.register import register
 
 __version__ = "0.1.0"
 

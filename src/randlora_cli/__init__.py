@@ -1,12 +1,15 @@
 """The entry of the `randlora` command, which starts fast.
 
 It stands outside the package `randlora`, the import of which takes seconds because it brings PEFT along. Here the
-subcommands are only named; what a subcommand needs is imported when it is called.
+subcommands are only named. The module of a subcommand has its flags, and brings little along; the package itself is
+imported when the work begins.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import importlib.util
 import inspect
 import logging
 import sys
@@ -40,8 +43,14 @@ COMMANDS = {
 """Name: module within `randlora.cli` and its function, and the first line of that function's docstring."""
 
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
-_TALKATIVE = ("torchao", "torch.utils._pytree", "datasets.packaged_modules")
-"""Loggers of libraries that speak of optional packages on import, or of what an error of ours says again."""
+
+
+class _Command(TyperCommand):
+    """A subcommand that imports the package when it is run: not for its help, nor for a flag that it does not have."""
+
+    def invoke(self, ctx: Any) -> Any:
+        _import_package()
+        return super().invoke(ctx)
 
 
 class _LazyGroup(TyperGroup):
@@ -58,26 +67,48 @@ class _LazyGroup(TyperGroup):
         place, summary = COMMANDS[cmd_name]
         return TyperCommand(cmd_name, help=summary) if self._lists else _load(cmd_name, place)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As click does, with the name that is near."""
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        if args[0] not in COMMANDS and near and not args[0].startswith("-"):
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self._lists = True
         super().format_help(ctx, formatter)
 
 
 def _load(name: str, place: str) -> Any:
-    for logger in _TALKATIVE:
-        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    _postpone_package()
     module, _, function = place.partition(":")
     command = getattr(importlib.import_module(f"randlora.cli.{module}"), function)
     # typer keeps the line breaks of a docstring, which are those of the source
     paragraphs = (inspect.getdoc(command) or "").split("\n\n")
-    single = _typer()
-    single.command(name, help="\n\n".join(" ".join(text.split("\n")) for text in paragraphs))(command)
+    single = _typer(add_completion=False)
+    single.command(name, cls=_Command, help="\n\n".join(" ".join(text.split("\n")) for text in paragraphs))(command)
     return typer.main.get_command(single)
+
+
+def _postpone_package() -> None:
+    """Lets modules of the package be imported without the package itself, which is there, but empty, until then."""
+    spec = importlib.util.find_spec("randlora")
+    if "randlora" not in sys.modules and spec is not None:
+        sys.modules["randlora"] = importlib.util.module_from_spec(spec)
+
+
+def _import_package() -> None:
+    """Quiet for good: libraries go on to import each other while a command works."""
+    quiet = importlib.import_module("randlora.quiet")
+    for logger in (*quiet.TALKATIVE, "datasets.packaged_modules"):  # the last says what an error of ours says again
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    package = sys.modules["randlora"]
+    if not hasattr(package, "__version__") and package.__spec__ is not None and package.__spec__.loader is not None:
+        package.__spec__.loader.exec_module(package)
 
 
 def _typer(**kwargs: Any) -> typer.Typer:
     return typer.Typer(
-        add_completion=False,
         pretty_exceptions_enable=False,
         context_settings=_CONTEXT,
         rich_markup_mode="rich",

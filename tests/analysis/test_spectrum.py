@@ -91,3 +91,9 @@ def test_values_whose_squares_float32_does_not_hold(monkeypatch, limit):
 def test_an_update_that_is_not_finite_is_refused():
     with pytest.raises(ConfigError, match="not finite"):
         spectrum([torch.ones(3, 4), torch.full((3, 4), math.inf)])
+
+
+def test_a_rank_between_the_places_that_are_shown_is_counted():
+    found = spectrum_of_product(torch.randn(384, 32), torch.randn(32, 384))
+    assert 32 not in found.index
+    assert found.nonzero == 32

@@ -167,6 +167,48 @@ class TestLora:
         assert "the worst of 14" in invoke("convert", adapter, tmp_path / "r2", "--to", "lora", "--rank", 2).stdout
 
 
+class TestOfLora:
+    """The tools take the LoRA that a run is compared with."""
+
+    @pytest.fixture
+    def lora(self, adapter, tmp_path):
+        invoke("convert", adapter, tmp_path / "lora", "--to", "lora", "--rank", 4)
+        return tmp_path / "lora"
+
+    def test_inspect(self, lora):
+        found = answer("inspect", lora)
+        assert found["bases"] == "none"
+        assert found["whole"]
+        tensors = load_file(lora / WEIGHTS)
+        assert found["parameters"] == sum(tensor.numel() for tensor in tensors.values())
+        for layer in found["layers"]:
+            name = f"base_model.model.{layer['name']}"
+            update = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]  # whose scaling is 1
+            assert layer["shape"] == list(update.shape)
+            assert layer["update_norm"] == pytest.approx(float(update.norm()), rel=1e-5)
+            assert layer["effective_rank"] <= 4 + 1e-6
+        assert "LoRA for" in invoke("inspect", lora).stdout
+
+    def test_a_damaged_one_ends_with_code_1(self, lora, tmp_path):
+        bad = changed(lora, tmp_path / "bad", lambda t, _: next(iter(t.values())).fill_(float("nan")))
+        assert len(answer("inspect", bad, code=1)["not_finite"]) == 1
+
+    def test_diff_with_itself_and_with_what_it_came_from(self, lora, adapter):
+        assert answer("diff", lora, lora)["same_effect"]
+        found = answer("diff", adapter, lora, code=1)
+        assert found["only_first"] == found["only_second"] == []
+        lost = {layer["name"]: layer["relative"] for layer in found["layers"]}
+        again = answer("convert", adapter, lora.parent / "again", "--to", "lora", "--rank", 4)["layers"]
+        assert lost == pytest.approx({layer["name"]: layer["relative_error"] for layer in again}, rel=1e-3)
+
+    def test_merge(self, lora, tiny_llama, tmp_path):
+        assert answer("merge", lora, tmp_path / "merged")["tokenizer"]
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        with torch.no_grad():
+            found = merged(torch.arange(10)[None]).logits
+        assert torch.allclose(found, logits(tiny_llama, lora), atol=1e-4)
+
+
 def test_merge_gives_a_model_that_needs_nothing_else(adapter, tiny_llama, tmp_path):
     done = answer("merge", adapter, tmp_path / "merged")
     assert done["tokenizer"]
@@ -184,7 +226,7 @@ def test_merge_gives_a_model_that_needs_nothing_else(adapter, tiny_llama, tmp_pa
         ("inspect nowhere", "no adapter folder 'nowhere'"),
         ("inspect EMPTY", "it has no adapter_config.json"),
         ("inspect RUN", "there is one in"),
-        ("inspect LORA", "an adapter of LORA, not of RandLoRA"),
+        ("inspect LORA", "has no adapter_model.safetensors"),
         ("inspect ADAPTER --model nowhere", "'nowhere' is neither a folder"),
         ("inspect ADAPTER --model BERT", "does not fit"),
         ("inspect BROKEN", "no safetensors file, or a damaged one"),
@@ -194,7 +236,7 @@ def test_merge_gives_a_model_that_needs_nothing_else(adapter, tiny_llama, tmp_pa
         ("inspect MODULES --model LLAMA", "does not fit LlamaForCausalLM"),
         ("convert HUGE EMPTY/x --to lora --rank 4", "is not finite"),
         ("diff ADAPTER nowhere", "nowhere"),
-        ("diff ADAPTER LORA", "an adapter of LORA"),
+        ("diff ADAPTER LORA", "has no adapter_model.safetensors"),
         ("convert ADAPTER --to compact", "name a new folder, or say --in-place"),
         ("convert ADAPTER EMPTY/x --to compact --in-place", "name a new folder, or say --in-place"),
         ("convert ADAPTER EMPTY/x --to compact", "as compact as it gets"),
@@ -209,7 +251,7 @@ def test_merge_gives_a_model_that_needs_nothing_else(adapter, tiny_llama, tmp_pa
         ("merge ADAPTER EMPTY/x --max-shard-size big", "max_shard_size='big'"),
         ("merge ADAPTER EMPTY/x --model nowhere", "'nowhere' is neither a folder"),
         ("merge ADAPTER EMPTY/x --model BERT", "cannot be loaded onto"),
-        ("merge LORA EMPTY/x", "an adapter of LORA, not of RandLoRA"),
+        ("merge LORA EMPTY/x", "does not say which model it is for"),
         ("merge BROKEN EMPTY/x", "no safetensors file, or a damaged one"),
         ("convert ADAPTER EMPTY/x --to lora --rank 4 --model BERT", "cannot be loaded onto"),
     ],

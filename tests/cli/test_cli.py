@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -53,11 +54,23 @@ def test_training_prints_one_json_object(tmp_path, tiny_bert, reviews):
     assert "\nstep 2 of 2: loss " in process.stderr
     assert "\r" not in process.stderr  # a bar
     assert "LOAD REPORT" not in process.stderr  # advice of libraries
+    assert "Failed to load" not in process.stderr
     assert "FutureWarning" not in process.stderr
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
     adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert adapter["target_modules"] == ["query", "value"]
     assert "max_steps: 2" in (tmp_path / "run/resolved.yaml").read_text()
+
+
+def test_a_full_disk_is_one_line(tmp_path, tiny_bert, reviews, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers raises it
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+    flags = ["--max-steps", "1", "--max-length", "16", "--r", "8", "--output-dir", tmp_path / "run"]
+    text = invoke("train", "--model", tiny_bert, "--data", reviews, *flags, code=1).output
+    assert "No space left on device" in text
+    assert str(tmp_path / "run") in "".join(text.split())
 
 
 def test_a_dry_run_trains_nothing(tmp_path, tiny_bert, reviews):
@@ -90,6 +103,12 @@ def test_mistakes_end_with_code_2_and_are_named(arguments, expected, tmp_path, m
     assert expected in invoke(*arguments, code=2).output
 
 
+def test_a_mistyped_command_is_told_the_near_one_and_lr_is_a_name():
+    assert "Did you mean 'train'?" in invoke("trian", "--model", "m", code=2).output
+    assert "Did you mean" not in invoke("frobnicate", code=2).output
+    assert "learning_rate=-1.0" in invoke("train", "--model", "m", "--data", "d.csv", "--lr", "-1", code=2).output
+
+
 def test_help_lists_every_command_and_imports_none():
     program = (
         "import sys; from randlora_cli import main\nsys.argv = ['randlora', '--help']\ntry: main()\nfinally: "
@@ -98,6 +117,30 @@ def test_help_lists_every_command_and_imports_none():
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not process.stderr.strip()
     assert all(f"│ {name} " in process.stdout for name in COMMANDS)
+
+
+def test_the_help_of_a_command_and_a_mistaken_flag_import_no_library():
+    program = (
+        "import sys; from typer.testing import CliRunner; from randlora_cli import COMMANDS, app\n"
+        "run = lambda *words: CliRunner().invoke(app, words).exit_code\n"
+        "codes = {run(name, flag) for name in COMMANDS for flag in ('--help', '--hlep')}\n"
+        "print(codes, *({'torch', 'peft', 'transformers', 'datasets', 'numpy'} & sys.modules.keys()))"
+    )
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "{0, 2}"
+
+
+@pytest.mark.parametrize(("line", "expected"), [("randlora tr", "train"), ("randlora eval --bas", "--base")])
+def test_the_shell_completes_commands_and_flags(line, expected):
+    asked = {"_RANDLORA_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    process = subprocess.run(
+        [sys.executable, "-c", "from randlora_cli import main; main()"],
+        env=os.environ | asked,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.stdout.split() == [expected]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,6 +1,7 @@
 """eval, predict, generate and push: a run of `train`, used."""
 
 import copy
+import csv
 import json
 import shutil
 from types import SimpleNamespace
@@ -8,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from cli.helpers import answer, invoke
 from randlora.cli import console
@@ -89,6 +91,49 @@ class TestPredict:
         (tmp_path / "texts.txt").write_text("good fine 1\n")
         assert len(answer("predict", run, "--data", tmp_path / "texts.txt")["predictions"]) == 1
 
+    def test_a_table_keeps_its_columns(self, run, tmp_path):
+        (tmp_path / "new.csv").write_text('id,text\n7,good great 1\n8,"bad, poor"\n')
+        invoke("predict", run, "--data", tmp_path / "new.csv", "--output", tmp_path / "out.csv")
+        with (tmp_path / "out.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [(row["id"], row["text"]) for row in rows] == [("7", "good great 1"), ("8", "bad, poor")]
+        found = answer("predict", run, "good great 1", "bad, poor")["predictions"]
+        assert [row["predicted"] for row in rows] == [one["label"] for one in found]
+        assert float(rows[0]["confidence"]) == pytest.approx(max(found[0]["probabilities"].values()), abs=1e-5)
+        text = invoke("predict", run, "--data", tmp_path / "out.csv", "--output", tmp_path / "o.csv", code=2).output
+        assert "has the columns ['predicted', 'confidence'] already" in text
+        assert "must end in" in invoke("predict", run, "good", "--output", tmp_path / "x.xlsx", code=2).output
+
+    def test_columns_of_the_run_and_several_files(self, tiny_bert, tmp_path):
+        for name in "ab":
+            rows = "".join(f"{name} {n},{'yes' if n % 2 else 'no'}\n" for n in range(10))
+            (tmp_path / f"{name}.csv").write_text(f"sentence,verdict\n{rows}")
+        files = [flag for name in "ab" for flag in ("--data", tmp_path / f"{name}.csv")]
+        columns = ["--input-column", "sentence", "--label-column", "verdict"]
+        steps = ["--r", 8, "--max-steps", 1, "--max-length", 16, "--report-to", "none"]
+        done = answer("train", "--model", tiny_bert, *files, *columns, *steps, "--output-dir", tmp_path / "run")
+        assert done["steps"] == 1
+        assert answer("eval", tmp_path / "run", *files)["adapter"]["examples"] == 20
+        assert len(answer("predict", tmp_path / "run", *files)["predictions"]) == 20
+
+    def test_a_folder_of_images(self, tmp_path):
+        vit = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+        ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **vit)).save_pretrained(tmp_path / "vit")
+        ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+        for number in range(6):
+            folder = tmp_path / "images" / "ab"[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(folder / f"{number}.png")
+        flags = ["--data", tmp_path / "images", "--task", "image-classification"]
+        found = answer("predict", tmp_path / "vit", *flags)["predictions"]
+        assert sorted(one["text"].rpartition("/")[2] for one in found) == [f"{number}.png" for number in range(6)]
+        assert answer("predict", tmp_path / "vit", found[0]["text"])["predictions"][0] == found[0]
+        invoke("predict", tmp_path / "vit", *flags, "--output", tmp_path / "o.csv")
+        with (tmp_path / "o.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert all(row["file"].split("/")[-2] == row["label"] for row in rows)
+        assert [row["predicted"] for row in rows] == [one["label"] for one in found]
+
     def test_batches_make_no_difference(self, run):
         texts = ["good", "bad poor dull awful 7", "fine lovely"]
         one, all_ = (answer("predict", run, *texts, "--batch-size", size)["predictions"] for size in (1, 3))
@@ -109,6 +154,31 @@ class TestPredict:
         assert answer("predict", moved, text)["predictions"][0]["label"] == "thumbs up"
         shutil.rmtree(moved / "base_model")
         assert answer("predict", moved, text)["predictions"][0]["label"] == "LABEL_1"
+
+
+class TestUnfinished:
+    """A run of which the checkpoints are there and the result is not."""
+
+    @pytest.fixture
+    def stopped(self, run, tmp_path):
+        folder = shutil.copytree(run, tmp_path / "stopped")
+        shutil.rmtree(folder / "adapter")
+        return folder
+
+    @pytest.mark.parametrize("command", ["eval", "predict", "merge", "inspect"])
+    def test_it_is_said_how_to_go_on(self, stopped, command, tmp_path):
+        more = {"predict": ["good"], "merge": [tmp_path / "merged"]}.get(command, [])
+        text = " ".join(invoke(command, stopped, *more, code=2).output.split())
+        assert "has not ended" in text
+        assert "--resume auto" in text
+        assert "checkpoint-" in text
+
+    def test_a_checkpoint_is_used_as_the_adapter_would_be(self, run, stopped, tmp_path, sentences):
+        last = max((stopped / "checkpoints").glob("checkpoint-*"), key=lambda one: int(one.name.rpartition("-")[2]))
+        assert answer("eval", last)["adapter"] == answer("eval", run)["adapter"]
+        invoke("merge", last, tmp_path / "merged")
+        text, label = sentences[0]
+        assert answer("predict", tmp_path / "merged", text)["predictions"][0]["label"] == label
 
 
 class TestGenerate:
@@ -283,7 +353,6 @@ class TestPush:
         ("push nowhere me/x", "neither an adapter nor a run"),
         ("bench --hidden 100", "hidden=100"),
         ("bench --rounds 0", "rounds=0"),
-        ("plan LLAMA", "give one of params, percent, match_lora and r"),
         ("plan LLAMA --params many", "params='many'"),
         ("plan LLAMA --params 1M --r 4", "only one"),
         ("plan nowhere --r 4", "nowhere"),
@@ -312,6 +381,7 @@ def test_a_long_title_is_not_broken(capsys):
 def test_plan_says_which_r(tiny_llama):
     found = answer("plan", tiny_llama, "--match-lora", 4, "--batch-size", 2, "--length", 16)
     assert found["lora"]["r"] == 4
+    assert answer("plan", tiny_llama, "--length", 16)["chosen"]["r"] == 32  # without a budget, that of `train`
     text = invoke("plan", tiny_llama, "--params", "5k", "--bases", "very-sparse", "--length", 16).stdout
     assert "a larger r means fewer parameters" in text
     assert "←" in text

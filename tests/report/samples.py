@@ -51,7 +51,7 @@ def updates(layers: int, bases: int = 8, low_rank: int | None = None) -> Updates
         values = tuple(sorted(draw.random(48).tolist(), reverse=True))
         if low_rank:
             values = tuple(value if place < low_rank else 0.0 for place, value in enumerate(values))
-        found = Spectrum(1.0 + number, 2.0 + number, 48, index, values, True)
+        found = Spectrum(1.0 + number, 2.0 + number, 48, low_rank or 48, index, values, True)
         scaling = (None, None) if low_rank else (tuple(draw.random(bases).tolist()), tuple(draw.random(bases).tolist()))
         return LayerUpdate(f"model.layers.{number // 4}.{'qkvo'[number % 4]}_proj", found, *scaling)
 

@@ -41,6 +41,15 @@ def test_a_killed_run_reads_as_far_as_it_goes(tmp_path):
     assert cells(run)["state"] == "not finished"
 
 
+def test_an_interrupted_run_is_not_finished_though_the_trainer_logged_its_end(tmp_path):
+    folder = write_run(tmp_path / "a")
+    with (folder / "history.jsonl").open("a") as file:
+        file.write('{"step": 6, "train_runtime": 9.0}\n')
+    assert cells(read_runs([folder])[0])["state"] == "not finished"
+    (folder / "resolved.yaml").unlink()  # of another trainer, which writes no metrics.json
+    assert cells(read_runs([folder])[0])["state"] == "finished"
+
+
 def test_broken_files_are_remarked_and_the_rest_is_read(tmp_path):
     folder = write_run(tmp_path / "a", metrics__json='{"steps": 6, ', environment__json="[1]", resolved__yaml="a: [")
     with (folder / "history.jsonl").open("ab") as file:

@@ -1,4 +1,7 @@
+import bz2
+import gzip
 import json
+import lzma
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -96,7 +99,7 @@ def test_unknown_labels_in_the_evaluation_data(tmp_path):
     ("name", "content", "expected"),
     [
         ("missing.csv", None, "no data file"),
-        ("d.txt", "x", "must end in one of"),
+        ("d.doc", "x", "must end in one of"),
         ("d.json", "{", "cannot read"),
         ("header.csv", "text,label\n", "it holds no rows"),
         ("latin.csv", "text,label\ncaf\xe9,1\n", "it is not in UTF-8"),
@@ -116,3 +119,58 @@ def test_sources_that_cannot_be_read(tmp_path, name, content, expected):
 def test_a_name_that_is_nowhere():
     with pytest.raises(ConfigError, match="no local file or folder, and no dataset of the hub"):
         load_data(settings("no-such-owner/no-such-dataset"))
+
+
+class TestMoreKinds:
+    @pytest.mark.parametrize("name", ["d.tsv", "d.csv.gz", "d.tsv.bz2", "d.jsonl.gz", "d.csv.xz"])
+    def test_a_file_is_read_by_its_ending(self, tmp_path, name):
+        kind, _, packed = name[2:].partition(".")
+        separator = {"csv": ",", "tsv": "\t"}.get(kind)
+        lines = [f"{row['text']}{separator}{row['label']}" for row in ROWS]
+        text = "\n".join(json.dumps(row) for row in ROWS)
+        if separator:
+            text = "\n".join([f"text{separator}label", *lines])
+        opener = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open, "": open}[packed]
+        with opener(tmp_path / name, "wt") as file:
+            file.write(text)
+        data = load_data(settings(tmp_path / name))
+        assert len(data.train) + len(data.evaluation) == len(ROWS)
+        assert data.labels == ["bad", "good"]
+
+    def test_lines_of_text(self, tmp_path):
+        (tmp_path / "d.txt").write_text("".join(f"line {n}\n" for n in range(20)))
+        data = load_data(settings(tmp_path / "d.txt", task="causal-lm"))
+        assert {*data.train["text"], *data.evaluation["text"]} == {f"line {n}" for n in range(20)}
+
+    @pytest.mark.parametrize("ending", ["csv", "tsv"])
+    def test_another_encoding(self, tmp_path, ending):
+        between = {"csv": ",", "tsv": "\t"}[ending]
+        rows = "\n".join(f"café {n}{between}{n % 2}" for n in range(20))
+        (tmp_path / f"d.{ending}").write_text(f"text{between}label\n{rows}\n", encoding="cp1252")
+        data = load_data(settings(tmp_path / f"d.{ending}", encoding="cp1252"))
+        assert all(text.startswith("café ") for text in data.train["text"])
+        with pytest.raises(ConfigError, match="encoding, such as cp1252"):
+            load_data(settings(tmp_path / f"d.{ending}"))
+
+    def test_several_files_are_joined(self, tmp_path):
+        paths = [str(write(tmp_path / name, rows)) for name, rows in (("a.csv", ROWS[:20]), ("b.jsonl", ROWS[20:]))]
+        data = load_data(load_settings(None, {"model": "m", "data": paths}))
+        assert sorted([*data.train["text"], *data.evaluation["text"]]) == sorted(row["text"] for row in ROWS)
+        assert load_settings(None, {"model": "m", "data": paths[:1]}).data == paths[0]
+
+    def test_splits_by_name(self, tmp_path):
+        parts = {name: Dataset.from_list([{**row, "text": f"{name} {row['text']}"} for row in ROWS]) for name in "abc"}
+        DatasetDict(parts).save_to_disk(tmp_path / "d")
+        data = load_data(settings(tmp_path / "d", split="b", eval_split="c"))
+        assert {text[0] for text in data.train["text"]} == {"b"}
+        assert {text[0] for text in data.evaluation["text"]} == {"c"}
+        with pytest.raises(ConfigError, match=r"no split 'train', only \['a', 'b', 'c'\]: name one by split"):
+            load_data(settings(tmp_path / "d"))
+        with pytest.raises(ConfigError, match="no split 'd' to evaluate on"):
+            load_data(settings(tmp_path / "d", split="a", eval_split="d"))
+
+    def test_a_limit_draws_by_the_seed(self, tmp_path):
+        path = write(tmp_path / "d.csv", ROWS)
+        first, again, other = (load_data(settings(path, max_samples=9, max_eval_samples=2, seed=s)) for s in (0, 0, 1))
+        assert (len(first.train), len(first.evaluation)) == (9, 2)
+        assert list(first.train["text"]) == list(again.train["text"]) != list(other.train["text"])

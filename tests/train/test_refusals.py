@@ -1,6 +1,7 @@
 """Mistakes that would else end in a traceback of a library, in a silent wrong result or in a full memory."""
 
 import csv
+import shutil
 
 import pytest
 from transformers import AutoModelForSequenceClassification, Trainer
@@ -8,6 +9,8 @@ from transformers import AutoModelForSequenceClassification, Trainer
 from randlora.errors import ConfigError
 from randlora.train.run import resolve, train
 from randlora.train.settings import load_settings
+from randlora.train.tasks import TASKS
+from randlora.train.tasks.language import looks_ahead
 
 
 @pytest.fixture
@@ -97,3 +100,20 @@ def test_a_result_is_saved_before_it_is_evaluated(settings, tmp_path, monkeypatc
     with pytest.raises(MemoryError):
         train(settings())
     assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+
+
+def test_a_model_without_a_tokenizer(settings, tmp_path, tiny_bert):
+    shutil.copytree(tiny_bert, tmp_path / "bare")
+    for file in [*(tmp_path / "bare").glob("tokenizer*"), *(tmp_path / "bare").glob("vocab*")]:
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"has no tokenizer that can be read .*AutoTokenizer"):
+        resolve(settings(model=str(tmp_path / "bare")))
+
+
+def test_an_encoder_is_no_language_model_and_a_decoder_is(tiny_bert, tiny_llama):
+    with pytest.raises(ConfigError, match="is of type 'bert' and sees the tokens that it is to predict"):
+        TASKS["causal-lm"].load_model(
+            load_settings(None, {"model": tiny_bert, "data": "d", "task": "causal-lm"}), [], None
+        )
+    model = TASKS["causal-lm"].load_model(load_settings(None, {"model": tiny_llama, "data": "d"}), [], None)
+    assert not looks_ahead(model)

@@ -14,9 +14,10 @@ SCRIPT = Path(__file__).with_name("calibrated_run.py")
 ASIDE = Path(__file__).parents[2] / "build" / "gptqmodel"  # its latest release asks for a newer torch than it needs
 
 
+@pytest.mark.aside
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_calibrated_model_is_adapted_trained_saved_and_refuses_to_merge(method, tokenizer, tmp_path):
-    assert ASIDE.is_dir(), "gptqmodel is installed aside by `make test`"
+    assert ASIDE.is_dir(), "gptqmodel is installed by `make aside`"
     source = tmp_path / "base"
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_key_value_heads": 2}
     llama(vocab_size=len(tokenizer), **sizes).save_pretrained(source)

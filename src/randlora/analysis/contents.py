@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from randlora.analysis.spectrum import spectrum
+from randlora.analysis.spectrum import spectrum, spectrum_of_product
 from randlora.errors import BasisMismatchError, CheckpointError, ConfigError
 from randlora.ops.bases import Basis
 from randlora.tuner.files.adapter_folder import AdapterFolder, SavedLayer, content_of, read_adapter
+from randlora.tuner.files.lora_folder import LoraFolder, read_lora_folder
 from randlora.tuner.layers.base import RandLoraLayer
 from randlora.tuner.shapes import known_shapes
 
@@ -25,11 +26,11 @@ class LayerContents:
     Attributes:
         name: its name in the base model.
         rank: r.
-        num_bases: n.
+        num_bases: n; 0 of a LoRA, which has no bases.
         shape: (out, in) of the weight; ``None`` where only the file is known, which says no more than its smaller side.
         min_dim: m, its smaller dimension.
         parameters: number of values of λ and γ.
-        lambda_norm: Frobenius norm of λ; 0 says that the layer has not been trained.
+        lambda_norm: Frobenius norm of λ; 0 says that the layer has not been trained; ``None`` of a LoRA.
         update_norm: Frobenius norm of ΔW, of all experts together; ``None`` without shape or bases.
         effective_rank: of ΔW (``Spectrum.effective_rank``), experts as one block-diagonal matrix; ``None`` likewise, or
             if not wanted.
@@ -41,7 +42,7 @@ class LayerContents:
     shape: tuple[int, int] | None
     min_dim: int
     parameters: int
-    lambda_norm: float
+    lambda_norm: float | None
     update_norm: float | None
     effective_rank: float | None
 
@@ -59,7 +60,7 @@ class Contents:
         fingerprint: the one that the config records.
         bases: "verified": they are those of the fingerprint, or, where none is recorded, those that the key defines;
             "from the file": others, which the file holds and no fingerprint confirms; "unknown": sizes are missing;
-            "wrong": they are not those that the config records.
+            "wrong": they are not those that the config records; "none": a LoRA has none.
         remark: why, where the bases are unknown or wrong.
         layers: the adapted layers.
         others: shapes of the other tensors by name.
@@ -72,7 +73,7 @@ class Contents:
     file_bytes: int
     bases_in_file: int
     fingerprint: str | None
-    bases: Literal["verified", "from the file", "unknown", "wrong"]
+    bases: Literal["verified", "from the file", "unknown", "wrong", "none"]
     remark: str
     layers: tuple[LayerContents, ...]
     others: dict[str, tuple[int, ...]]
@@ -97,16 +98,19 @@ def inspect_adapter(
         ranks: whether to compute effective ranks, which takes a decomposition of every ΔW.
 
     Raises:
-        CheckpointError: if it is no adapter of RandLoRA, or a damaged one.
+        CheckpointError: if it is no adapter of RandLoRA or LoRA, or a damaged one.
         ConfigError: if ``base_model_path`` is given and no model, or none that the adapter fits.
     """
+    lora = read_lora_folder(path)
+    if lora is not None:
+        return _of_lora(lora, ranks)
     folder = read_adapter(path)
     shapes, remark = _shapes(folder, base_model_path)
     bases, state, reason = _bases(folder, shapes)
     layers = [_layer(layer, shapes, bases, ranks) for layer in folder.layers.values()]
     return Contents(
         path=os.fspath(folder.path),
-        config=folder.config.to_dict() | content_of(folder),  # whoever wrote it may have left out what is default
+        config=folder.config.to_dict() | content_of(folder.path),  # whoever wrote it may have left out what is default
         parameters=sum(layer.parameters for layer in folder.layers.values())
         + sum(math.prod(shape) for shape in folder.others.values()),
         file_bytes=folder.nbytes,
@@ -117,6 +121,31 @@ def inspect_adapter(
         layers=tuple(layers),
         others=folder.others,
         not_finite=tuple(_not_finite(folder)),
+    )
+
+
+def _of_lora(folder: LoraFolder, ranks: bool) -> Contents:
+    layers = []
+    for layer in folder.layers.values():
+        count = layer.left.numel() + layer.right.numel()
+        finite = bool(layer.left.isfinite().all() and layer.right.isfinite().all())
+        found = spectrum_of_product(layer.left, layer.right) if finite else None
+        norm, rank = (found.norm, found.effective_rank if ranks else None) if found else (None, None)
+        small = min(layer.shape)
+        layers.append(LayerContents(layer.name, layer.rank, 0, layer.shape, small, count, None, norm, rank))
+    damaged = [layer.name for layer in layers if layer.update_norm is None]
+    return Contents(
+        path=os.fspath(folder.path),
+        config=folder.config.to_dict() | content_of(folder.path),
+        parameters=sum(layer.parameters for layer in layers) + sum(map(math.prod, folder.others.values())),
+        file_bytes=folder.nbytes,
+        bases_in_file=0,
+        fingerprint=None,
+        bases="none",
+        remark="",
+        layers=tuple(layers),
+        others=folder.others,
+        not_finite=(*damaged, *(name for name in folder.others if not folder.tensor(name).isfinite().all())),
     )
 
 

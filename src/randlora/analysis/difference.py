@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from randlora.errors import ConfigError
-from randlora.tuner.files.adapter_folder import AdapterFolder, content_of, read_adapter
+from randlora.tuner.files.adapter_folder import AdapterFolder, SavedLayer, content_of, read_adapter
+from randlora.tuner.files.lora_folder import LoraFolder, LoraLayer, read_lora_folder
 from randlora.tuner.shapes import known_shapes
 
+_Folder: TypeAlias = AdapterFolder | LoraFolder
+_Updates: TypeAlias = Callable[[str], Iterator[Tensor]]
 _UNIMPORTANT = ("peft_version", "inference_mode", "auto_mapping")
 
 
@@ -24,7 +27,7 @@ class LayerDifference:
 
     Attributes:
         name: its name in the base model.
-        same_values: whether λ and γ are equal, bit for bit.
+        same_values: whether λ and γ, or the factors of two LoRAs, are equal, bit for bit.
         relative: ‖ΔW₂ − ΔW₁‖ / ‖ΔW₁‖ in the Frobenius norm; infinite where only the first does nothing, ``None`` where
             the updates are unknown.
         cosine: ⟨ΔW₁, ΔW₂⟩ / ‖ΔW₁‖‖ΔW₂‖; ``None`` likewise, and where one of them is zero.
@@ -77,11 +80,11 @@ def compare_adapters(
         base_model_path: where the base model of both is, if not where their configs say.
 
     Raises:
-        CheckpointError: if one is no adapter of RandLoRA, or a damaged one.
+        CheckpointError: if one is no adapter of RandLoRA or LoRA, or a damaged one.
         BasisMismatchError: if the bases of one are wrong.
         ConfigError: if ``base_model_path`` is given and does not fit.
     """
-    pair = (read_adapter(first), read_adapter(second))
+    pair = (_read(first), _read(second))
     names = [set(folder.layers) for folder in pair]
     updates, remark = _updates_of(pair, base_model_path)
     layers = [_compare_layer(pair, name, updates) for name in sorted(names[0] & names[1])]
@@ -95,34 +98,39 @@ def compare_adapters(
     )
 
 
-class _Updates:
-    """ΔW of an adapter's layers, one layer at a time."""
+def _read(path: str | os.PathLike[str]) -> _Folder:
+    return read_lora_folder(path) or read_adapter(path)
 
-    def __init__(self, folder: AdapterFolder, base_model_path: str | os.PathLike[str] | None) -> None:
-        self._folder = folder
-        self._shapes = known_shapes(folder, base_model_path)
-        specs = folder.specs(self._shapes)
-        assert specs is not None  # the shapes are known
-        self._bases = folder.bases(specs)
 
-    def of(self, name: str) -> Iterator[Tensor]:
-        layer, shape = self._folder.layers[name], self._shapes[name]
-        return layer.updates(self._bases[layer.rank], shape.out_features, shape.in_features)
+def _updates(folder: _Folder, base_model_path: str | os.PathLike[str] | None) -> _Updates:
+    """ΔW of a layer by its name, one matrix at a time."""
+    if isinstance(folder, LoraFolder):
+        return lambda name: iter([folder.layers[name].left @ folder.layers[name].right])
+    shapes = known_shapes(folder, base_model_path)
+    specs = folder.specs(shapes)
+    assert specs is not None  # the shapes are known
+    bases = folder.bases(specs)
+
+    def of(name: str) -> Iterator[Tensor]:
+        layer, shape = folder.layers[name], shapes[name]
+        return layer.updates(bases[layer.rank], shape.out_features, shape.in_features)
+
+    return of
 
 
 def _updates_of(
-    pair: tuple[AdapterFolder, AdapterFolder], base_model_path: str | os.PathLike[str] | None
+    pair: tuple[_Folder, _Folder], base_model_path: str | os.PathLike[str] | None
 ) -> tuple[tuple[_Updates, _Updates] | None, str]:
     try:
-        return (_Updates(pair[0], base_model_path), _Updates(pair[1], base_model_path)), ""
+        return (_updates(pair[0], base_model_path), _updates(pair[1], base_model_path)), ""
     except ConfigError as error:
         if base_model_path is not None:
             raise
         return None, f"the updates are unknown: {error}"
 
 
-def _config_difference(first: AdapterFolder, second: AdapterFolder) -> dict[str, tuple[Any, Any]]:
-    a, b = content_of(first), content_of(second)
+def _config_difference(first: _Folder, second: _Folder) -> dict[str, tuple[Any, Any]]:
+    a, b = content_of(first.path), content_of(second.path)
     keys = sorted({*a, *b} - set(_UNIMPORTANT))
     return {key: (_plain(a.get(key)), _plain(b.get(key))) for key in keys if _plain(a.get(key)) != _plain(b.get(key))}
 
@@ -133,14 +141,13 @@ def _plain(value: object) -> object:
 
 
 def _compare_layer(
-    pair: tuple[AdapterFolder, AdapterFolder], name: str, updates: tuple[_Updates, _Updates] | None
+    pair: tuple[_Folder, _Folder], name: str, updates: tuple[_Updates, _Updates] | None
 ) -> LayerDifference:
-    a, b = (folder.layers[name] for folder in pair)
-    same = a.scaling == b.scaling and torch.equal(a.lam, b.lam) and torch.equal(a.gamma, b.gamma)
+    same = _same_values(*(folder.layers[name] for folder in pair))
     if updates is None:
         return LayerDifference(name, same, None, None)
     apart = first = second = inner = 0.0
-    for first_update, second_update in zip(updates[0].of(name), updates[1].of(name), strict=True):
+    for first_update, second_update in zip(updates[0](name), updates[1](name), strict=True):
         u, v = first_update.double(), second_update.double()
         if u.shape != v.shape:
             raise ConfigError(
@@ -157,7 +164,15 @@ def _compare_layer(
     return LayerDifference(name, same, relative, cosine)
 
 
-def _largest(pair: tuple[AdapterFolder, AdapterFolder], name: str) -> float:
+def _same_values(one: SavedLayer | LoraLayer, other: SavedLayer | LoraLayer) -> bool:
+    if isinstance(one, LoraLayer) and isinstance(other, LoraLayer):
+        return torch.equal(one.left, other.left) and torch.equal(one.right, other.right)
+    if isinstance(one, LoraLayer) or isinstance(other, LoraLayer):
+        return False
+    return one.scaling == other.scaling and torch.equal(one.lam, other.lam) and torch.equal(one.gamma, other.gamma)
+
+
+def _largest(pair: tuple[_Folder, _Folder], name: str) -> float:
     if pair[0].others.get(name) != pair[1].others.get(name):
         return math.inf
     a, b = (folder.tensor(name).double() for folder in pair)

@@ -27,6 +27,7 @@ class Spectrum:
         norm: Frobenius norm.
         effective_rank: that of the values (``update.effective_rank``).
         size: how many singular values there are.
+        nonzero: how many of them are above 1e-7 of the largest: below, float32 knows nothing.
         index: at most 64 of the places 1 to ``size``.
         values: the singular values there, largest first.
         exact: whether they were computed; otherwise they are estimates: the rank, where it is not
@@ -36,6 +37,7 @@ class Spectrum:
     norm: float
     effective_rank: float
     size: int
+    nonzero: int
     index: tuple[int, ...]
     values: tuple[float, ...]
     exact: bool
@@ -85,6 +87,7 @@ def _summary(nodes: Tensor, weights: Tensor, norm: float, exact: bool) -> Spectr
         norm=norm,
         effective_rank=effective_rank(nodes, weights),
         size=size,
+        nonzero=round(float(weights[nodes > 1e-7 * nodes[0]].sum())),
         index=index,
         values=tuple(nodes[found.clamp(max=len(nodes) - 1)].tolist()),
         exact=exact,

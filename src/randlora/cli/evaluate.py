@@ -14,10 +14,14 @@ from randlora.train.settings import TaskName
 if TYPE_CHECKING:
     from randlora.train.infer import Score
 
+_MOST_COLUMNS = 12  # labels of a matrix that is printed; --json has it whole
+
 
 def evaluate(
     adapter: str = typer.Argument(help="Folder of a run, an adapter or a model."),
-    data: str | None = typer.Option(None, help="Data, as for training; by default the run's own evaluation data."),
+    data: list[str] | None = typer.Option(
+        None, help="Data, as for training; by default the run's own evaluation data."
+    ),
     model: str | None = typer.Option(None, help="Base model, if it is not where the adapter's config says."),
     task: TaskName | None = typer.Option(None, help="If it is not known."),
     base: bool = typer.Option(False, "--base", help="Score the base model too, without the adapter."),
@@ -28,8 +32,8 @@ def evaluate(
 ) -> None:
     """Score an adapter on data.
 
-    Accuracy with its 95% interval, loss and the share found of each label for a classifier, F1 of entities for tags;
-    loss and perplexity for a language model.
+    Accuracy with its 95% interval, loss, F1 and the share found of each label for a classifier, and what was found
+    instead; F1 of entities for tags; loss and perplexity for a language model.
 
     [bold]Examples[/]
 
@@ -43,7 +47,11 @@ def evaluate(
 
         scores = {
             name: score(
-                load_trained(adapter, model, task, name == "adapter"), data, batch_size, input_column, label_column
+                load_trained(adapter, model, task, name == "adapter"),
+                data or None,
+                batch_size,
+                input_column,
+                label_column,
             )
             for name in (("base", "adapter") if base else ("adapter",))
         }
@@ -76,3 +84,9 @@ def _show(name: str, found: Score, out: Console) -> None:
     if outcome.by_label:
         rows = [[label, f"{n:,}", f"{hits / n:.1%}" if n else "–"] for label, (n, hits) in outcome.by_label.items()]
         out.print(plain_table(["label", "tokens" if outcome.tokens else "examples", "found"], rows))
+    if outcome.confusion and len(outcome.confusion) <= _MOST_COLUMNS:
+        labels = list(outcome.by_label)
+        rows = [[label, *map(str, counts)] for label, counts in zip(labels, outcome.confusion, strict=True)]
+        out.print(plain_table(["has ↓ was given →", *labels], rows))
+    if outcome.shortfall:
+        out.print(outcome.shortfall, markup=False)

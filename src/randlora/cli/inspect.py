@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -27,7 +27,7 @@ def inspect(
     """What is in an adapter, and whether it is whole.
 
     Config, shapes, counts, norms, effective ranks; the bases are drawn again and compared with the fingerprint. The
-    base model's weights are never read, only its config, for the shapes of the layers.
+    base model's weights are never read, only its config, for the shapes of the layers. A LoRA is shown likewise.
 
     Exit code 1 if the bases are wrong or a value is not finite.
 
@@ -48,29 +48,30 @@ def inspect(
 
 
 def _show(found: Contents, out: Console, all_layers: bool) -> None:
-    config = found.config
+    config, lora = found.config, found.bases == "none"
+    method = "LoRA" if lora else "RandLoRA"
     out.print(
-        f"[bold]{found.path}[/]: RandLoRA for {quoted(config.get('base_model_name_or_path') or 'an unnamed model')}"
+        f"[bold]{found.path}[/]: {method} for {quoted(config.get('base_model_name_or_path') or 'an unnamed model')}"
     )
-    density = next((n for n in ("sparse", "very_sparse", "sparsity", "structured") if config.get(n)), "dense")
     out.print(
-        f"r={config['r']}, alpha={config['randlora_alpha']}, scaling {config.get('randlora_scaling', 'peft')}, "
-        f"{density.replace('_', ' ')} bases of key {config['projection_prng_key']}, "
+        f"r={config['r']}, {_lora_facts(config) if lora else _facts(config)}, "
         f"task {config.get('task_type') or 'unnamed'}, saved by peft {quoted(config.get('peft_version') or 'unknown')}"
     )
     out.print(
         f"{found.parameters:,} parameters in {len(found.layers)} layers"
         + (f" and {len(found.others)} other tensors" if found.others else "")
-        + f"; {byte_text(found.file_bytes)} with {_copies(found.bases_in_file)}"
+        + f"; {byte_text(found.file_bytes)}"
+        + ("" if lora else f" with {_copies(found.bases_in_file)}")
     )
-    _show_bases(found, out)
+    if not lora:
+        _show_bases(found, out)
     shown = found.layers if all_layers else found.layers[:_SHOWN]
     rows = [
         [
             quoted(layer.name),
             f"{layer.shape[0]}×{layer.shape[1]}" if layer.shape else f"min {layer.min_dim}",
             str(layer.rank),
-            str(layer.num_bases),
+            str(layer.num_bases or "–"),
             f"{layer.parameters:,}",
             number_text(layer.lambda_norm),
             number_text(layer.update_norm),
@@ -83,10 +84,22 @@ def _show(found: Contents, out: Console, all_layers: bool) -> None:
         out.print(f"… and {len(found.layers) - len(shown)} more layers: --all shows them")
     for name, shape in found.others.items():
         out.print(f"also trained: {quoted(name)} {'×'.join(map(str, shape))}")
-    if not any(layer.lambda_norm for layer in found.layers):
-        out.print("all λ are 0: this adapter changes nothing yet")
+    if not any(layer.lambda_norm or layer.update_norm for layer in found.layers):
+        out.print(f"all {'updates' if lora else 'λ'} are 0: this adapter changes nothing yet")
     for name in found.not_finite:
         out.print(f"[bold red]not finite:[/] {quoted(name)}")
+
+
+def _facts(config: dict[str, Any]) -> str:
+    density = next((n for n in ("sparse", "very_sparse", "sparsity", "structured") if config.get(n)), "dense")
+    return (
+        f"alpha={config['randlora_alpha']}, scaling {config.get('randlora_scaling', 'peft')}, "
+        f"{density.replace('_', ' ')} bases of key {config['projection_prng_key']}"
+    )
+
+
+def _lora_facts(config: dict[str, Any]) -> str:
+    return f"alpha={config['lora_alpha']}" + (" over √r" if config.get("use_rslora") else "")
 
 
 def _show_bases(found: Contents, out: Console) -> None:

@@ -21,7 +21,7 @@ def merge(
     """Write the model with its adapter merged into its weights.
 
     The result loads with `from_pretrained`, without PEFT and without randlora. The sum is rounded once, into the dtype
-    of the base model. The tokenizer goes with it. The folder appears when everything is in it.
+    of the base model. The tokenizer, or the image processor, goes with it. The folder appears when everything is in it.
 
     [bold]Example[/]
 
@@ -32,6 +32,8 @@ def merge(
 
         done = merge_folder(adapter, output, base_model_path=model, dtype=dtype, max_shard_size=max_shard_size)
         out.print(f"{output}: {byte_text(done.nbytes)} in {done.files} files, {done.dtype}")
-        out.print("with its tokenizer" if done.tokenizer else "no tokenizer was found beside the adapter or its model")
+        prepares = {"tokenizer": done.tokenizer, "image processor": done.image_processor}
+        found = " and ".join(name for name, there in prepares.items() if there)
+        out.print(f"with its {found}" if found else "no tokenizer was found beside the adapter or its model")
     if json:
         print_json(asdict(done))

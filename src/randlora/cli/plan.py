@@ -16,6 +16,7 @@ from randlora.text import byte_text
 if TYPE_CHECKING:
     from randlora.analysis.budget import Option, TrainingPlan
 
+_USUAL_R = 32  # that of `randlora train`
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -42,9 +43,11 @@ def plan(
     model's forward and backward.
 
     A larger r gives FEWER trainable parameters: n·(r + m) for each layer, with n = ceil(m / r) bases, m being the
-    smaller dimension of its weight. The update has full rank for every r.
+    smaller dimension of its weight. The update has full rank for every r. Without a budget the table is around r = 32.
 
     [bold]Examples[/]
+
+      randlora plan bert-base-uncased --task sequence-classification
 
       randlora plan meta-llama/Llama-3.2-1B --params 10M
 
@@ -66,7 +69,9 @@ def plan(
             dtype=getattr(torch, dtype),
             num_labels=num_labels,
         )
-        found = plan_training(setup, Budget(_count(params), percent, match_lora, r))
+        given = any(value is not None for value in (params, percent, match_lora, r))
+        budget = Budget(_count(params), percent, match_lora, r) if given else Budget(r=_USUAL_R)
+        found = plan_training(setup, budget)
     if json:
         print_json(asdict(found))
     else:

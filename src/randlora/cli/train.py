@@ -17,8 +17,9 @@ from randlora.cli.console import answering, print_json
 from randlora.text import byte_text
 from randlora.train.settings import TrainSettings, load_settings
 
-_SHOWN = ("loss", "accuracy", "f1", "perplexity")
+_SHOWN = ("loss", "accuracy", "macro_f1", "f1", "perplexity")
 _NO = "no_"
+_SHORT = {"learning_rate": ("--lr",)}
 _PANELS = {
     "model": "Model and data",
     "method": "Method",
@@ -58,10 +59,17 @@ def train(**flags: Any) -> None:
 
 
 def given(flags: dict[str, Any], settings: type[TrainSettings] = TrainSettings) -> dict[str, Any]:
-    """The flags that were given, by setting; ``--no-packing`` is a false ``packing``."""
-    known = {name: value for name, value in flags.items() if name in settings.model_fields}
-    denied = {name.removeprefix(_NO): False for name in flags.keys() - known.keys() if flags[name]}
-    return {name: value for name, value in known.items() if value is not None} | denied
+    """Return the flags that were given, by setting.
+
+    ``--no-packing`` is a false ``packing``; a list that was given once is as a file has it.
+    """
+    known = {name: value for name, value in flags.items() if value not in (None, [])}
+    found = {
+        name: value[0] if isinstance(value, list) and len(value) == 1 else value
+        for name, value in known.items()
+        if name in settings.model_fields
+    }
+    return found | {name.removeprefix(_NO): False for name in known.keys() - found.keys() if known[name]}
 
 
 def _train(settings: TrainSettings, out: Console) -> dict[str, Any]:
@@ -150,8 +158,9 @@ def flags_of(settings: type[TrainSettings], left_out: Collection[str] = ()) -> I
         if name in left_out:
             continue
         members = _members(field.annotation)
-        kind = str if str in members else next((t for t in members if t in (bool, int, float)), str)
-        yield parameter(name, kind | None, None, _description(field), rich_help_panel=panel)
+        kind = next((t for t in members if t in (bool, int, float)), str) if str not in members else str
+        kind = list[str] if list[str] in members else kind
+        yield parameter(name, kind | None, None, _description(field), *_SHORT.get(name, ()), rich_help_panel=panel)
         if kind is bool:  # the opposite of a file's `true`; the help says so once, not for each
             yield parameter(_NO + name, bool, False, "", hidden=True)
 

@@ -77,7 +77,7 @@ def compact_adapter(
     specs = old.specs() or define_bases(list(known_shapes(old, base_model_path).values()), old.config, "default")
     bases = old.bases(specs)
     kept = bases[old.config.r] if old.config.r in bases and bases[old.config.r].spec is None else None
-    content = content_of(old) | {
+    content = content_of(old.path) | {
         "save_projection": kept is not None,
         "basis_fingerprint": combined_fingerprint(bases.values()),
     }

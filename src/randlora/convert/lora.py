@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from randlora.errors import CheckpointError, CombinationError, ConfigError, UnsupportedLayerError
 from randlora.tuner.adapters.merged import base_model
-from randlora.tuner.base_model import base_path_of, empty_base, with_adapter
+from randlora.tuner.base_model import base_path_of, empty_base, task_of, with_adapter
 from randlora.tuner.config import RandLoraConfig
-from randlora.tuner.files.adapter_folder import read_adapter
+from randlora.tuner.files.adapter_folder import head_size, read_adapter
 from randlora.tuner.files.atomic import folder_atomically, write_atomically, write_json
 from randlora.tuner.files.format import in_base, in_file
 from randlora.tuner.layers.base import RandLoraLayer, adapted
@@ -149,8 +149,10 @@ def convert_folder_to_lora(
     config = source.config
     with folder_atomically(folder) as temporary:
         # weights that nobody reads or writes take no memory; on the meta device λ and γ would lose their values
-        base = empty_base(base_path_of(config, base_model_path), config.task_type).to_empty(device="cpu")
-        model = with_adapter(base, source.path)
+        count = head_size(source.path)
+        head: dict[str, Any] = {} if count is None else {"num_labels": count}
+        base = empty_base(base_path_of(config, base_model_path), task_of(config), **head)
+        model = with_adapter(base.to_empty(device="cpu"), source.path)
         conversion = to_lora(model, rank=rank, energy=energy)
         conversion.save(temporary)
     return conversion

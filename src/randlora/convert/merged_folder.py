@@ -1,4 +1,4 @@
-"""From an adapter folder to a model folder that needs nothing else: merged weights and the tokenizer."""
+"""From an adapter folder to a model folder that needs nothing else: merged weights, and what prepares inputs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from safetensors import safe_open
-from transformers import AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from randlora.convert.shards import save_merged
-from randlora.errors import ConfigError
-from randlora.tuner.base_model import base_path_of
-from randlora.tuner.files.adapter_folder import adapter_path, head_size, label_names, read_randlora_config
+from randlora.errors import ConfigError, MergeError
+from randlora.tuner.base_model import base_path_of, head_arguments, load_base, task_of, with_adapter
+from randlora.tuner.config import RandLoraConfig
+from randlora.tuner.files.adapter_folder import adapter_path, read_config
+from randlora.tuner.files.atomic import folder_atomically
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -29,6 +32,7 @@ class MergedFolder:
         files: their number.
         dtype: of the first weight.
         tokenizer: whether a tokenizer is in it.
+        image_processor: whether that of a model of images is.
     """
 
     path: str
@@ -36,6 +40,7 @@ class MergedFolder:
     files: int
     dtype: str
     tokenizer: bool
+    image_processor: bool
 
 
 def merge_folder(
@@ -47,10 +52,12 @@ def merge_folder(
     max_shard_size: int | str = "5GB",
     **base_model_arguments: Any,
 ) -> MergedFolder:
-    """Merges an adapter folder into its base model, and writes the whole with the adapter's tokenizer, or the model's.
+    """Merges an adapter folder into its base model, and writes the whole with the tokenizer of one of them.
+
+    Models of images have an image processor instead.
 
     Args:
-        adapter: folder of the adapter, or of the run that made it.
+        adapter: folder of the adapter, of RandLoRA or another method of PEFT's, or of the run that made it.
         folder: where to write; there must be nothing yet.
         base_model_path: where the base model is, if not where the adapter's config says.
         dtype: "auto" for that of the base model's files, or its name. Half precision rounds small updates away.
@@ -68,28 +75,41 @@ def merge_folder(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):  # before anything is loaded
         raise ConfigError(f"there is something in {folder} already: name a folder that does not exist")
     adapter = adapter_path(adapter)
-    source = base_path_of(read_randlora_config(adapter), base_model_path)
+    config = read_config(adapter)
+    source = base_path_of(config, base_model_path)
     arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **base_model_arguments}
-    if "num_labels" not in arguments and (labels := head_size(adapter)) is not None:
-        arguments["num_labels"] = labels
-        if (names := label_names(adapter)) is not None:
-            arguments |= {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
-    save_merged(adapter, folder, max_shard_size=max_shard_size, base_model_path=source, **arguments)
+    if isinstance(config, RandLoraConfig):
+        save_merged(adapter, folder, max_shard_size=max_shard_size, base_model_path=source, **arguments)
+    else:
+        _merge_by_peft(config, adapter, target, source, max_shard_size, arguments)
     trusted = bool(base_model_arguments.get("trust_remote_code", False))
-    tokenizer = _save_tokenizer((adapter, source), target, trusted)
+    prepares = [_save_processor(one, (adapter, source), target, trusted) for one in (AutoTokenizer, AutoImageProcessor)]
     files = sorted(target.glob("*.safetensors"))
     with safe_open(files[0], "pt") as file:
         found = file.get_tensor(next(iter(file.keys()))).dtype
     name = str(found).removeprefix("torch.")
-    return MergedFolder(str(target), sum(file.stat().st_size for file in files), len(files), name, tokenizer)
+    return MergedFolder(str(target), sum(file.stat().st_size for file in files), len(files), name, *prepares)
 
 
-def _save_tokenizer(places: tuple[str | os.PathLike[str], ...], folder: Path, trust_remote_code: bool) -> bool:
+def _merge_by_peft(
+    config: PeftConfig, adapter: Path, folder: Path, source: str, max_shard_size: int | str, arguments: dict[str, Any]
+) -> None:
+    """An adapter of another method, such as the LoRA of a run that is compared with: the whole model in memory."""
+    base = load_base(source, task_of(config), **head_arguments(adapter), **arguments)
+    model: Any = with_adapter(base, adapter)
+    if not hasattr(model, "merge_and_unload"):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise MergeError(f"{os.fspath(adapter)!r} is an adapter of {kind}, which cannot be merged into weights")
+    with folder_atomically(folder) as temporary:
+        model.merge_and_unload().save_pretrained(temporary, max_shard_size=max_shard_size)
+
+
+def _save_processor(auto_class: Any, places: tuple[str | os.PathLike[str], ...], folder: Path, trusted: bool) -> bool:
     for place in places:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(os.fspath(place), trust_remote_code=trust_remote_code)
+            processor = auto_class.from_pretrained(os.fspath(place), trust_remote_code=trusted)
         except (OSError, ValueError, KeyError):
             continue
-        tokenizer.save_pretrained(str(folder))
+        processor.save_pretrained(str(folder))
         return True
     return False

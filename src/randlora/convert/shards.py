@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from randlora.errors import ConfigError, MergeError
 from randlora.tuner.adapters.merged import MergedTensor, base_model, merged_tensors
-from randlora.tuner.base_model import base_path_of, load_base, with_adapter
+from randlora.tuner.base_model import base_path_of, head_arguments, load_base, task_of, with_adapter
 from randlora.tuner.files.adapter_folder import read_randlora_config
 from randlora.tuner.files.atomic import folder_atomically, write_json
 
@@ -47,8 +47,7 @@ def save_merged(
         adapter_names: the adapters to merge; by default the active ones.
         max_shard_size: bytes in a file, as a number or such as ``"5GB"``.
         base_model_path: for the folder of an adapter, where its base model is now, if not where its config says.
-        **base_model_arguments: for the folder of an adapter, passed to the base model's ``from_pretrained``, such as
-            ``num_labels=3``.
+        **base_model_arguments: for the folder of an adapter, passed to the base model's ``from_pretrained``.
 
     Raises:
         ConfigError: if there is something in ``folder``, or the model is none of Transformers'.
@@ -78,7 +77,8 @@ def save_merged(
 def _load(path: str | os.PathLike[str], base_path: Any, arguments: dict[str, Any]) -> nn.Module:
     """The base model of a saved adapter with the adapter in it, in evaluation mode."""
     config = read_randlora_config(path)
-    base = load_base(base_path_of(config, base_path), config.task_type, **arguments)
+    head = {} if "num_labels" in arguments else head_arguments(path)
+    base = load_base(base_path_of(config, base_path), task_of(config), **head, **arguments)
     return with_adapter(base, path)
 
 

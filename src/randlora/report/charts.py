@@ -95,6 +95,7 @@ def _layers_of(index: int, updates: Updates, places: dict[str, int]) -> Entry:
         "norm": [short(found.norm) for _, found in known],
         "rank": [short(found.effective_rank) for _, found in known],
         "size": [found.size for _, found in known],
+        "nonzero": [found.nonzero for _, found in known],
         "exact": all(found.exact for _, found in known),
         "spectra": [[short(value, 3) for value in found.values] for _, found in known],
         "scaled": [place for place, _, _ in scalings],

@@ -21,6 +21,7 @@ import randlora
 from randlora.errors import ConfigError
 from randlora.report import charts
 from randlora.report.comparison import Comparison
+from randlora.report.confusion import confusion
 from randlora.report.runs import Entry, Run, number, read_runs
 from randlora.report.summary import COLUMNS, summary
 from randlora.report.updates import Updates, measure_updates
@@ -104,11 +105,14 @@ class _Example:
 
 def _section(run: Run, updates: Updates) -> Entry:
     """What the template shows of one run."""
+    matrix = None if run.settings.get("task") == "token-classification" else confusion(run.examples)
+    said = (*run.remarks, updates.remark, "" if matrix is None else matrix.remark)
     return {
         "name": run.name,
         "folder": str(run.folder),
         "cells": summary(run),
-        "remarks": [*run.remarks, *([updates.remark] if updates.remark else [])],
+        "remarks": [remark for remark in said if remark],
+        "confusion": matrix,
         "worst": _worst(run.examples),
         "examples": len(run.examples),
         "classified": any("label" in example for example in run.examples),

@@ -18,6 +18,7 @@ COLUMNS = (
     "training loss",
     "evaluation loss",
     "accuracy (95%)",
+    "macro-F1",
     "perplexity",
     "s/step",
     "peak memory",
@@ -47,6 +48,7 @@ def summary(run: Run) -> list[Cell]:
         _cell(_mean_loss(run), ".4f"),
         _cell(number(last.get("eval_loss")), ".4f"),
         _accuracy(number(last.get("eval_accuracy")), len(run.examples)),
+        _cell(number(last.get("eval_macro_f1")), ".1%"),
         _cell(number(last.get("eval_perplexity")), ",.2f"),
         _cell(_seconds(run), ".3g"),
         _bytes(_memory(run)),
@@ -57,7 +59,8 @@ def summary(run: Run) -> list[Cell]:
 def _state(run: Run) -> str:
     if run.diverged_at is not None:
         return f"diverged at step {run.diverged_at}"
-    if run.result or any("train_runtime" in entry for entry in run.log):
+    logged_its_end = any("train_runtime" in entry for entry in run.log)
+    if run.result or (logged_its_end and not run.settings):  # the Trainer logs that of an interrupted run too
         return "finished"
     return "not finished" if run.log else "–"
 

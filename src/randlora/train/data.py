@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+import numpy as np
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset, load_from_disk
 
 from randlora.errors import ConfigError
+from randlora.train.files import kind_of, read_file
 from randlora.train.settings import TrainSettings
 from randlora.train.tasks import TASKS
 
 _EVALUATION_SPLITS = ("validation", "test")
+Source: TypeAlias = str | Sequence[str]
+"""A file, a folder or a name on the hub; or several."""
 
 
 class Data(NamedTuple):
@@ -35,25 +41,33 @@ def load_data(settings: TrainSettings) -> Data:
         ConfigError: if data, a split or a column is missing, empty or malformed.
     """
     task = TASKS[settings.task]
-    train, evaluation = _read(settings.data, settings), None
-    if isinstance(train, DatasetDict):
-        if "train" not in train:
-            raise ConfigError(f"data={settings.data!r} has no split 'train', only {sorted(train)}")
-        evaluation = next((train[name] for name in _EVALUATION_SPLITS if name in train), None)
-        train = train["train"]
+    train, evaluation = _training(settings)
     if settings.eval_data is not None:
-        evaluation = _one_split(_read(settings.eval_data, settings), settings.eval_data)
-
-    train = _checked(train, settings, settings.data)
+        evaluation = load_rows(settings.eval_data, settings)
     labels = task.labels(train)
     if evaluation is None:
         train, evaluation = _split(train, settings)
-    else:
-        evaluation = _checked(evaluation, settings, settings.eval_data or settings.data)
+    train = _limited(train, settings.max_samples, settings)
+    evaluation = _limited(evaluation, settings.max_eval_samples, settings)
     return Data(task.encode(train, labels), task.encode(evaluation, labels), labels)
 
 
-def load_rows(source: str, settings: TrainSettings) -> Dataset:
+def load_inputs(source: Source, settings: TrainSettings) -> tuple[Dataset, list[Any]]:
+    """All rows of ``source``, or of its validation or test split, as they are, and what in them is to be labelled.
+
+    Raises:
+        ConfigError: as of :func:`load_rows`; labels are not asked for.
+    """
+    tables, inputs = [], []
+    for one in _sources(source):
+        rows = _one_split(_read(one, settings), one, settings)
+        _require_rows(rows, one)
+        tables.append(rows)
+        inputs += TASKS[settings.task].inputs(rows, settings, one)
+    return _joined(tables, source), inputs
+
+
+def load_rows(source: Source, settings: TrainSettings) -> Dataset:
     """All rows of ``source``, or of its validation or test split, in the columns of the task.
 
     Labels are as the data has them.
@@ -61,50 +75,87 @@ def load_rows(source: str, settings: TrainSettings) -> Dataset:
     Raises:
         ConfigError: if data, a split or a column is missing, empty or malformed.
     """
-    return _checked(_one_split(_read(source, settings), source), settings, source)
+    tables = [_checked(_one_split(_read(one, settings), one, settings), settings, one) for one in _sources(source)]
+    return _joined(tables, source)
+
+
+def _training(settings: TrainSettings) -> tuple[Dataset, Dataset | None]:
+    """The training data; and what evaluates it, where the same source has that."""
+    tables, evaluation = [], None
+    sources = _sources(settings.data)
+    for source in sources:
+        rows = _read(source, settings)
+        if isinstance(rows, DatasetDict):
+            wanted = settings.split or "train"
+            if wanted not in rows:
+                raise ConfigError(f"data={source!r} has no split {wanted!r}, only {sorted(rows)}: name one by split")
+            if len(sources) == 1 and settings.eval_data is None:
+                evaluation = _evaluation_split(rows, source, settings)
+            rows = rows[wanted]
+        tables.append(_checked(rows, settings, source))
+    return _joined(tables, settings.data), evaluation
+
+
+def _evaluation_split(data: DatasetDict, source: str, settings: TrainSettings) -> Dataset | None:
+    wanted = [name for name in _evaluation_names(settings) if name in data and name != (settings.split or "train")]
+    if settings.eval_split is not None and not wanted:
+        raise ConfigError(f"data={source!r} has no split {settings.eval_split!r} to evaluate on, only {sorted(data)}")
+    return _checked(data[wanted[0]], settings, source) if wanted else None
+
+
+def _evaluation_names(settings: TrainSettings) -> tuple[str, ...]:
+    return _EVALUATION_SPLITS if settings.eval_split is None else (settings.eval_split,)
+
+
+def _sources(source: Source) -> list[str]:
+    return [source] if isinstance(source, str) else list(source)
+
+
+def _joined(tables: list[Dataset], source: Source) -> Dataset:
+    if len(tables) == 1:
+        return tables[0]
+    try:
+        return concatenate_datasets([_with_plain_texts(one) for one in tables])
+    except ValueError as error:
+        raise ConfigError(f"{source} do not fit together: {error}") from None
+
+
+def _with_plain_texts(rows: Dataset) -> Dataset:
+    """Of the two types of text that readers give, one."""
+    large = [name for name, feature in rows.features.items() if feature == Value("large_string")]
+    return rows.cast(Features({**rows.features, **dict.fromkeys(large, Value("string"))})) if large else rows
+
+
+def _limited(rows: Dataset, most: int | None, settings: TrainSettings) -> Dataset:
+    """At most so many rows, drawn by the seed and in their order."""
+    if most is None or most >= len(rows):
+        return rows
+    kept = np.random.default_rng(settings.seed).choice(len(rows), most, replace=False)
+    return rows.select(np.sort(kept))
 
 
 def _read(source: str, settings: TrainSettings) -> Dataset | DatasetDict:
     path = Path(source)
-    readers = {
-        ".csv": Dataset.from_csv,
-        ".jsonl": Dataset.from_json,
-        ".json": Dataset.from_json,
-        ".parquet": Dataset.from_parquet,
-    }
     if path.is_dir():
         return _read_folder(source, settings)
-    if path.suffix.lower() in readers:
-        if not path.is_file():
-            raise ConfigError(f"there is no data file {source!r}")
-        try:
-            return readers[path.suffix.lower()](source)
-        except Exception as error:  # the readers raise whatever their parsers raise
-            raise ConfigError(f"cannot read the data file {source!r}: {_reason(error)}") from error
-    if path.exists():
-        raise ConfigError(f"data file {source!r} must end in one of {', '.join(readers)}")
+    if path.exists() or kind_of(path) is not None:
+        return read_file(source, settings.encoding)
     try:
-        return load_dataset(source, trust_remote_code=settings.trust_remote_code or None)
+        return load_dataset(source, settings.data_config, trust_remote_code=settings.trust_remote_code or None)
     except Exception as error:  # the hub's client raises many kinds
         raise ConfigError(
             f"{source!r} is no local file or folder, and no dataset of the hub that can be loaded: {error}"
         ) from error
 
 
-def _reason(error: Exception) -> str:
-    cause = error.__cause__ or error
-    if isinstance(cause, UnicodeDecodeError):
-        return f"it is not in UTF-8 ({cause})"
-    return "it holds no rows" if "corresponds to no data" in str(cause) else str(cause)
-
-
-def _one_split(data: Dataset | DatasetDict, source: str) -> Dataset:
+def _one_split(data: Dataset | DatasetDict, source: str, settings: TrainSettings) -> Dataset:
     if isinstance(data, Dataset):
         return data
-    for name in (*_EVALUATION_SPLITS, "train"):
+    names = (*_evaluation_names(settings), *(() if settings.eval_split else ("train",)))
+    for name in names:
         if name in data:
             return data[name]
-    raise ConfigError(f"{source!r} has none of the splits {_EVALUATION_SPLITS}, only {sorted(data)}")
+    raise ConfigError(f"{source!r} has none of the splits {names}, only {sorted(data)}: name one by eval_split")
 
 
 def _read_folder(source: str, settings: TrainSettings) -> Dataset | DatasetDict:
@@ -124,16 +175,22 @@ def _read_folder(source: str, settings: TrainSettings) -> Dataset | DatasetDict:
         raise ConfigError(f"{source!r} is a folder, but {reason}") from None
 
 
-def _checked(rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
+def _require_rows(rows: Dataset, source: str) -> None:
     if len(rows) == 0:
         raise ConfigError(f"{source!r} holds no rows")
+
+
+def _checked(rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
+    _require_rows(rows, source)
     return TASKS[settings.task].read(rows, settings, source)
 
 
 def _split(data: Dataset, settings: TrainSettings) -> tuple[Dataset, Dataset]:
-    """A seeded split that keeps all copies of an example on one side."""
-    given = TASKS[settings.task].identities(data)
-    different = sorted(set(given))
+    """A seeded split that keeps all copies of an example on one side, and has the same share of each label on both."""
+    task = TASKS[settings.task]
+    given = task.identities(data)
+    kinds = dict(zip(given, task.strata(data), strict=True))
+    different = sorted(kinds)
     held_out = round(len(different) * settings.eval_fraction)
     if not 0 < held_out < len(different):
         raise ConfigError(
@@ -141,8 +198,23 @@ def _split(data: Dataset, settings: TrainSettings) -> tuple[Dataset, Dataset]:
             "side; give eval_data, or more data"
         )
     shuffled = Dataset.from_dict({"identity": different}).shuffle(seed=settings.seed)["identity"]
-    evaluation = set(shuffled[:held_out])
+    evaluation = _drawn(shuffled, kinds, held_out)
     rows: tuple[list[int], list[int]] = ([], [])
     for row, identity in enumerate(given):
         rows[identity in evaluation].append(row)
     return data.select(rows[0]), data.select(rows[1])
+
+
+def _drawn(shuffled: Sequence[str], kinds: dict[str, Any], wanted: int) -> set[str]:
+    """So many of ``shuffled``, of each kind its share; what is left by rounding goes to the largest rests."""
+    counts = Counter(kinds.values())
+    exact = {kind: count * wanted / len(shuffled) for kind, count in counts.items()}
+    quota = {kind: int(share) for kind, share in exact.items()}
+    for kind in sorted(exact, key=lambda kind: (quota[kind] - exact[kind], str(kind)))[: wanted - sum(quota.values())]:
+        quota[kind] += 1
+    drawn: set[str] = set()
+    for identity in shuffled:
+        if quota[kinds[identity]]:
+            quota[kinds[identity]] -= 1
+            drawn.add(identity)
+    return drawn

@@ -7,10 +7,11 @@ import importlib.util
 import json
 import random
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -21,26 +22,18 @@ from randlora.analysis import delta_weight, singular_values
 from randlora.analysis.counts import matched_lora_rank
 from randlora.errors import ConfigError
 from randlora.train.own_process import run_python, train_in_own_process
+from randlora.train.pace import BATCH, QUICK, SECONDS, WHOLE, Clock, DemoSize, Pace, minutes
 from randlora.train.record import HISTORY
-from randlora.train.settings import TrainSettings
+from randlora.train.settings import Method, TrainSettings
 from randlora.train.verify import Verification
 from randlora.tuner.layers.linear import linear_shape
 
 RANK = 32
 MODULE = "bert.encoder.layer.5.attention.self.query"  # whose ΔW the picture shows
 _METHODS = {"RandLoRA": "randlora", "LoRA": "lora", "full fine-tuning": "full", "head alone": "head"}
-
-
-@dataclass(frozen=True)
-class DemoSize:
-    """How much of the data the demo uses."""
-
-    train: int
-    test: int
-
-
-WHOLE = DemoSize(train=4000, test=1000)
-QUICK = DemoSize(train=320, test=200)
+_SHARES = (1.0, 0.85, 0.95, 0.45, 0.35)
+"""Time of the methods, and of the verification at the end, beside RandLoRA's: of the README's table, rounded up."""
+_PROBE_STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -52,6 +45,7 @@ class DemoResult:
         losses: per method the training loss of each step.
         spectra: per method the singular values of ΔW of ``MODULE``, largest first.
         verification: whether the saved RandLoRA adapter is the trained one.
+        trained: number of sentences to train on.
         tested: number of test sentences.
     """
 
@@ -59,15 +53,16 @@ class DemoResult:
     losses: dict[str, list[float]]
     spectra: dict[str, list[float]]
     verification: Verification
+    trained: int
     tested: int
 
 
-def run_demo(output: Path, size: DemoSize, seed: int, say: Callable[[str], None]) -> DemoResult:
+def run_demo(output: Path, size: DemoSize | None, seed: int, say: Callable[[str], None]) -> DemoResult:
     """Trains, compares and verifies; every method in a process of its own, so that its peak memory is its own.
 
     Args:
         output: folder for data, runs and results.
-        size: how many sentences.
+        size: how many sentences; ``None`` measures first steps and takes as many as fit into ten minutes.
         seed: of the split and of all training.
         say: is told what happens.
 
@@ -76,28 +71,65 @@ def run_demo(output: Path, size: DemoSize, seed: int, say: Callable[[str], None]
         RandLoraError: if a run fails.
     """
     model = model_folder()
-    train_file, test_file = write_sentences(output / "data", size, seed)
+    expected, exact = list(_SHARES), size is None
+    if size is None:
+        pace = measure_pace(output / "pace", seed, say)
+        size = pace.fitting(SECONDS - pace.start, _SHARES)
+        say(_size_text(pace, size))
+        expected = [pace.start + share * pace.step * size.train / BATCH for share in _SHARES]
+    data = write_sentences(output / "data", size, seed)
     say(f"Rotten Tomatoes: {size.train:,} sentences to train on, {size.test:,} others to test, none in both")
+    clock = Clock(expected, exact)
     runs: dict[str, dict[str, Any]] = {}
-    for name, method in _METHODS.items():
-        say(f"{name} …")
-        settings = TrainSettings(
-            model=str(model),
-            data=str(train_file),
-            eval_data=str(test_file),
-            max_length=64,
-            method=method,
-            r=matched_lora_rank(encoder_shapes(model), RANK) if method == "lora" else RANK,
-            modules_to_save=["pooler"],  # MiniLM was trained without it; it is as new as the classifier
-            seed=seed,
-            output_dir=str(output / method),
-        )
+    for number, (name, method) in enumerate(_METHODS.items()):
+        say(f"{number + 1} of {len(_METHODS)}: {name}{clock.left(number)} …")
         shutil.rmtree(output / method / "checkpoints", ignore_errors=True)  # of an earlier demo in this folder
-        runs[name] = train_in_own_process(settings)
-    say("The saved RandLoRA adapter, loaded in a fresh process, then merged …")
+        runs[name] = train_in_own_process(_settings(method, data, seed, output / method))
+    say(f"The saved RandLoRA adapter, loaded in a fresh process, then merged{clock.left(len(_METHODS))} …")
     verification = Verification(**run_python("randlora.train.verify", str(output / "randlora")))
     losses = {name: _losses(output / method) for name, method in _METHODS.items()}
-    return DemoResult(runs, losses, _spectra(model, output), verification, size.test)
+    return DemoResult(runs, losses, _spectra(model, output), verification, size.train, size.test)
+
+
+def measure_pace(output: Path, seed: int, say: Callable[[str], None]) -> Pace:
+    """The first steps of RandLoRA, in a process of their own as all others; nothing is left of them."""
+    say("How fast is this machine? The first steps …")
+    start = time.monotonic()
+    data = write_sentences(output / "data", QUICK, seed)
+    settings = _settings("randlora", data, seed, output, max_steps=_PROBE_STEPS)
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    step = float(train_in_own_process(settings)["seconds_per_step"])
+    shutil.rmtree(output)
+    return Pace(max(time.monotonic() - start - _PROBE_STEPS * step, 0.0), step)
+
+
+def _size_text(pace: Pace, size: DemoSize) -> str:
+    said = f"A step takes {pace.step:.2g} seconds here"
+    if size == WHOLE:
+        return f"{said}: all {WHOLE.train:,} sentences fit into ten minutes"
+    whole = minutes(pace.seconds(WHOLE, _SHARES))
+    how = "fit into ten minutes" if pace.seconds(size, _SHARES) <= SECONDS else "are the least that shows anything"
+    return (
+        f"{said}: {size.train:,} of {WHOLE.train:,} sentences {how}. The README's table, of all of them, would take "
+        f"about {whole}: --full"
+    )
+
+
+def _settings(method: str, data: tuple[Path, Path], seed: int, output: Path, **more: Any) -> TrainSettings:
+    model = model_folder()
+    return TrainSettings(
+        model=str(model),
+        data=str(data[0]),
+        eval_data=str(data[1]),
+        max_length=64,
+        batch_size=BATCH,
+        method=cast("Method", method),
+        r=matched_lora_rank(encoder_shapes(model), RANK) if method == "lora" else RANK,
+        modules_to_save=["pooler"],  # MiniLM was trained without it; it is as new as the classifier
+        seed=seed,
+        output_dir=str(output),
+        **more,
+    )
 
 
 def model_folder() -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,9 @@ from transformers import TextStreamer, Trainer, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
 from randlora.errors import ConfigError
-from randlora.train.data import load_data, load_rows
-from randlora.train.settings import TrainSettings
+from randlora.train.data import Source, load_data, load_rows
 from randlora.train.tasks import TASKS, Outcome, Task
+from randlora.train.tasks.chat import end_of_turn, templated, tokens_of
 from randlora.train.tasks.language import prompt_tokens
 from randlora.train.tasks.token import first_pieces
 from randlora.train.trained import Trained
@@ -69,8 +70,13 @@ class Score:
     outcome: Outcome
 
 
-def predict_labels(trained: Trained, given: Sequence[str], batch_size: int = 32) -> Iterator[Prediction | Tagged]:
-    """Labels of texts, or of image files, in their order.
+def predict_labels(trained: Trained, given: Sequence[Any], batch_size: int = 32) -> Iterator[Prediction | Tagged]:
+    """Labels of texts, or of images, in their order.
+
+    Args:
+        trained: the model.
+        given: texts; or names of image files, or images as ``datasets`` holds them, with ``path`` and ``bytes``.
+        batch_size: as many at a time.
 
     Raises:
         ConfigError: if the model is no classifier, or a file no image.
@@ -106,7 +112,7 @@ def predict(model: Any, examples: Any, task: Task, processor: Any, batch_size: i
 
 def score(
     trained: Trained,
-    data: str | None = None,
+    data: Source | None = None,
     batch_size: int = 32,
     input_column: str | None = None,
     label_column: str | None = None,
@@ -115,25 +121,17 @@ def score(
 
     Args:
         trained: the model.
-        data: a file, folder or name on the hub, as for training; ``None`` takes the evaluation data of its run.
+        data: files, folders or names on the hub, as for training; ``None`` takes the evaluation data of its run.
         batch_size: examples at a time.
-        input_column: column of the input, as for training.
-        label_column: column of the labels, as for training.
+        input_column: column of the input, as for training; by default the run's.
+        label_column: column of the labels, likewise.
 
     Raises:
         ConfigError: if the data cannot be read, or has labels that the model does not know.
     """
     task, labels, settings = TASKS[trained.task], list(trained.labels), trained.run
     if data is not None:
-        settings = TrainSettings(
-            model=trained.base,
-            data=data,
-            task=trained.task,
-            input_column=input_column,
-            label_column=label_column,
-            max_length=max(trained.max_length, 2),
-            packing=None if settings is None else settings.packing,
-        )
+        settings = trained.settings_for(data, input_column, label_column)
         rows = task.encode(load_rows(data, settings), labels)
     elif settings is None:
         raise ConfigError(f"{trained.path} belongs to no run that would say on what to score it: name data")
@@ -181,10 +179,12 @@ def generate_text(
     tokenizer: Any = trained.processor
     if trained.task == "chat" and tokenizer.chat_template and isinstance(prompt, str) and prompt:
         prompt = [{"role": "user", "content": prompt}]
+    ends: dict[str, Any] = {}
     if isinstance(prompt, str):
         asked = prompt_tokens(tokenizer, prompt)
-    else:
-        asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    else:  # without a blank at its end, which in training was one token with the first word of the answer
+        asked = tokens_of(templated(prompt, tokenizer, add_generation_prompt=True).rstrip(" "), tokenizer)
+        ends = _ends(trained)
     if not asked:
         raise ConfigError("the prompt is empty: there is nothing to go on from")
     ids = torch.tensor([asked], device=trained.model.device)
@@ -205,8 +205,18 @@ def generate_text(
             pad_token_id=tokenizer.pad_token_id,
             streamer=_Streamer(tokenizer, take),
             **sampling,
+            **ends,
         )
     return "".join(pieces)
+
+
+def _ends(trained: Trained) -> dict[str, list[int]]:
+    """The tokens that end an answer: the model's own, and the one by which the chat template closes a turn."""
+    known = getattr(trained.model.generation_config, "eos_token_id", None)
+    known = trained.processor.eos_token_id if known is None else known
+    found = [*(known if isinstance(known, list) else [known]), end_of_turn(trained.processor)]
+    ends = sorted({token for token in found if token is not None})
+    return {"eos_token_id": ends} if ends else {}
 
 
 def _room(trained: Trained, asked: int, wanted: int) -> int:
@@ -232,14 +242,15 @@ class _Streamer(TextStreamer):
 
 @torch.inference_mode()
 def _labelled(
-    trained: Trained, given: Sequence[str], batch_size: int, inputs: Callable[[list[str]], Any]
+    trained: Trained, given: Sequence[Any], batch_size: int, inputs: Callable[[list[Any]], Any]
 ) -> Iterator[Prediction]:
     for start in range(0, len(given), batch_size):
         batch = list(given[start : start + batch_size])
         logits = trained.model(**inputs(batch).to(trained.model.device)).logits.float().cpu()
-        for text, shares in zip(batch, logits.softmax(-1).tolist(), strict=True):
+        for number, (one, shares) in enumerate(zip(batch, logits.softmax(-1).tolist(), strict=True), start):
             by_label = dict(zip(trained.labels, shares, strict=True))
-            yield Prediction(text, max(by_label, key=lambda label: by_label[label]), by_label)
+            name = one if isinstance(one, str) else one["path"] or f"image {number}"
+            yield Prediction(name, max(by_label, key=lambda label: by_label[label]), by_label)
 
 
 @torch.inference_mode()
@@ -263,9 +274,12 @@ def _tokens(trained: Trained, texts: Any, **arguments: Any) -> Any:
     )
 
 
-def _pixels(trained: Trained, paths: list[str]) -> Any:
+def _pixels(trained: Trained, given: list[Any]) -> Any:
+    files = [
+        one if isinstance(one, str) else one["path"] if one["bytes"] is None else BytesIO(one["bytes"]) for one in given
+    ]
     try:
-        images = [Image.open(path).convert("RGB") for path in paths]
+        images = [Image.open(file).convert("RGB") for file in files]
     except OSError as error:
         raise ConfigError(f"no image that can be read: {error}") from None
     return trained.processor(images, return_tensors="pt")

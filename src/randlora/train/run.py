@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ from randlora.train.progress import CostInLines, CostOnBar
 from randlora.train.resume import checkpoint_to_resume, is_finished
 from randlora.train.settings import TrainSettings
 from randlora.train.tasks import TASKS, require_length
-from randlora.tuner.files.atomic import write_atomically, write_json, write_text
+from randlora.train.weighted_loss import balanced_loss
+from randlora.tuner.files.atomic import disk_errors, write_atomically, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,17 @@ def train(settings: TrainSettings) -> TrainResult:
     Raises:
         ConfigError: naming what cannot be used.
         KeyboardInterrupt: on Ctrl-C, when a checkpoint of the last step has been written.
+        OSError: if the disk is full, or may not be written.
     """
     checkpoint = checkpoint_to_resume(settings)
     run = resolve(settings)
     output = _make_folder(settings.output_dir)
+    with disk_errors(output):
+        return _train(run, checkpoint, output)
+
+
+def _train(run: Resolved, checkpoint: Path | None, output: Path) -> TrainResult:
+    settings = run.settings
     if is_main_process():
         write_text(output / "resolved.yaml", yaml.safe_dump(settings.resolved(), sort_keys=False))
         record.write_environment(output)
@@ -157,8 +166,10 @@ def make_trainer(
         found = task.outcome(np.asarray(prediction.predictions), np.asarray(prediction.label_ids), run.data.labels)
         return {name: value for name, value in found.metrics.items() if name != "loss"}  # that one is the Trainer's
 
+    weighted = settings.class_weights == "balanced"
     trainer = Trainer(
         model=run.model,
+        compute_loss_func=balanced_loss(run.data.train["label"][:], len(run.data.labels)) if weighted else None,
         args=training_arguments(settings, output),
         train_dataset=task.prepare(run.data.train, run.processor, settings),
         eval_dataset=evaluation,
@@ -207,6 +218,8 @@ def _evaluate(trainer: Trainer, prepared: Dataset, run: Resolved, output: Path) 
     prediction = trainer.predict(prepared, metric_key_prefix="eval")
     kept, targets = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
     if is_main_process():
+        if shortfall := task.outcome(kept, targets, labels).shortfall:
+            warnings.warn(shortfall, stacklevel=2)
         if task.classifies and kept.ndim == 2:
             _save_predictions(output / "predictions.npz", kept, targets)
         rows = task.records(run.data.evaluation, prepared, kept, labels, run.processor)

@@ -33,13 +33,19 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(description="Model to fine-tune: a local folder or a name on the hub.")
-    data: str = Field(
-        description="Training data: a .csv, .jsonl, .json or .parquet file, a folder of images or one written by "
-        "datasets' save_to_disk, or a dataset on the hub."
+    data: str | list[str] = Field(
+        description="Training data: a .csv, .tsv, .jsonl, .json, .parquet or .txt file, compressed too, a folder of "
+        "images or one written by datasets' save_to_disk, or a dataset on the hub; several times for several."
     )
-    eval_data: str | None = Field(
+    eval_data: str | list[str] | None = Field(
         None, description="Evaluation data, likewise. By default a part of the training data."
     )
+    data_config: str | None = Field(None, description="Configuration of a dataset on the hub, such as a language.")
+    split: str | None = Field(None, description="Split of the data to train on; by default train, where it has splits.")
+    eval_split: str | None = Field(None, description="Split to evaluate on; by default validation, or else test.")
+    encoding: str | None = Field(None, description="Of files of text, such as cp1252; by default UTF-8.")
+    max_samples: int | None = Field(None, ge=1, description="At most so many training examples, drawn by the seed.")
+    max_eval_samples: int | None = Field(None, ge=1, description="At most so many evaluation examples, likewise.")
     eval_fraction: float = Field(0.1, gt=0, lt=1, description="Part of the training data held out for evaluation.")
     task: TaskName = Field(
         "sequence-classification",
@@ -50,6 +56,9 @@ class TrainSettings(BaseModel):
     )
     label_column: str | None = Field(
         None, description="Column of the labels, words or numbers; by default label, or tags for token-classification."
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced: an example of a rare label counts for more, so that all labels count the same."
     )
     max_length: int = Field(256, ge=2, description="Longest input in tokens; length of a packed chunk.")
     packing: bool | None = Field(
@@ -161,6 +170,13 @@ class TrainSettings(BaseModel):
     def _split_names(cls, value: object) -> object:
         return _names(value) if isinstance(value, str) else value
 
+    @field_validator("data", "eval_data")
+    @classmethod
+    def _one_alone(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, list) and not value:
+            raise ValueError("names nothing")
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
+
     @field_validator("target_modules")
     @classmethod
     def _compiles(cls, value: str | list[str]) -> str | list[str]:
@@ -179,6 +195,8 @@ class TrainSettings(BaseModel):
             )
         if self.method == "vera" and self.alpha is not None:
             raise ValueError(f"alpha={self.alpha}: VeRA has none; leave it out")
+        if self.class_weights != "none" and self.task not in ("sequence-classification", "image-classification"):
+            raise ValueError(f"class_weights={self.class_weights!r} is for one label of an example, not {self.task!r}")
         if self.chat_template is not None and self.task != "chat":
             raise ValueError(f"chat_template={self.chat_template!r} is for task='chat', not {self.task!r}")
         if self.packing is not None and self.task not in ("causal-lm", "chat"):

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from randlora.errors import CheckpointError, ConfigError
-from randlora.train.data import load_data
+from randlora.train.data import Source, load_data
 from randlora.train.record import HEAD
 from randlora.train.settings import TaskName, TrainSettings, load_settings
 from randlora.train.tasks import TASKS, Task
 from randlora.train.tasks.classification import head_for
 from randlora.train.tasks.quantized import weights_as
 from randlora.tuner.base_model import base_path_of, load_base, model_config, with_adapter
-from randlora.tuner.files.adapter_folder import CONFIG, head_size, label_names, read_config
+from randlora.tuner.files.adapter_folder import CONFIG, head_size, label_names, read_config, unfinished
 
 _LENGTH = 256  # of an input, where no run says
 
@@ -46,6 +46,18 @@ class Trained:
     labels: tuple[str, ...]
     max_length: int
     run: TrainSettings | None
+
+    def settings_for(
+        self, data: Source, input_column: str | None = None, label_column: str | None = None
+    ) -> TrainSettings:
+        """The settings with which data is read for this model: those of its run, but for what is of the run's data."""
+        named = list(data) if not isinstance(data, str) else data
+        known = TrainSettings(model=self.base, data=named) if self.run is None else self.run
+        changes = dict.fromkeys(("data_config", "split", "eval_split", "encoding"))
+        columns = {"input_column": input_column, "label_column": label_column}
+        changes |= {name: column for name, column in columns.items() if column is not None}
+        length = max(self.max_length, 2)
+        return known.model_copy(update={"data": named, "task": self.task, "max_length": length, **changes})
 
 
 def load_trained(
@@ -103,9 +115,12 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
         if (path / inner).is_dir() and (path / "resolved.yaml").is_file():
             return path / inner, path
     if not (path / CONFIG).is_file() and not (path / "config.json").is_file():
+        if (path / "resolved.yaml").is_file():
+            raise CheckpointError(unfinished(path))
         what = "has neither an adapter nor a model in it" if path.is_dir() else "is no folder"
         raise CheckpointError(f"{os.fspath(path)!r} {what}: name a run, an adapter or a model folder")
-    return path, path.parent if (path.parent / "resolved.yaml").is_file() else None
+    # a checkpoint is in the folder `checkpoints` of its run
+    return path, next((one for one in path.absolute().parents[:2] if (one / "resolved.yaml").is_file()), None)
 
 
 _CLASSES: dict[str, TaskName] = {

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from peft import PeftModel
+from transformers.utils import logging
 
 import randlora  # noqa: F401 - registers the method
 from randlora.train.data import load_data
@@ -70,4 +72,7 @@ def verify(run: Path) -> Verification:
 
 
 if __name__ == "__main__":
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
     print(json.dumps(asdict(verify(Path(sys.argv[1])))))

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from randlora.errors import CheckpointError, ConfigError, RandLoraError
+from randlora.tuner.files.adapter_folder import head_size, label_names
 
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -72,9 +73,30 @@ def _require_possible_counts(values: dict[str, Any], source: str) -> None:
             raise ConfigError(f"the config of {source!r} has {name}={value}, more than any model has: it is damaged")
 
 
+def task_of(config: PeftConfig) -> str | None:
+    """What an adapter is for: PEFT's name of the task; where PEFT has none, as for images, the class of its model."""
+    kind = config.task_type or (getattr(config, "auto_mapping", None) or {}).get("base_model_class")
+    return None if kind is None else str(getattr(kind, "value", kind))
+
+
+def head_arguments(adapter: str | os.PathLike[str]) -> dict[str, Any]:
+    """Arguments of :func:`load_base` for the classification head that an adapter's file holds, if it holds one.
+
+    The base model's own head may have other labels. Its weights are passed over: the adapter's take their place.
+    """
+    count = head_size(adapter)
+    if count is None:
+        return {}
+    found: dict[str, Any] = {"num_labels": count, "ignore_mismatched_sizes": True}
+    if (names := label_names(adapter)) is not None:
+        found |= {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    return found
+
+
 def model_class(task_type: Any, config: Any) -> Any:
-    """The auto class for a task of PEFT's; without one, the class that the model was saved with."""
-    name = AUTO_CLASSES.get(str(getattr(task_type, "value", task_type)))
+    """The class for a task as :func:`task_of` has it; without one, the class that the model was saved with."""
+    kind = str(getattr(task_type, "value", task_type))
+    name = AUTO_CLASSES.get(kind) or (kind if hasattr(transformers, kind) else None)
     name = name or next(iter(config.architectures or ()), "AutoModel")
     return getattr(transformers, name, transformers.AutoModel)
 
@@ -88,7 +110,7 @@ def load_base(source: str | os.PathLike[str], task_type: Any, **arguments: Any) 
     auto_class = model_class(task_type, model_config(source, arguments.get("trust_remote_code", False)))
     try:
         return auto_class.from_pretrained(os.fspath(source), **arguments)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"the model {os.fspath(source)!r} cannot be loaded: {str(error).strip()}") from error
 
 

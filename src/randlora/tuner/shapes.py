@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from randlora.errors import ConfigError
 from randlora.ops.bases import Basis
-from randlora.tuner.base_model import base_path_of, empty_base
+from randlora.tuner.base_model import base_path_of, empty_base, task_of
 from randlora.tuner.bases import define_bases
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.files.adapter_folder import AdapterFolder
@@ -80,7 +80,7 @@ def known_shapes(
     Raises:
         ConfigError: if the base model is not at hand, or another one.
     """
-    base = empty_base(base_path_of(folder.config, base_model_path), folder.config.task_type)
+    base = empty_base(base_path_of(folder.config, base_model_path), task_of(folder.config))
     shapes = adapted_layers(base, folder.config)
     for name, layer in folder.layers.items():
         there = shapes.get(name)

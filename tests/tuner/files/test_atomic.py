@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -12,7 +13,8 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 
 from randlora import PeftModel, RandLoraConfig, get_peft_model
-from randlora.tuner.files.atomic import write_atomically, write_json
+from randlora.errors import ConfigError
+from randlora.tuner.files.atomic import disk_errors, write_atomically, write_json
 
 from ..helpers import STACK_TARGETS, output, randomise, stack
 
@@ -179,3 +181,34 @@ class TestAdapters:
         model.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(stack(), tmp_path)
         assert torch.equal(output(loaded), output(model))
+
+
+class TestDiskErrors:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            Exception("No space left on device (os error 28)"),  # tokenizers
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            OSError(28, "No space left on device"),  # of a file that is open
+        ],
+    )
+    def test_a_full_disk_is_one_error_that_names_the_place(self, tmp_path, error):
+        with pytest.raises(OSError, match="No space left") as found, disk_errors(tmp_path):
+            raise error
+        assert (found.value.errno, found.value.filename) == (28, str(tmp_path))
+
+    def test_what_torch_says_counts_where_no_space_is_left(self, tmp_path, monkeypatch):
+        error = RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file")
+        with pytest.raises(RuntimeError), disk_errors(tmp_path):
+            raise error
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+        with pytest.raises(OSError, match="No space left"), disk_errors(tmp_path):
+            raise error
+
+    @pytest.mark.parametrize(
+        "error", [ValueError("x"), ConfigError("(os error 2)"), OSError(111, "Connection refused")]
+    )
+    def test_others_stay_as_they_are(self, tmp_path, error):
+        with pytest.raises(type(error)) as found, disk_errors(tmp_path):
+            raise error
+        assert found.value is error

@@ -5,10 +5,11 @@
   const find = (selector) => [...document.querySelectorAll(selector)];
   const byId = (id) => document.getElementById(id);
 
-  // Okabe and Ito's colours, made darker or lighter for the ground; after eight, line styles tell runs apart.
+  // Okabe and Ito's colours, made darker or lighter for the ground, and black or white in place of their second blue;
+  // after eight, line styles tell runs apart.
   const COLORS = {
-    light: ["#D55E00", "#0072B2", "#00805F", "#B0508F", "#8A6D00", "#3B8FC4", "#6F42C1", "#666666"],
-    dark: ["#FF9457", "#5AB4F0", "#34CFA0", "#F0A3CB", "#E6C229", "#A5DCFA", "#BFA2FA", "#B9B9B9"],
+    light: ["#D55E00", "#0072B2", "#00805F", "#B0508F", "#8A6D00", "#1B1F24", "#6F42C1", "#666666"],
+    dark: ["#FF9457", "#5AB4F0", "#34CFA0", "#F0A3CB", "#E6C229", "#FFFFFF", "#BFA2FA", "#A0A0A0"],
   };
   const DASHES = ["solid", "dash", "dot"], STROKES = ["", "6 4", "2 3"];
   const SMOOTHING = 0.9; // share of the running mean in each smoothed loss
@@ -130,13 +131,14 @@
       if (place < 0) continue;
       const s = one.spectra[place], i = layers.indices[one.size[place]];
       const largest = s[0] || 1, unit = relative ? largest : 1;
-      const above = s.filter((value) => value > 1e-7 * largest).length; // below, float32 knows nothing
+      const above = i.filter((index) => index <= one.nonzero[place]).length;
       if (!above) continue;
       const x = i.slice(0, above), y = s.slice(0, above).map((value) => value / unit);
-      if (i[above - 1] < one.size[place] / 2) { // a low rank: drop to the floor of the plot
-        x.push(i[above - 1]);
-        y.push((1e-9 * largest) / unit);
-        marks.push({ run: one.run, x: i[above - 1], y: y[above - 1] });
+      const rank = one.nonzero[place]; // between the last place that is shown and the next
+      if (rank < one.size[place] / 2) { // a low rank: drop to the floor of the plot
+        x.push(rank, rank);
+        y.push(y[above - 1], (1e-9 * largest) / unit);
+        marks.push({ run: one.run, x: rank, y: y[above - 1] });
       }
       traces.push(line(one.run, x, y, "value %{x}: %{y:.3~g}", x.length < 25 ? { mode: "lines+markers" } : {}));
     }

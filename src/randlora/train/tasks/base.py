@@ -6,10 +6,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Value
 from peft import TaskType
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -28,12 +29,38 @@ class Outcome:
         tokens: number of tokens that counted; 0 where examples count.
         correct: examples, or tokens, with the right label; ``None`` for language.
         by_label: for each label how many have it, and how many of these were found.
+        confusion: for each label, in their order, how many of its examples were given which; empty for tags.
     """
 
     metrics: dict[str, float]
     tokens: int = 0
     correct: int | None = None
     by_label: dict[str, tuple[int, int]] = field(default_factory=dict)
+    confusion: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def majority(self) -> tuple[str, float] | None:
+        """The most frequent label, and its share: the accuracy of always saying it."""
+        total = sum(count for count, _ in self.by_label.values())
+        if not total:
+            return None
+        label = max(self.by_label, key=lambda name: self.by_label[name][0])
+        return label, self.by_label[label][0] / total
+
+    @property
+    def shortfall(self) -> str:
+        """What there is to say where a classifier does no better than always saying the most frequent label."""
+        there = sum(count > 0 for count, _ in self.by_label.values())
+        if self.majority is None or self.correct is None or there < 2:
+            return ""
+        label, share = self.majority
+        often = f"{label!r}, which {share:.1%} of the examples are"
+        given = [sum(column) for column in zip(*self.confusion, strict=True)]
+        if sum(count > 0 for count in given) == 1:
+            only = next(name for name, count in zip(self.by_label, given, strict=True) if count)
+            return f"every example was labelled {only!r}: nothing is told apart. The most frequent label is {often}"
+        accuracy = self.metrics["accuracy"]
+        return "" if accuracy > share else f"accuracy {accuracy:.1%} is no better than always saying {often}"
 
 
 class Task(ABC):
@@ -77,6 +104,16 @@ class Task(ABC):
             ConfigError: if a column is missing, empty or of another kind.
         """
 
+    def inputs(self, rows: Dataset, settings: TrainSettings, source: str) -> list[Any]:
+        """What is to be labelled, of rows that need not have labels: texts, or images as ``datasets`` holds them.
+
+        Raises:
+            ConfigError: if the column is missing, empty or of another kind.
+        """
+        column = settings.input_column or "text"
+        require_column(rows, column, "input_column", source, is_text)
+        return list(rows[column])
+
     @abstractmethod
     def identities(self, rows: Dataset) -> list[str]:
         """What makes two rows copies of each other, which a split keeps on one side."""
@@ -84,6 +121,10 @@ class Task(ABC):
     def labels(self, rows: Dataset) -> list[str]:
         """Names of the labels, in the order of their numbers."""
         return []
+
+    def strata(self, rows: Dataset) -> list[Any]:
+        """Of which kind each row is, where a split is to have as much of each kind on either side."""
+        return [None] * len(rows)
 
     def encode(self, rows: Dataset, labels: list[str]) -> Dataset:
         """Labels as numbers.
@@ -98,6 +139,8 @@ class Task(ABC):
     def load_processor(self, settings: TrainSettings) -> Any:
         """The model's tokenizer, with a padding token."""
         tokenizer = from_pretrained(AutoTokenizer, settings)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what Transformers makes where there are no files
+            raise ConfigError(_missing_part(AutoTokenizer, settings.model))
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -164,6 +207,14 @@ def require_column(rows: Dataset, column: str, setting: str, source: str, fits: 
         raise ConfigError(f"{source!r} has no {column!r} in {len(empty)} of its rows, first in row {empty[0]}")
 
 
+_PARTS = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}
+
+
+def is_text(feature: Any) -> bool:
+    """Whether a column holds text."""
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
 def from_pretrained(auto_class: Any, settings: TrainSettings, **kwargs: Any) -> Any:
     """A part of the pretrained model.
 
@@ -172,11 +223,21 @@ def from_pretrained(auto_class: Any, settings: TrainSettings, **kwargs: Any) -> 
     """
     try:
         return auto_class.from_pretrained(settings.model, trust_remote_code=settings.trust_remote_code, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if auto_class.__name__ in _PARTS and (Path(settings.model) / "config.json").is_file():
+            raise ConfigError(_missing_part(auto_class, settings.model)) from error
         raise ConfigError(
             f"model={settings.model!r} is neither a folder that {auto_class.__name__} can load nor a model of the hub "
             f"within reach: {str(error).strip()}"
         ) from error
+
+
+def _missing_part(auto_class: Any, model: str) -> str:
+    name = auto_class.__name__
+    return (
+        f"model={model!r} has no {_PARTS[name]} that can be read beside its weights: save the one that it was trained "
+        f"with there, {name}.from_pretrained(…).save_pretrained({model!r})"
+    )
 
 
 def require_length(model: PreTrainedModel, settings: TrainSettings) -> None:

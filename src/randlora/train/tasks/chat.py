@@ -11,8 +11,9 @@ from datasets import Dataset
 
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
-from randlora.train.tasks.base import IGNORED, require_column
-from randlora.train.tasks.classification import is_text, renamed
+from randlora.train.tasks.base import IGNORED, is_text, require_column
+from randlora.train.tasks.chat_shapes import as_messages, fields_of
+from randlora.train.tasks.classification import renamed
 from randlora.train.tasks.language import Language, as_dataset, packed, prompt_tokens
 
 _PAIR = ("prompt", "completion")
@@ -22,7 +23,8 @@ class Chat(Language):
     """Answers in conversations.
 
     The data has a column of messages, each with ``role`` and ``content``, of which the tokenizer's chat template makes
-    text; or the columns ``prompt`` and ``completion``, which are text, or messages, themselves.
+    text; or the columns ``prompt`` and ``completion``, which are text, or messages, themselves; or Alpaca's or
+    ShareGPT's shape (``chat_shapes.py``).
     """
 
     name = "chat"
@@ -30,6 +32,7 @@ class Chat(Language):
 
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
         """Column ``messages``, or the columns ``prompt`` and ``completion``."""
+        rows = as_messages(rows, settings.input_column, source)
         column = settings.input_column or "messages"
         if column not in rows.column_names and set(_PAIR) <= set(rows.column_names):
             for name in _PAIR:
@@ -100,35 +103,61 @@ def _conversation(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: name a file with one by chat_template, "
             "or give the data as text in the columns prompt and completion"
         )
-    ids = _templated(messages, tokenizer)
+    text = templated(messages, tokenizer)
+    ids = tokens_of(text, tokenizer)
     labels = [IGNORED] * len(ids)
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _templated(messages[:turn], tokenizer, add_generation_prompt=True)
-        after = _templated(messages[: turn + 1], tokenizer)
-        if ids[: len(before)] != before or ids[: len(after)] != after:
+        before = templated(messages[:turn], tokenizer, add_generation_prompt=True)
+        after = templated(messages[: turn + 1], tokenizer)
+        if not (text.startswith(after) and after.startswith(before)):
             raise ConfigError(
                 "the chat template writes earlier turns anew when a conversation goes on, so that it cannot be said "
                 "which tokens are the answer's: give each answer as an example of its own (prompt, completion), or "
                 "another chat_template"
             )
-        labels[len(before) : len(after)] = ids[len(before) : len(after)]
+        # a blank at the end of the prompt may be one token with the first word of the answer
+        start, end = (_shared(ids, tokens_of(one, tokenizer)) for one in (before, after))
+        labels[start:end] = ids[start:end]
     return ids, labels
 
 
-def _templated(messages: list[dict[str, Any]], tokenizer: Any, **arguments: Any) -> list[int]:
+def templated(messages: list[dict[str, Any]], tokenizer: Any, **arguments: Any) -> str:
+    """Messages as the tokenizer's chat template writes them.
+
+    Raises:
+        ConfigError: if it cannot.
+    """
     if not messages:
-        return []
+        return ""
     try:
-        found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **arguments)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
     except Exception as error:  # jinja's errors, and those that templates raise themselves
         raise ConfigError(f"the chat template cannot write {messages!r:.200}: {error}") from error
-    return list(found["input_ids"])
+
+
+def tokens_of(text: str, tokenizer: Any) -> list[int]:
+    """Tokens of what a template has written, which has all special tokens in it."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The token by which the chat template closes an answer, if that is one token and not a part of plain text."""
+    asked = [{"role": "user", "content": "anything"}]
+    answered = templated([*asked, {"role": "assistant", "content": "xyzzy"}], tokenizer)
+    before = templated(asked, tokenizer, add_generation_prompt=True)
+    tail = tokens_of(answered[len(before) :].partition("xyzzy")[2].lstrip(), tokenizer)
+    marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    return tail[0] if answered.startswith(before) and tail and tail[0] in marks else None
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """How many tokens both begin with."""
+    return next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
 
 
 def _is_messages(feature: Any) -> bool:
-    inner = getattr(feature, "feature", None)
-    if inner is None and isinstance(feature, list) and feature:
-        inner = feature[0]
-    return isinstance(inner, dict) and {"role", "content"} <= set(inner)
+    return fields_of(feature) >= {"role", "content"}

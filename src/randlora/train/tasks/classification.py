@@ -15,18 +15,20 @@ from transformers import (
 
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
-from randlora.train.tasks.base import Outcome, Task, from_pretrained, log_shares, require_column
+from randlora.train.tasks.base import Outcome, Task, from_pretrained, is_text, log_shares, require_column
 from randlora.train.tasks.quantized import weights_as
-
-_TEXT_TYPES = ("string", "large_string")
 
 
 class Classification(Task):
     """One label for each example."""
 
     label_column = "label"
-    metric_names = ("loss", "accuracy")
+    metric_names = ("loss", "accuracy", "macro_f1")
     loss_is_mean = True
+
+    def strata(self, rows: Dataset) -> list[Any]:
+        """The labels."""
+        return list(rows["label"])
 
     def labels(self, rows: Dataset) -> list[str]:
         """Names of the labels: of the data, or its values in order."""
@@ -52,15 +54,19 @@ class Classification(Task):
         return rows.remove_columns("label").add_column("label", numbers)
 
     def outcome(self, kept: np.ndarray, targets: np.ndarray, labels: list[str]) -> Outcome:
-        """Accuracy, and for each label the share found."""
+        """Accuracy, the mean of the labels' F1, and for each label the share found and what was found instead."""
         shares = log_shares(kept)
-        hits = shares.argmax(-1) == targets
-        by_label = {
-            name: (int((targets == number).sum()), int(hits[targets == number].sum()))
-            for number, name in enumerate(labels)
+        guessed = shares.argmax(-1)
+        counts = np.zeros((len(labels), len(labels)), dtype=np.int64)
+        np.add.at(counts, (targets, guessed), 1)
+        found = counts.diagonal()
+        by_label = {name: (int(counts[number].sum()), int(found[number])) for number, name in enumerate(labels)}
+        metrics = {
+            "loss": float(-np.take_along_axis(shares, targets[:, None], -1).mean()),
+            "accuracy": float(found.sum() / len(targets)),
+            "macro_f1": macro_f1(counts),
         }
-        loss = float(-np.take_along_axis(shares, targets[:, None], -1).mean())
-        return Outcome({"loss": loss, "accuracy": float(hits.mean())}, 0, int(hits.sum()), by_label)
+        return Outcome(metrics, 0, int(found.sum()), by_label, tuple(tuple(row) for row in counts.tolist()))
 
     def records(
         self, rows: Dataset, prepared: Dataset, kept: np.ndarray, labels: list[str], processor: Any
@@ -79,6 +85,13 @@ class Classification(Task):
     def names(self, rows: Dataset) -> list[str]:
         """What stands for each example in a list."""
         return self.identities(rows)
+
+
+def macro_f1(counts: np.ndarray) -> float:
+    """Mean over labels of F1, from counts (labels, predicted labels); of labels that are there or were predicted."""
+    either = counts.sum(0) + counts.sum(1)
+    there = either > 0
+    return float((2 * counts.diagonal()[there] / either[there]).mean())
 
 
 class SequenceClassification(Classification):
@@ -119,11 +132,6 @@ class SequenceClassification(Classification):
     def collator(self, processor: Any) -> Callable[[Any], Any]:
         """Pads to the longest."""
         return DataCollatorWithPadding(processor)
-
-
-def is_text(feature: Any) -> bool:
-    """Whether a column holds text."""
-    return isinstance(feature, Value) and feature.dtype in _TEXT_TYPES
 
 
 def is_label(feature: Any) -> bool:

@@ -10,8 +10,8 @@ from datasets import Dataset, Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, default_data_collator
 
 from randlora.train.settings import TrainSettings
-from randlora.train.tasks.base import from_pretrained, require_column
-from randlora.train.tasks.classification import Classification, head_for, is_label, is_text, renamed
+from randlora.train.tasks.base import from_pretrained, is_text, require_column
+from randlora.train.tasks.classification import Classification, head_for, is_label, renamed
 from randlora.train.tasks.quantized import weights_as
 
 
@@ -25,16 +25,13 @@ class ImageClassification(Classification):
 
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
         """Columns ``image`` and ``label``; paths of images are taken from the folder of the data."""
-        columns = {"image": settings.input_column or "image", "label": settings.label_column or "label"}
-        require_column(
-            rows, columns["image"], "input_column", source, lambda one: isinstance(one, Image) or is_text(one)
-        )
-        require_column(rows, columns["label"], "label_column", source, is_label)
-        rows = renamed(rows, columns)
-        if is_text(rows.features["image"]):
-            folder = Path(source).parent
-            rows = rows.map(lambda row: {"image": str(folder / row["image"])}).cast_column("image", Image())
-        return rows
+        label = settings.label_column or "label"
+        require_column(rows, label, "label_column", source, is_label)
+        return _images(rows, {"label": label}, settings, source)
+
+    def inputs(self, rows: Dataset, settings: TrainSettings, source: str) -> list[Any]:
+        """Images as files, or as the bytes of files, not opened yet."""
+        return list(_images(rows, {}, settings, source).cast_column("image", Image(decode=False))["image"])
 
     def identities(self, rows: Dataset) -> list[str]:
         """Paths of the files, or numbers where there are none."""
@@ -61,3 +58,14 @@ class ImageClassification(Classification):
     def collator(self, processor: Any) -> Callable[[Any], Any]:
         """Stacks images, which are of one size now."""
         return default_data_collator
+
+
+def _images(rows: Dataset, others: dict[str, str], settings: TrainSettings, source: str) -> Dataset:
+    """Column ``image``, and ``others`` by their names in the data."""
+    column = settings.input_column or "image"
+    require_column(rows, column, "input_column", source, lambda one: isinstance(one, Image) or is_text(one))
+    rows = renamed(rows, {"image": column, **others})
+    if is_text(rows.features["image"]):
+        folder = Path(source).parent
+        rows = rows.map(lambda row: {"image": str(folder / row["image"])}).cast_column("image", Image())
+    return rows

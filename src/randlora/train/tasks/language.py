@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, PreTraine
 
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
-from randlora.train.tasks.base import IGNORED, Outcome, Task, exp_of, from_pretrained, require_column
-from randlora.train.tasks.classification import is_text, renamed
+from randlora.train.tasks.base import IGNORED, Outcome, Task, exp_of, from_pretrained, is_text, require_column
+from randlora.train.tasks.classification import renamed
 from randlora.train.tasks.quantized import weights_as
 
 
@@ -26,8 +26,18 @@ class Language(Task):
     metric_names = ("loss", "perplexity")
 
     def load_model(self, settings: TrainSettings, labels: list[str], processor: Any) -> PreTrainedModel:
-        """With the head that it has."""
-        return from_pretrained(AutoModelForCausalLM, settings, **weights_as(settings))
+        """With the head that it has.
+
+        Raises:
+            ConfigError: if the model looks ahead, as an encoder does.
+        """
+        model: PreTrainedModel = from_pretrained(AutoModelForCausalLM, settings, **weights_as(settings))
+        if looks_ahead(model):
+            raise ConfigError(
+                f"model={settings.model!r} is of type {model.config.model_type!r} and sees the tokens that it is to "
+                f"predict, as encoders do: task={settings.task!r} needs a model that only sees what stands before"
+            )
+        return model
 
     def collator(self, processor: Any) -> Callable[[Any], Any]:
         """Pads to the longest; what is padded counts for nothing."""
@@ -84,6 +94,17 @@ class CausalLanguage(Language):
         if not cut:
             raise ConfigError(f"none of the {len(texts)} texts has two tokens or more: nothing to predict")
         return as_dataset(cut, cut)
+
+
+@torch.no_grad()
+def looks_ahead(model: PreTrainedModel) -> bool:
+    """Whether what a model says of a token depends on the tokens behind it."""
+    training, device = model.training, next(model.parameters()).device
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=device) % model.config.get_text_config().vocab_size
+    one, other = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1].float()
+    model.train(training)
+    rounding = 1e-5 if model.dtype is torch.float32 else 1e-2
+    return bool((one - other).abs().max() > rounding * one.abs().max())
 
 
 def prompt_tokens(tokenizer: Any, text: str) -> list[int]:

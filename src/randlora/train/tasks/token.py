@@ -11,8 +11,8 @@ from transformers import AutoModelForTokenClassification, DataCollatorForTokenCl
 
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
-from randlora.train.tasks.base import IGNORED, Outcome, Task, from_pretrained, log_shares, require_column
-from randlora.train.tasks.classification import head_for, is_label, is_text, numbers_of, renamed
+from randlora.train.tasks.base import IGNORED, Outcome, Task, from_pretrained, is_text, log_shares, require_column
+from randlora.train.tasks.classification import head_for, is_label, numbers_of, renamed
 from randlora.train.tasks.quantized import weights_as
 
 
@@ -38,6 +38,12 @@ class TokenClassification(Task):
                     f"row {number} of {source!r} has {len(row['tokens'])} tokens and {len(row['tags'])} tags"
                 )
         return rows
+
+    def inputs(self, rows: Dataset, settings: TrainSettings, source: str) -> list[Any]:
+        """Words, parted by spaces; or a column of texts."""
+        column = settings.input_column or ("tokens" if "tokens" in rows.column_names else "text")
+        require_column(rows, column, "input_column", source, lambda one: is_text(one) or is_text(_inner(one)))
+        return [text if isinstance(text, str) else " ".join(text) for text in rows[column]]
 
     def identities(self, rows: Dataset) -> list[str]:
         """The words."""

@@ -167,6 +167,16 @@ def adapter_path(path: str | os.PathLike[str]) -> Path:
     return inner if (inner / CONFIG).is_file() and not (Path(path) / CONFIG).exists() else Path(path)
 
 
+def unfinished(run: Path) -> str:
+    """What there is to say of a run that ended before it wrote its result."""
+    checkpoints = sorted(run.glob("checkpoints/checkpoint-*/"), key=lambda one: (len(one.name), one.name))
+    use = f", or name its last checkpoint, {checkpoints[-1]}" if checkpoints else ""
+    return (
+        f"the run in {os.fspath(run)!r} has not ended, so that it has no result yet: go on with "
+        f"`randlora train --config {run / 'resolved.yaml'} --resume auto`{use}"
+    )
+
+
 def read_config(path: str | os.PathLike[str]) -> PeftConfig:
     """The config of an adapter folder, of any method of PEFT's; from the hub where there is no such folder.
 
@@ -201,6 +211,8 @@ def _require_plain_config(folder: Path) -> None:
     if not file.is_file():
         inside = sorted(str(found.parent) for found in folder.glob(f"*/{CONFIG}"))
         hint = f"; there is one in {', '.join(inside)}" if inside else ""
+        if (folder / "resolved.yaml").is_file() and not inside:
+            raise CheckpointError(unfinished(folder))
         raise CheckpointError(f"{os.fspath(folder)!r} is no adapter: it has no {CONFIG}{hint}")
     if file.stat().st_size > _MOST_CONFIG_BYTES:
         raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes, a config at most {_MOST_CONFIG_BYTES:,}")
@@ -338,16 +350,17 @@ def label_names(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
 
     ``randlora train`` leaves them in the base model's config beside the adapter's folder.
     """
-    config = Path(path).parent / "base_model" / "config.json"
-    names = json.loads(config.read_text(encoding="utf-8")).get("id2label") if config.is_file() else None
+    places = [one / "base_model" / "config.json" for one in Path(path).absolute().parents[:2]]  # of a checkpoint too
+    config = next((one for one in places if one.is_file()), None)
+    names = None if config is None else json.loads(config.read_text(encoding="utf-8")).get("id2label")
     if not names or head_size(path) not in (None, len(names)):
         return None
     return tuple(names[str(number)] for number in range(len(names)))
 
 
-def content_of(folder: AdapterFolder) -> dict[str, object]:
+def content_of(folder: Path) -> dict[str, object]:
     """The config file as it stands."""
-    content: dict[str, object] = json.loads((folder.path / CONFIG).read_text(encoding="utf-8"))
+    content: dict[str, object] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     return content
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -12,9 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from randlora.errors import ConfigError
+from randlora.errors import ConfigError, RandLoraError
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
@@ -65,16 +64,36 @@ def folder_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     _sync_folder(target.parent)
 
 
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+_LESS_THAN_ANY_FILE = 2**16  # bytes
+
+
 @contextmanager
 def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What safetensors raises for a disk that is full or may not be written, as the ``OSError`` that it was."""
+    """What libraries raise for a disk that is full or may not be written, as the ``OSError`` that it was."""
     try:
         yield
-    except SafetensorError as error:
-        number = re.search(r"I/O error.*\(os error (\d+)\)", str(error))
+    except RandLoraError:
+        raise
+    except OSError as error:
+        if error.filename is not None or error.errno not in _DISK:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
+    except Exception as error:  # safetensors, tokenizers and torch each have their own
+        number = _number_of(str(error), Path(path))
         if number is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
+        raise OSError(number, os.strerror(number), os.fspath(path)) from error
+
+
+def _number_of(text: str, path: Path) -> int | None:
+    """The system's number of an error; torch writes none, so that only a full disk is known by its space."""
+    found = re.search(r"\(os error (\d+)\)", text)
+    if found is not None:
+        return int(found[1])
+    there = path if path.is_dir() else path.parent
+    torchs = "PytorchStreamWriter" in text or "iostream" in text
+    return errno.ENOSPC if torchs and shutil.disk_usage(there).free < _LESS_THAN_ANY_FILE else None
 
 
 def write_json(content: dict[str, Any], folder: str | os.PathLike[str], name: str) -> None:

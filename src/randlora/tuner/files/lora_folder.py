@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from randlora.errors import CheckpointError
-from randlora.tuner.files.adapter_folder import WEIGHTS, read_config
+from randlora.tuner.files.adapter_folder import WEIGHTS, adapter_path, read_config
 from randlora.tuner.files.format import in_base
 
 _PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
@@ -33,6 +33,63 @@ class LoraLayer:
     name: str
     left: Tensor
     right: Tensor
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.right.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of left @ right."""
+        return self.left.shape[0], self.right.shape[1]
+
+
+@dataclass(frozen=True)
+class LoraFolder:
+    """A LoRA adapter on disk, its layers in memory.
+
+    Attributes:
+        path: the folder.
+        config: its config.
+        layers: by their names in the base model.
+        others: shapes of the other tensors by name: ``modules_to_save``, biases.
+    """
+
+    path: Path
+    config: LoraConfig
+    layers: dict[str, LoraLayer]
+    others: dict[str, tuple[int, ...]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its file of weights."""
+        return (self.path / WEIGHTS).stat().st_size
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the file."""
+        with safe_open(self.path / WEIGHTS, "pt") as file:
+            return file.get_tensor(name)
+
+
+def read_lora_folder(path: str | os.PathLike[str]) -> LoraFolder | None:
+    """Reads the folder of a LoRA adapter, or of a run that made one; ``None`` for what is none.
+
+    Raises:
+        CheckpointError: as of :func:`read_lora`, and if it holds no layer.
+    """
+    folder = adapter_path(path)
+    config = read_config(folder) if folder.is_dir() else None
+    if not isinstance(config, LoraConfig):
+        return None
+    layers = {layer.name: layer for layer in read_lora(folder)}
+    if not layers:
+        raise CheckpointError(f"{os.fspath(path)!r} holds no layer of LoRA")
+    ends = (*_PAIRS, *_PAIRS.values())
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        names = [name for name in file.keys() if not name.endswith(ends)]  # noqa: SIM118 - not a dictionary
+        others = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    return LoraFolder(folder, config, layers, others)
 
 
 def read_lora(path: str | os.PathLike[str]) -> Iterator[LoraLayer]:
