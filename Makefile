@@ -41,7 +41,7 @@ BROWSER := chromium chromium-driver
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo           fine-tune a real model in four ways and compare them (under ten minutes)"
+	@echo "make demo           fine-tune a real model in five ways and compare them (under ten minutes)"
 	@echo "make test           the tests, but for those of the targets below"
 	@echo "make browser        install Chromium (Debian and its kin: apt-get, with sudo where needed)"
 	@echo "make test-browser   the tests of the report in Chromium"

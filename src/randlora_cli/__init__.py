@@ -38,7 +38,7 @@ COMMANDS = {
     "bench": ("bench:bench", "Measure what training costs on this machine."),
     "doctor": ("doctor:doctor", "Versions, devices, and which products run on this machine."),
     "report": ("report:report", "Write one HTML file about runs, side by side."),
-    "demo": ("demo:demo", "Fine-tune a real model on real sentences in four ways, and compare them."),
+    "demo": ("demo:demo", "Fine-tune a real model on real sentences in five ways, and compare them."),
 }
 """Name: module within `randlora.cli` and its function, and the first line of that function's docstring."""
 

@@ -106,7 +106,10 @@ def test_mistakes_end_with_code_2_and_are_named(arguments, expected, tmp_path, m
 def test_a_mistyped_command_is_told_the_near_one_and_lr_is_a_name():
     assert "Did you mean 'train'?" in invoke("trian", "--model", "m", code=2).output
     assert "Did you mean" not in invoke("frobnicate", code=2).output
-    assert "learning_rate=-1.0" in invoke("train", "--model", "m", "--data", "d.csv", "--lr", "-1", code=2).output
+    assert (
+        "learning_rate='-1': input should be greater than 0"
+        in invoke("train", "--model", "m", "--data", "d.csv", "--lr", "-1", code=2).output
+    )
 
 
 def test_help_lists_every_command_and_imports_none():

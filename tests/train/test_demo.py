@@ -44,9 +44,9 @@ def test_the_whole_demo_in_small(tmp_path):
     size = pace.DemoSize(train=128, test=16)  # four steps, of which the first warms up
     said = []
     result = demo.run_demo(tmp_path, size, 0, said.append)
-    assert [text[:6] for text in said[1:5]] == [f"{number} of 4" for number in range(1, 5)]
+    assert [text[:6] for text in said[1:6]] == [f"{number} of 5" for number in range(1, 6)]
     assert all("left for all" in text for text in said[2:])
-    assert list(result.runs) == ["RandLoRA", "LoRA", "full fine-tuning", "head alone"]
+    assert list(result.runs) == ["RandLoRA", "RandLoRA, structured", "LoRA", "full fine-tuning", "head alone"]
     assert result.verification.holds
     assert result.verification.examples == 16
     counts = {name: run["trainable_parameters"] for name, run in result.runs.items()}
@@ -55,6 +55,7 @@ def test_the_whole_demo_in_small(tmp_path):
     rank = {name: sum(value > 1e-5 * values[0] for value in values) for name, values in result.spectra.items()}
     assert rank["LoRA"] == 4
     assert rank["RandLoRA"] > 100
+    assert rank["RandLoRA, structured"] > 100
 
 
 class TestPace:

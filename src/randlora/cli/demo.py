@@ -27,10 +27,10 @@ def demo(
     seed: int = typer.Option(0, min=0, help="Seed of the split and of all training."),
     json: bool = typer.Option(False, "--json", help="Print the result as JSON on stdout."),
 ) -> None:
-    """Fine-tune a real model on real sentences in four ways, and compare them.
+    """Fine-tune a real model on real sentences in five ways, and compare them.
 
-    MiniLM learns to tell good film reviews from bad ones by RandLoRA, by LoRA with as many trainable parameters, by
-    full fine-tuning and by training the head alone. Model and data come with the packages of `randlora[demo]`, so that
+    MiniLM learns to tell good film reviews from bad ones by RandLoRA, with dense bases and with structured ones, by
+    LoRA with as many trainable parameters, by full fine-tuning and by training the head alone. Model and data come with the packages of `randlora[demo]`, so that
     it needs no network.
 
     The first steps are timed, and as many sentences taken as fit into ten minutes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -12,8 +13,9 @@ from matplotlib.figure import Figure
 from randlora.tuner.files.atomic import write_atomically
 
 # Okabe and Ito's colours, which most kinds of colour-blindness keep apart; line styles say the same again.
-_STYLES = {
+_STYLES: dict[str, tuple[str, Any]] = {
     "RandLoRA": ("#D55E00", "-"),
+    "RandLoRA, structured": ("#CC79A7", (0, (6, 1, 1, 1, 1, 1))),
     "LoRA": ("#0072B2", "--"),
     "full fine-tuning": ("#009E73", "-."),
     "head alone": ("#7A7A7A", ":"),

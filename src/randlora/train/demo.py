@@ -1,4 +1,4 @@
-"""The demo: four ways of fine-tuning a real model on real sentences, side by side."""
+"""The demo: five ways of fine-tuning a real model on real sentences, side by side."""
 
 from __future__ import annotations
 
@@ -30,8 +30,15 @@ from randlora.tuner.layers.linear import linear_shape
 
 RANK = 32
 MODULE = "bert.encoder.layer.5.attention.self.query"  # whose ΔW the picture shows
-_METHODS = {"RandLoRA": "randlora", "LoRA": "lora", "full fine-tuning": "full", "head alone": "head"}
-_SHARES = (1.0, 0.85, 0.95, 0.45, 0.35)
+_METHODS = {
+    "RandLoRA": "randlora",
+    "RandLoRA, structured": "structured",
+    "LoRA": "lora",
+    "full fine-tuning": "full",
+    "head alone": "head",
+}
+"""The folder of each; structured bases are a kind of RandLoRA."""
+_SHARES = (1.0, 0.9, 0.85, 0.95, 0.45, 0.35)
 """Time of the methods, and of the verification at the end, beside RandLoRA's: of the README's table, rounded up."""
 _PROBE_STEPS = 6
 
@@ -123,7 +130,8 @@ def _settings(method: str, data: tuple[Path, Path], seed: int, output: Path, **m
         eval_data=str(data[1]),
         max_length=64,
         batch_size=BATCH,
-        method=cast("Method", method),
+        method="randlora" if method == "structured" else cast("Method", method),
+        structured=method == "structured",
         r=matched_lora_rank(encoder_shapes(model), RANK) if method == "lora" else RANK,
         modules_to_save=["pooler"],  # MiniLM was trained without it; it is as new as the classifier
         seed=seed,
@@ -184,10 +192,10 @@ def _spectra(model: Path, output: Path) -> dict[str, list[float]]:
         return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
 
     tuned = {
-        "RandLoRA": delta_weight(PeftModel.from_pretrained(fresh(model), str(output / "randlora/adapter")), MODULE),
-        "LoRA": delta_weight(PeftModel.from_pretrained(fresh(model), str(output / "lora/adapter")), MODULE),
-        "full fine-tuning": (
-            fresh(output / "full/model").get_submodule(MODULE).weight - fresh(model).get_submodule(MODULE).weight
-        ).detach(),
+        name: delta_weight(PeftModel.from_pretrained(fresh(model), str(output / folder / "adapter")), MODULE)
+        for name, folder in _METHODS.items()
+        if folder not in ("full", "head")
     }
+    weights = (fresh(folder).get_submodule(MODULE).weight.detach() for folder in (output / "full/model", model))
+    tuned["full fine-tuning"] = torch.sub(*weights)
     return {name: singular_values(update).tolist() for name, update in tuned.items()}
