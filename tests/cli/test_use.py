@@ -390,5 +390,5 @@ def test_plan_says_which_r(tiny_llama):
 def test_bench_measures_every_method():
     found = answer("bench", "--hidden", 64, "--layers", 1, "--tokens", 16, "--r", 8, "--rounds", 1)
     assert [m["ratio"] for m in found["methods"] if m["method"] == "frozen"] == [1.0]
-    assert len(found["methods"]) == 5
+    assert len(found["methods"]) == 6
     assert found["rates"]["element"] > 0
