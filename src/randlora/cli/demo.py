@@ -30,8 +30,8 @@ def demo(
     """Fine-tune a real model on real sentences in five ways, and compare them.
 
     MiniLM learns to tell good film reviews from bad ones by RandLoRA, with dense bases and with structured ones, by
-    LoRA with as many trainable parameters, by full fine-tuning and by training the head alone. Model and data come with the packages of `randlora[demo]`, so that
-    it needs no network.
+    LoRA with as many trainable parameters, by full fine-tuning and by training the head alone. Model and data come with
+    the packages of `randlora[demo]`, so that it needs no network.
 
     The first steps are timed, and as many sentences taken as fit into ten minutes.
 
