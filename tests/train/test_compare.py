@@ -114,7 +114,7 @@ class TestPreparation:
         monkeypatch.setattr(compare, "measure_cost", lambda run: time_plan.Cost(1, 4, 0.1, 0.1, 0.001, 2))
         said = []
         ready = only_plan(settings(tiny_bert, reviews, tmp_path, quantization="4bit"), said.append)
-        assert [one.name for one in ready.candidates] == ["randlora-r8", "lora-r2"]
+        assert [one.name for one in ready.candidates] == ["randlora-r8", "structured-r8", "lora-r2"]
         assert any("full fine-tuning is left out: quantization='4bit'" in text for text in said)
 
     def test_a_single_test_example_is_refused(self, tmp_path, tiny_bert, reviews):

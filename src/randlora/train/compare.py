@@ -292,7 +292,7 @@ def _measure(settings: CompareSettings, shared: TrainSettings, say: Say) -> tupl
     ours, loras, others = [], {}, []
     for way, label in (("randlora", "RandLoRA"), ("structured", "structured RandLoRA")):
         for r in settings.ranks if way in settings.methods else ():
-            changes = {"method": "randlora", "r": r} | ({"structured": True} if way == "structured" else {})
+            changes = {"method": "randlora", "r": r, "structured": way == "structured"}
             one = Candidate(f"{way}-r{r}", f"{label} r={r}", changes)
             if not takes(one):
                 continue

@@ -30,9 +30,9 @@ class CompareSettings(TrainSettings):
 
     minutes: float = Field(60.0, gt=0, description="Time for all of it; what fits is planned and shown first.")
     methods: list[Way] = Field(
-        [way for way in get_args(Way) if way != "structured" or way in TrainSettings.model_fields],
+        list(get_args(Way)),
         description="Those to compare, separated by commas; by default all that the task allows: "
-        "randlora, lora, full, head.",
+        "randlora, structured, lora, full, head.",
     )
     ranks: list[Annotated[int, Field(ge=1)]] = Field(
         [8, 32],
