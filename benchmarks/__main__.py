@@ -19,6 +19,7 @@ NAMES = (
     "architectures",
     "compiled",
     "overhead",
+    "structured",
     "layers",
     "crossover",
     "memory",

@@ -7,7 +7,8 @@ the same frozen weights. A compute dtype other than fp32 is that of the model's 
 makes them.
 """
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -57,6 +58,7 @@ class Comparison:
     rounds: int
     dtype: torch.dtype = torch.float32
     methods: tuple[str, ...] = tuple(METHODS)
+    clock: Callable[[], float] = time.perf_counter
 
     def run(self) -> list[dict[str, Any]]:
         """One row for each method."""
@@ -66,7 +68,9 @@ class Comparison:
         for step in steps.values():
             step.model.enable_input_require_grads()
         batch = self.architecture.batch(self.tokens)
-        _, *history = interleave({name: partial(step, batch) for name, step in steps.items()}, 1 + self.rounds)
+        _, *history = interleave(
+            {name: partial(step, batch) for name, step in steps.items()}, 1 + self.rounds, self.clock
+        )
         require_equal_losses({name: step.losses for name, step in steps.items()}, TOLERANCE[self.dtype])
         return [self._row(name, step, history, base) for name, step in steps.items()]
 

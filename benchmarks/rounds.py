@@ -12,14 +12,16 @@ Seconds = Mapping[str, float]
 """Of one round, by action."""
 
 
-def interleave(actions: Mapping[str, Callable[[], object]], rounds: int) -> list[Seconds]:
-    return [{name: seconds(action) for name, action in actions.items()} for _ in range(rounds)]
+def interleave(
+    actions: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> list[Seconds]:
+    return [{name: seconds(action, clock) for name, action in actions.items()} for _ in range(rounds)]
 
 
-def seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(action: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     action()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def typical(history: list[Seconds], name: str) -> float:

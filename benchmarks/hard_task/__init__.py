@@ -19,7 +19,7 @@ from .cost import costs
 from .model import FOLDER
 from .runs import untouched
 from .settings import QUICK, STUDY, Task
-from .study import complete
+from .study import complete, finished
 from .summary import COLUMNS, rows
 
 __all__ = ["COLUMNS", "run"]
@@ -39,7 +39,7 @@ def rows_of(task: Task, folder: Path, rounds: int) -> list[dict[str, Any]]:
         before = pool.submit(untouched, task, folder).result()
         results = complete(task, folder, pool, workers)
     with fresh_processes() as pool:  # alone, for time
-        cost = pool.submit(costs, task, folder, rounds).result()
+        cost = pool.submit(costs, task, folder, rounds, finished(task, results)).result()
     return rows(task, results, cost, before)
 
 

@@ -16,17 +16,16 @@ from .methods import METHODS
 from .model import pretrained
 from .runs import adapted
 from .settings import Task
-from .study import cells
 
 Costs = dict[tuple[str, int], dict[str, Any]]
 
 
-def costs(task: Task, folder: Path, rounds: int) -> Costs:
+def costs(task: Task, folder: Path, rounds: int, cells: list[tuple[str, int]]) -> Costs:
     """Return seconds, multiples of the frozen model's step, and bytes of the file, by method and budget."""
     torch.set_num_threads(1)
     batch = data.draw(data.source().train, task.batch, task.base.context, torch.Generator().manual_seed(0))
     inputs = {"input_ids": batch, "labels": batch}
-    models = {str((name, r)): adapted(METHODS[name], task, r, 0, folder) for name, r in cells(task)}
+    models = {str((name, r)): adapted(METHODS[name], task, r, 0, folder) for name, r in cells}
     steps: dict[str, Step] = {name: Step(model) for name, model in models.items()}
     steps[FROZEN] = Step(pretrained(task.base, folder))
     for step in steps.values():
@@ -38,7 +37,7 @@ def costs(task: Task, folder: Path, rounds: int) -> Costs:
             "× frozen": ratio(history, str(cell), FROZEN),
             "file": saved_bytes(models[str(cell)]),
         }
-        for cell in cells(task)
+        for cell in cells
     }
 
 

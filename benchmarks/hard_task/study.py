@@ -38,7 +38,7 @@ def wanted(task: Task, results: Results) -> Iterator[Run]:
     first = [cell for cell in rivals if cell[1] in (0, task.ranks[0])]
     for name, r in first:
         yield from (Run(name, r, rate, 0) for rate in METHODS[name].rates[1:3])
-    for part in (first, [cell for cell in rivals if cell not in first], variants):
+    for part in (first, variants[:2], [cell for cell in rivals if cell not in first], variants[2:]):
         for name, r in part:
             yield from (Run(name, r, rate, 0) for rate in rates(name, r, results))
         for name, r in part:
@@ -78,6 +78,16 @@ def settled(name: str, r: int, results: Results) -> float | None:
     """Return the best rate, once all that are needed to know it have been tried."""
     tried = {rate: results.get(Run(name, r, rate, 0)) for rate in rates(name, r, results)}
     return None if None in tried.values() else min(tried, key=lambda rate: loss(tried[rate]))
+
+
+def finished(task: Task, results: Results) -> list[tuple[str, int]]:
+    """Return the methods, with their budgets, of which all runs are done."""
+    best = {cell: settled(*cell, results) for cell in cells(task)}
+    return [
+        (name, r)
+        for (name, r), rate in best.items()
+        if rate is not None and all(Run(name, r, rate, seed) in results for seed in range(task.seeds))
+    ]
 
 
 def loss(result: dict[str, Any] | None) -> float:

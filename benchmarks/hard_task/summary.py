@@ -5,7 +5,7 @@ from typing import Any
 
 from .cost import Costs
 from .settings import Task
-from .study import Results, Run, cells, loss, rates, settled
+from .study import Results, Run, finished, loss, rates, settled
 
 NEAR = 0.1  # bits per byte
 TEXTS = ("source", "english")
@@ -31,10 +31,10 @@ Row = dict[str, Any]
 
 
 def rows(task: Task, results: Results, costs: Costs, before: dict[str, float]) -> list[Row]:
-    """Return a row for the model as it was, then one for each method at each budget."""
+    """Return a row for the model as it was, then one for each method at each budget that is done."""
     untouched = dict.fromkeys(COLUMNS) | {"budget": "own", "method": "no adaptation", "trainable": 0, "runs": [before]}
     untouched |= {"learning rate": "", "rates within 0.1": "", **{text: measured([before[text]]) for text in TEXTS}}
-    return [untouched, *(row(task, name, r, results, before) | costs[name, r] for name, r in cells(task))]
+    return [untouched, *(row(task, *cell, results, before) | costs[cell] for cell in finished(task, results))]
 
 
 def row(task: Task, name: str, r: int, results: Results, before: dict[str, float]) -> Row:
