@@ -62,10 +62,6 @@ class Operands(Protocol):
     def unit(self) -> float:
         """The unit in which B stands: λ is to be divided by it."""
 
-    @property
-    def repays_holding(self) -> bool:
-        """Whether calls are cheaper with a ΔW that is held than without."""
-
     def tensors(self) -> tuple[Tensor, ...]:
         """Return all tensors, for a compiler or a transform that has to see each one."""
 

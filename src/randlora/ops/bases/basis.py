@@ -55,6 +55,11 @@ class Basis:
         return self.stored.num_bases
 
     @property
+    def repays_holding(self) -> bool:
+        """Whether calls are cheaper with a ΔW that is held than without."""
+        return self.stored.repays_holding
+
+    @property
     def factor(self) -> float:
         """What ΔW is to be multiplied with where ``operands`` gives bare codes."""
         return self.stored.factors[0] * self.stored.factors[1]

@@ -78,6 +78,7 @@ class DenseStored:
         self.rank, self.min_dim = a.shape
         self.max_dim, self.num_bases = b.shape[0], b.shape[1] // self.rank
         self.label = str(a.dtype).removeprefix("torch.")
+        self.repays_holding = True
         self.forms = Forms()
 
     def operands(self, device: torch.device, dtype: torch.dtype, sizes: Sizes, tokens: int | None) -> DenseBases:
@@ -158,11 +159,6 @@ class DenseBases(NamedTuple):
     def unit(self) -> float:
         """The unit in which B stands."""
         return unit(self.dtype)
-
-    @property
-    def repays_holding(self) -> bool:
-        """ΔW takes a product."""
-        return True
 
     def ready(self) -> DenseBases:
         """Return the operands with B unpacked."""

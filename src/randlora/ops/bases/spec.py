@@ -111,6 +111,7 @@ class Stored(Protocol):
         num_bases: n.
         factors: what the numbers of A and of B are to be multiplied with: operands leave these out.
         label: how the numbers are kept, as the fingerprint names it.
+        repays_holding: whether calls are cheaper with a ΔW that is held than without.
         forms: those that have been made of the numbers.
     """
 
@@ -120,6 +121,7 @@ class Stored(Protocol):
     num_bases: int
     factors: tuple[float, float]
     label: str
+    repays_holding: bool
     forms: Forms
 
     def operands(self, device: torch.device, dtype: torch.dtype, sizes: Sizes, tokens: int | None) -> Operands:

@@ -95,6 +95,7 @@ class StructuredStored:
         self.num_bases = -(-self.min_dim // self.rank)
         self.factors = (math.sqrt(3.0 * self.groups), 1.0)  # mean squares of 1, A's zeros counted
         self.label = f"structured {self.groups}"
+        self.repays_holding = False  # ΔW takes no product, and a few tokens do not need it
         self.forms = Forms()
 
     def operands(self, device: torch.device, dtype: torch.dtype, sizes: Sizes, tokens: int | None) -> StructuredBases:
@@ -184,11 +185,6 @@ class StructuredBases(NamedTuple):
     def unit(self) -> float:
         """The unit in which Q_b stands."""
         return unit(self.B.dtype)
-
-    @property
-    def repays_holding(self) -> bool:
-        """ΔW takes no product, and a few tokens do not need it."""
-        return False
 
     def ready(self) -> StructuredBases:
         """Return the operands, which are."""

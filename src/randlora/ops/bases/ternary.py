@@ -100,6 +100,7 @@ class TernaryStored:
         self.rank, self.min_dim = a.shape
         self.max_dim, self.num_bases = b.shape[0], b.shape[1] // self.rank
         self.label = "int8"
+        self.repays_holding = True
         self.forms = Forms()
 
     def operands(
@@ -188,11 +189,6 @@ class SparseBases(NamedTuple):
     def unit(self) -> float:
         """The unit in which B stands."""
         return 1.0  # products are in float32 or wider
-
-    @property
-    def repays_holding(self) -> bool:
-        """ΔW takes a product."""
-        return True
 
     def ready(self) -> SparseBases:
         """Return the operands, which are."""

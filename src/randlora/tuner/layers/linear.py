@@ -110,6 +110,8 @@ class Linear(AdaptedModule, RandLoraLayer):
         training = self.training or torch.is_grad_enabled()
         if not may_hold(training) or _traces() or (training and len(names) > 1):
             return None
+        if not all(self.basis(name).repays_holding for name in names):
+            return None
         if not ops.can_fuse(dtype, weight.dtype):
             return None
         terms = [self._term(name) for name in names]
@@ -126,8 +128,6 @@ class Linear(AdaptedModule, RandLoraLayer):
         self, terms: list[Term], names: list[str], x: Tensor, dtype: torch.dtype, training: bool
     ) -> Tensor | None:
         """ΔW, once the calls without it have cost as much as it costs to make, and if the budget has room."""
-        if not all(self._operands(name, x.device, dtype).repays_holding for name in names):
-            return None
         tokens = x.numel() // max(x.shape[-1], 1)
         problems = [self._problem(name, tokens, x.device, dtype, fusible=True) for name in names]
         if not self._held.pays(tuple(names), sum(map(call_cost, problems)), sum(map(sum_cost, problems))):
