@@ -56,6 +56,7 @@ class Mixed(nn.Module):
         self.louder = Louder(DIM, DIM)
         self.normed = weight_norm(nn.Linear(DIM, DIM))
         self.coded = bnb.nn.Linear4bit(DIM, DIM, compute_dtype=torch.float32)
+        self.coded.support_avx512bf16_for_cpu = False  # on CPUs that have it, it computes in bf16, and not at this size
         self.coded.to("cpu")
 
     def forward(self, x):
