@@ -34,7 +34,7 @@ class Part:
     @classmethod
     def of(cls, layer: RandLoraLayer, name: str, path: str, config: RandLoraConfig) -> "Part":
         lam, gamma = (held[name].detach().clone() for held in (layer.randlora_lambda, layer.randlora_gamma))
-        bases = (layer.randlora_A[name].squeeze(1), layer.randlora_B[name].flatten(1))
+        bases = layer.basis(name).tensors(torch.device("cpu"), torch.float64, layer.sizes(name))
         rank, count = lam.shape[-2:]
         alpha = next((a for key, a in config.alpha_pattern.items() if path.endswith(key)), config.randlora_alpha)
         scale = alpha / (rank * (math.sqrt(count) if config.randlora_scaling == "paper" else 1))
