@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
 from randlora import MergeError, PeftModel, RandLoraConfig, RandLoraLayer, get_peft_model
 
@@ -22,8 +22,13 @@ def quantise(method, source, folder):
     model.save(str(folder))
 
 
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float16)
+def load(method, folder):
+    """With the layers that train on any CPU; on one with AVX512-BF16 others would be taken, which refuse to."""
+    configs = {"gptq": (GPTQConfig, "gptq_torch_aten"), "awq": (AwqConfig, "torch_awq")}
+    kind, backend = configs[method]
+    return AutoModelForCausalLM.from_pretrained(
+        folder, device_map="cpu", dtype=torch.float16, quantization_config=kind(bits=4, backend=backend)
+    )
 
 
 def tokens():
@@ -69,7 +74,7 @@ def refusal(model):
 def main(method, source, folder):
     quantised = folder / "quantised"
     quantise(method, source, quantised)
-    base = load(quantised)
+    base = load(method, quantised)
     before = logits(base)
     model = get_peft_model(base, RandLoraConfig(r=8, randlora_alpha=8, target_modules=TARGETS))
     kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, RandLoraLayer)})
@@ -77,7 +82,7 @@ def main(method, source, folder):
     losses = train(model)
     after = logits(model)
     model.save_pretrained(folder / "adapter")
-    again = PeftModel.from_pretrained(load(quantised), folder / "adapter")
+    again = PeftModel.from_pretrained(load(method, quantised), folder / "adapter")
     report = {
         "kinds": kinds,
         "base": type(next(m for m in model.modules() if isinstance(m, RandLoraLayer)).base_layer).__name__,
