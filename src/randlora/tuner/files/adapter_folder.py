@@ -76,8 +76,28 @@ class SavedLayer:
             yield ops.delta_weight(operands, lam, gamma, self.scaling * basis.factor, wide)
 
 
+class SavedWeights:
+    """The file of weights in an adapter's folder, of whatever method.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its file of weights."""
+        return (self.path / WEIGHTS).stat().st_size
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the file."""
+        with safe_open(self.path / WEIGHTS, "pt") as file:
+            return file.get_tensor(name)
+
+
 @dataclass(frozen=True)
-class AdapterFolder:
+class AdapterFolder(SavedWeights):
     """A RandLoRA adapter on disk. λ and γ are in memory, everything else is read when asked for.
 
     Attributes:
@@ -99,16 +119,6 @@ class AdapterFolder:
         """Names of all tensors of the file."""
         with safe_open(self.path / WEIGHTS, "pt") as file:
             return list(file.keys())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its file of weights."""
-        return (self.path / WEIGHTS).stat().st_size
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor of the file."""
-        with safe_open(self.path / WEIGHTS, "pt") as file:
-            return file.get_tensor(name)
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The bases A (r, 1, m) and B (M, n, r) in the file, each copy, one at a time."""

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from randlora.errors import CheckpointError
-from randlora.tuner.files.adapter_folder import WEIGHTS, adapter_path, read_config
+from randlora.tuner.files.adapter_folder import WEIGHTS, SavedWeights, adapter_path, read_config
 from randlora.tuner.files.format import in_base
 
 _PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
@@ -46,7 +46,7 @@ class LoraLayer:
 
 
 @dataclass(frozen=True)
-class LoraFolder:
+class LoraFolder(SavedWeights):
     """A LoRA adapter on disk, its layers in memory.
 
     Attributes:
@@ -60,16 +60,6 @@ class LoraFolder:
     config: LoraConfig
     layers: dict[str, LoraLayer]
     others: dict[str, tuple[int, ...]]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its file of weights."""
-        return (self.path / WEIGHTS).stat().st_size
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor of the file."""
-        with safe_open(self.path / WEIGHTS, "pt") as file:
-            return file.get_tensor(name)
 
 
 def read_lora_folder(path: str | os.PathLike[str]) -> LoraFolder | None:
