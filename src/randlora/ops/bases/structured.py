@@ -290,6 +290,7 @@ class StructuredBases(NamedTuple):
         if kernels is not None:
             return kernels.scaled(self.A, scaled.lam, padded(scaled.gamma, self.groups), self.B.dtype, self.groups)
         lam, gamma = self._by_group(*scaled)
+        lam, gamma = lam.permute(1, 2, 0).unsqueeze(-1), gamma.transpose(0, 1)  # (ρ, n, g, 1), (n, g, c)
         formed = (lam * gamma * self._grouped_A(lam.dtype).unsqueeze(1)).flatten(0, 1).flatten(1)
         return formed if formed.dtype == self.B.dtype else formed.to(self.B.dtype)
 
@@ -300,17 +301,17 @@ class StructuredBases(NamedTuple):
 
     def _through(self, columns: Tensor, scaled: Scaled) -> Tensor:  # (g, T, c) -> (g, T, ρ·n)
         lam, gamma = self._by_group(*scaled)
-        inner = (columns.unsqueeze(2) * gamma.transpose(0, 1).unsqueeze(1)).flatten(1, 2)  # (g, T·n, c)
+        inner = (columns.unsqueeze(2) * gamma.unsqueeze(1)).flatten(1, 2)  # (g, T·n, c)
         inner = inner @ self._grouped_A(inner.dtype).permute(1, 2, 0)  # (g, T·n, ρ)
-        inner = inner.unflatten(1, (columns.shape[1], gamma.shape[0])).transpose(2, 3)  # (g, T, ρ, n)
-        return (inner * lam.squeeze(-1).permute(2, 0, 1).unsqueeze(1)).flatten(2)
+        inner = inner.unflatten(1, (columns.shape[1], gamma.shape[1])).transpose(2, 3)  # (g, T, ρ, n)
+        return (inner * lam.unsqueeze(1)).flatten(2)
 
     def _back(self, projected: Tensor, scaled: Scaled) -> Tensor:  # (g, T, ρ·n) -> (g, T, c)
         lam, gamma = self._by_group(*scaled)
-        inner = projected.unflatten(2, (self.A.shape[0], -1)) * lam.squeeze(-1).permute(2, 0, 1).unsqueeze(1)
+        inner = projected.unflatten(2, (self.A.shape[0], -1)) * lam.unsqueeze(1)
         inner = inner.transpose(2, 3).flatten(1, 2)  # (g, T·n, ρ)
         inner = inner @ self._grouped_A(inner.dtype).transpose(0, 1)  # (g, T·n, c)
-        return (inner.unflatten(1, (projected.shape[1], gamma.shape[0])) * gamma.transpose(0, 1).unsqueeze(1)).sum(2)
+        return (inner.unflatten(1, (projected.shape[1], gamma.shape[1])) * gamma.unsqueeze(1)).sum(2)
 
     def _mixed(self, values: Tensor, mix: Tensor) -> Tensor:
         """``mix @ values`` for values (T, g, k)."""
@@ -344,9 +345,9 @@ class StructuredBases(NamedTuple):
         return added(cut(update, self.groups, size), beside, self.dtype)
 
     def _by_group(self, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """λ (r, n) as (ρ, n, g, 1), γ (n, m) as (n, g, c)."""
-        lam = lam.unflatten(0, (self.groups, -1)).permute(1, 2, 0).unsqueeze(-1)
-        return lam, padded(gamma, self.groups).unflatten(1, (self.groups, -1))
+        """λ (r, n) as (g, ρ, n), γ (n, m) as (g, n, c)."""
+        gamma = padded(gamma, self.groups).unflatten(1, (self.groups, -1)).transpose(0, 1)
+        return lam.unflatten(0, (self.groups, -1)), gamma
 
     def _signs(self) -> Tensor:
         """Q_a[a, i] for each block of rows a and each column, (g, g·c)."""
@@ -376,8 +377,8 @@ class StructuredBases(NamedTuple):
         A = self._grouped_A(wide).transpose(0, 1).unsqueeze(2)  # (g, ρ, 1, c)
         weighted = d * A
         lam, gamma = self._by_group(lam.to(wide), gamma.to(wide))
-        d_lam = (weighted * gamma.transpose(0, 1).unsqueeze(1)).sum(-1).flatten(0, 1)
-        d_gamma = (weighted * lam.squeeze(-1).permute(2, 0, 1).unsqueeze(-1)).sum(1)  # (g, n, c)
+        d_lam = (weighted * gamma.unsqueeze(1)).sum(-1).flatten(0, 1)
+        d_gamma = (weighted * lam.unsqueeze(-1)).sum(1)  # (g, n, c)
         return d_lam, cut(d_gamma.transpose(0, 1).flatten(1), self.groups, self.min_dim)
 
 
