@@ -32,7 +32,7 @@ NAMES = (
 )
 """Each is a file here, with `COLUMNS` of its table, and `run(quick)` that yields its rows."""
 
-ON_REQUEST = ("gpu_resources", "sweep", "hard_task")
+ON_REQUEST = ("gpu_resources", "sweep", "hard_task", "reach")
 """Likewise, but run only where they are named: they measure what training ends with, not what it costs."""
 
 KNOWN = (*NAMES, *ON_REQUEST)

@@ -14,14 +14,19 @@ WORDS = ("method", "rates within 0.1")
 
 def tables(rows: list[Row]) -> dict[str, str]:
     """Return the tables of the page in Markdown, by name."""
-    variants = [row for row in rows if row["method"] in METHODS and METHODS[row["method"]].variant]
-    rivals = [row for row in rows if row not in variants]
-    budgets = dict.fromkeys(row["budget"] for row in rivals)
-    shown = {budget: [row for row in rivals if row["budget"] == budget] for budget in budgets} | {"variants": variants}
+    shown: dict[str, list[Row]] = {}
+    for variant in (False, True):
+        for row in rows:
+            if _is_variant(row) == variant:
+                shown.setdefault(f"variants, {row['budget']}" if variant else row["budget"], []).append(row)
     return {
-        **{name: _markdown(list(COLUMNS[1:]), list(map(_cells, part))) for name, part in shown.items() if part},
+        **{name: _markdown(list(COLUMNS[1:]), list(map(_cells, part))) for name, part in shown.items()},
         "rates": _markdown(["budget", "method", "source by rate"], list(map(_by_rate, rows[1:]))),
     }
+
+
+def _is_variant(row: Row) -> bool:
+    return row["method"] in METHODS and METHODS[row["method"]].variant
 
 
 def _cells(row: Row) -> list[str]:

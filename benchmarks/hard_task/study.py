@@ -55,7 +55,7 @@ def cells(task: Task) -> list[tuple[str, int]]:
 def budgets(method: Method, task: Task) -> tuple[int, ...]:
     if not method.budgeted:
         return (0,)
-    return tuple(r for r in task.ranks[: 1 if method.variant else None] if r >= method.least_r)
+    return tuple(r for r in task.ranks if r >= method.least_r)
 
 
 def rates(name: str, r: int, results: Results) -> list[float]:

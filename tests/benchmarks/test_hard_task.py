@@ -211,7 +211,7 @@ class TestTables:
         rows = summary.rows(TINY, results, costs, {"source": 4.0, "english": 2.25})
         assert all(set(row) >= set(summary.COLUMNS) for row in rows)
         told = page.tables(json.loads(json.dumps(rows)))
-        assert list(told) == ["own", "r = 8", "variants", "rates"]
+        assert list(told) == ["own", "r = 8", "variants, r = 8", "rates"]
         for row in rows:
             (line,) = [
                 one
