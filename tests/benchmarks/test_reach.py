@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from benchmarks import reach
 from torch import nn
 
+from benchmarks import reach
 from randlora import RandLoraConfig, get_peft_model
 
 
