@@ -38,7 +38,8 @@ def wanted(task: Task, results: Results) -> Iterator[Run]:
     first = [cell for cell in rivals if cell[1] in (0, task.ranks[0])]
     for name, r in first:
         yield from (Run(name, r, rate, 0) for rate in METHODS[name].rates[1:3])
-    for part in (first, variants[:2], [cell for cell in rivals if cell not in first], variants[2:]):
+    later = [[cell for cell in variants[2:] if cell[1] == r] for r in task.ranks]
+    for part in (first, variants[:2], [cell for cell in rivals if cell not in first], *later):
         for name, r in part:
             yield from (Run(name, r, rate, 0) for rate in rates(name, r, results))
         for name, r in part:
