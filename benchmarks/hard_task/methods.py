@@ -37,7 +37,7 @@ class Method:
         adapt: makes the model ready to train.
         rates: learning rates to begin with, each twice the one before.
         budgeted: whether the method is run at every budget, or once with its own number of values.
-        variant: whether it is a question about RandLoRA rather than a rival.
+        variant: whether it is a question about RandLoRA rather than a rival: the first budget alone.
         least_r: the least r of RandLoRA with which the method is what it says: a rank has no more groups than rows.
         gamma_rate: γ's learning rate beside that of all else.
         gamma_start: what γ's first values are multiplied by.

@@ -38,8 +38,7 @@ def wanted(task: Task, results: Results) -> Iterator[Run]:
     first = [cell for cell in rivals if cell[1] in (0, task.ranks[0])]
     for name, r in first:
         yield from (Run(name, r, rate, 0) for rate in METHODS[name].rates[1:3])
-    later = [[cell for cell in variants[2:] if cell[1] == r] for r in task.ranks]
-    for part in (first, variants[:2], [cell for cell in rivals if cell not in first], *later):
+    for part in (first, variants[:2], [cell for cell in rivals if cell not in first], variants[2:]):
         for name, r in part:
             yield from (Run(name, r, rate, 0) for rate in rates(name, r, results))
         for name, r in part:
@@ -56,7 +55,7 @@ def cells(task: Task) -> list[tuple[str, int]]:
 def budgets(method: Method, task: Task) -> tuple[int, ...]:
     if not method.budgeted:
         return (0,)
-    return tuple(r for r in task.ranks if r >= method.least_r)
+    return tuple(r for r in task.ranks[: 1 if method.variant else None] if r >= method.least_r)
 
 
 def rates(name: str, r: int, results: Results) -> list[float]:
