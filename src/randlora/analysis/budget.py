@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from randlora.analysis.counts import count_lora, count_trainable, lora_rank_of
 from randlora.analysis.trace import Trace, trace_step
 from randlora.errors import ConfigError
-from randlora.ops.bases import BasisKind, BasisSpec, num_bases
+from randlora.ops.bases import CHOICES, KINDS, BasisKind, BasisSpec, Dense, num_bases
 from randlora.ops.linear import fuses
 from randlora.ops.operands import Sizes
 from randlora.ops.plan import Problem, step_cost
@@ -76,7 +76,7 @@ class Setup:
         model: folder or name on the hub; only its config is read.
         task: decides the class of the model, and whether a head trains.
         targets: as ``target_modules`` of ``RandLoraConfig``.
-        kind: of the bases.
+        kind: of the bases: "dense", or the field of a config that asks for another, such as "structured".
         groups: of structured bases.
         batch_size: sequences in a step.
         length: tokens in a sequence.
@@ -87,7 +87,7 @@ class Setup:
     model: str
     task: Task = "causal-lm"
     targets: str | list[str] = "all-linear"
-    kind: Literal["dense", "sparse", "very_sparse", "structured"] = "dense"
+    kind: str = "dense"
     groups: int = 8
     batch_size: int = 8
     length: int = 256
@@ -237,9 +237,10 @@ class _Planner:
         return choose_r(self.count, largest, most=most)
 
     def _config(self, r: int) -> RandLoraConfig:
-        kind: dict[str, Any] = {self.setup.kind: True} if self.setup.kind != "dense" else {}
-        if self.setup.kind == "structured":
-            kind["groups"] = self.setup.groups
+        kind: dict[str, Any] = {}
+        if self.setup.kind != Dense.name:
+            options = CHOICES[self.setup.kind].options
+            kind = {self.setup.kind: True} | {name: x for name, x in vars(self.setup).items() if name in options}
         return RandLoraConfig(r=r, target_modules=self.setup.targets, task_type=_TASK_TYPES[self.setup.task], **kind)
 
     def _base(self) -> nn.Module:
@@ -365,6 +366,9 @@ def _traced_bytes(spec: BasisSpec) -> int:
 
 
 def _check(setup: Setup) -> None:
+    kinds = [Dense.name, *(flag for kind in KINDS.values() for flag in kind.flags)]
+    if setup.kind not in kinds:
+        raise ConfigError(f"kind={setup.kind!r} must be one of {', '.join(kinds)}")
     for name in ("batch_size", "length"):
         if getattr(setup, name) < 1:
             raise ConfigError(f"{name}={getattr(setup, name)} must be at least 1")

@@ -91,10 +91,11 @@ def _show(found: Contents, out: Console, all_layers: bool) -> None:
 
 
 def _facts(config: dict[str, Any]) -> str:
-    density = next((n for n in ("sparse", "very_sparse", "sparsity", "structured") if config.get(n)), "dense")
+    from randlora.ops.bases import kind_in_words
+
     return (
         f"alpha={config['randlora_alpha']}, scaling {config.get('randlora_scaling', 'peft')}, "
-        f"{density.replace('_', ' ')} bases of key {config['projection_prng_key']}"
+        f"{kind_in_words(config)} bases of key {config['projection_prng_key']}"
     )
 
 

@@ -133,12 +133,13 @@ def _predicted(settings: TrainSettings, labels: int) -> dict[str, Any]:
     if settings.method != "randlora" or task not in ("causal-lm", "sequence-classification") or not traced:
         return {}
     from randlora.analysis.budget import Budget, Setup, plan_training
+    from randlora.ops.bases import choices_of
 
     setup = Setup(
         settings.model,
         task=task,
         targets=settings.targets,
-        kind=next((kind for kind in ("very_sparse", "sparse", "structured") if getattr(settings, kind)), "dense"),
+        kind=next(iter(choices_of(vars(settings))), "dense"),
         groups=settings.groups,
         batch_size=settings.batch_size,
         length=settings.max_length,

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from randlora.errors import ConfigError
+from randlora.ops.bases import basis_fields
 from randlora.train.settings import TrainSettings
 from randlora.train.tasks import TASKS
 from randlora.tuner.config import RandLoraConfig
@@ -64,11 +65,8 @@ def _config(model: PreTrainedModel, settings: TrainSettings) -> PeftConfig:
         randlora_alpha=settings.scaling_alpha,  # type: ignore[arg-type]
         randlora_scaling=settings.scaling,
         randlora_dropout=settings.dropout,
-        sparse=settings.sparse,
-        very_sparse=settings.very_sparse,
-        structured=settings.structured,
-        groups=settings.groups,
         save_projection=settings.save_projection,
+        **basis_fields(vars(settings)),
         **common,
     )
 

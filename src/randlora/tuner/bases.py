@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from randlora.ops.bases import AwaitedBasis, Basis, BasisSpec, Structured, get_basis
+from randlora.ops.bases import AwaitedBasis, Basis, BasisSpec, get_basis
 from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.layers.base import RandLoraLayer
 
@@ -42,8 +42,8 @@ def bind_defined_bases(layers: list[RandLoraLayer], config: RandLoraConfig, adap
             that its file holds none.
     """
     specs = define_bases(layers, config, adapter_name)
-    if config.structured and not config.read_from_file:
-        _warn_of_fewer_groups(config.groups, specs)
+    if not config.read_from_file:
+        _warn_of_remarks(specs)
     drawn = {rank: get_basis(spec) for rank, spec in specs.items()}
     found = combined_fingerprint(drawn.values())
     bases: dict[int, Basis | AwaitedBasis] = {**drawn}
@@ -56,15 +56,11 @@ def bind_defined_bases(layers: list[RandLoraLayer], config: RandLoraConfig, adap
         layer.bind_basis(adapter_name, bases[layer.r[adapter_name]])
 
 
-def _warn_of_fewer_groups(groups: int, ranks: Iterable[int]) -> None:
-    for rank in ranks:
-        found = Structured(groups).groups_of(rank)
-        if found < groups:
-            warnings.warn(
-                f"of the {groups} groups of structured bases r={rank} has {found}, as many as divide it: "
-                f"r={max(round(rank / groups), 1) * groups} has them all, and costs less",
-                stacklevel=2,
-            )
+def _warn_of_remarks(specs: Mapping[int, BasisSpec]) -> None:
+    for rank, spec in specs.items():
+        remark = spec.kind.remark(rank)
+        if remark:
+            warnings.warn(remark, stacklevel=2)
 
 
 def fingerprint(layers: list[RandLoraLayer], adapter_name: str) -> str:

@@ -12,37 +12,41 @@ from peft import PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
 
 from randlora.errors import ConfigError
-from randlora.ops.bases import BasisKind, Dense, Structured, Ternary, num_bases
+from randlora.ops.bases import CHOICES, KINDS, BasisFields, BasisKind, Dense, choices_of, num_bases
 from randlora.tuner.field_types import type_faults
 from randlora.tuner.files.atomic import write_json
 
 MAX_RANK = 2**16
 """No weight that is adapted has so large a smaller dimension; beyond it a config asks for memory only."""
 
-STRUCTURED_TYPE = "RANDLORA_STRUCTURED"
-"""The type in the file of an adapter with structured bases, which PEFT's own RandLora must refuse."""
+_KIND_OF_TYPE = {kind.file_type: kind for kind in KINDS.values() if kind.file_type is not None}
 
-FILE_TYPES = (PeftType.RANDLORA, STRUCTURED_TYPE)
-"""The types that adapters of this package have in their files."""
-
-_EXTENSIONS = (
-    "exclude_modules",
-    "target_parameters",
-    "rank_pattern",
-    "alpha_pattern",
-    "sparsity",
-    "structured",
-    "groups",
-    "randlora_scaling",
-    "basis_fingerprint",
-    "trainable_token_indices",
-    "ensure_weight_tying",
-)
-"""Fields that PEFT's own RandLora does not know; they stand in the file only where they say something."""
+FILE_TYPES: tuple[str, ...] = (PeftType.RANDLORA, *_KIND_OF_TYPE)
+"""The types of adapters of this package in their files: PEFT's, and those that PEFT's own RandLora must refuse."""
 
 
 @dataclass
-class RandLoraConfig(PeftConfig):
+class _FieldsOfPeft(PeftConfig):
+    """The fields of PEFT's own RandLora, in its order and with its defaults."""
+
+    r: int = field(default=32, metadata={"help": "Rank of each random basis; smaller means more parameters"})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt"})
+    projection_prng_key: int = field(default=0, metadata={"help": "Seed of the bases"})
+    save_projection: bool = field(default=True, metadata={"help": "Whether the adapter file holds the bases"})
+    sparse: bool = field(default=False, metadata={"help": "Ternary bases with a third of non-zeros"})
+    very_sparse: bool = field(default=False, metadata={"help": "Ternary bases with 1/√D of non-zeros"})
+    randlora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input"})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Base layers store (in, out) weights"})
+    randlora_alpha: float = field(default=640, metadata={"help": "Scaling numerator"})
+    bias: Literal["none", "all", "randlora_only"] = field(default="none", metadata={"help": "Biases to train"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full and saved"})
+    init_weights: bool = field(default=True, metadata={"help": "Whether the update starts at zero"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers"})
+
+
+@dataclass
+class RandLoraConfig(BasisFields, _FieldsOfPeft):
     """Configuration of a RandLoRA adapter (Albert et al., ICLR 2025, arXiv 2502.00987).
 
     Every field of PEFT's own RandLora is here with the same default; files of either load in the other.
@@ -92,27 +96,10 @@ class RandLoraConfig(PeftConfig):
         ConfigError: naming every value that cannot mean anything.
     """
 
-    r: int = field(default=32, metadata={"help": "Rank of each random basis; smaller means more parameters"})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt"})
-    projection_prng_key: int = field(default=0, metadata={"help": "Seed of the bases"})
-    save_projection: bool = field(default=True, metadata={"help": "Whether the adapter file holds the bases"})
-    sparse: bool = field(default=False, metadata={"help": "Ternary bases with a third of non-zeros"})
-    very_sparse: bool = field(default=False, metadata={"help": "Ternary bases with 1/√D of non-zeros"})
-    randlora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input"})
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "Base layers store (in, out) weights"})
-    randlora_alpha: float = field(default=640, metadata={"help": "Scaling numerator"})
-    bias: Literal["none", "all", "randlora_only"] = field(default="none", metadata={"help": "Biases to train"})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full and saved"})
-    init_weights: bool = field(default=True, metadata={"help": "Whether the update starts at zero"})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt"})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone"})
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Parameters to adapt, such as experts"})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Ranks by module name"})
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Alphas by module name"})
-    sparsity: float | None = field(default=None, metadata={"help": "s of ternary bases, P(±1) = 1/(2s) each"})
-    structured: bool = field(default=False, metadata={"help": "Structured bases, an eighth of the arithmetic"})
-    groups: int = field(default=8, metadata={"help": "Groups of structured bases, a power of two"})
     randlora_scaling: Literal["peft", "paper"] = field(
         default="peft", metadata={"help": "alpha/r, or the paper's alpha/(r·√n)"}
     )
@@ -131,11 +118,12 @@ class RandLoraConfig(PeftConfig):
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         faults = type_faults(self) or [*self._number_faults(), *self._choice_faults(), *self._expression_faults()]
-        if of_type == STRUCTURED_TYPE and not self.structured:
-            faults.append(f"peft_type={STRUCTURED_TYPE!r} says that the bases are structured, structured=False not")
+        of_file = _KIND_OF_TYPE.get(str(of_type))
+        if of_file is not None and of_file is not self.basis_class:
+            faults.append(f"peft_type={of_type!r} says that the bases are {of_file.name}, {of_file.flags[0]}=False not")
         if faults:
             raise ConfigError("RandLoraConfig: " + "; ".join(faults))
-        if self.structured:
+        if not self.basis_class.file_itemsize:
             self.save_projection = False
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own convention
@@ -166,13 +154,18 @@ class RandLoraConfig(PeftConfig):
         self.basis_fingerprint = fingerprint
 
     def basis_kind(self, min_dim: int) -> BasisKind:
-        """Return the kind of the adapter's bases; ``min_dim`` is m as drawn."""
-        if self.structured:
-            return Structured(self.groups)
-        if self.very_sparse:
-            return Ternary(math.sqrt(min_dim))
-        sparsity = 3.0 if self.sparse else self.sparsity
-        return Dense() if sparsity is None else Ternary(sparsity)
+        """Return the kind of the adapter's bases with its options; ``min_dim`` is m as drawn."""
+        return self.basis_class.asked(self, min_dim)
+
+    @property
+    def basis_class(self) -> type[BasisKind]:
+        """The kind of the adapter's bases, without its options."""
+        return next((CHOICES[name] for name in choices_of(vars(self))), Dense)
+
+    @property
+    def peft_draws_bases(self) -> bool:
+        """Whether PEFT's own RandLora draws these bases from the file of this config."""
+        return not _EXTENSIONS.intersection(choices_of(vars(self)))
 
     def scaling(self, rank: int, alpha: float, num_bases: int) -> float:
         """Factor of the update of a layer: alpha/r, or the paper's alpha/(r·√n)."""
@@ -191,8 +184,10 @@ class RandLoraConfig(PeftConfig):
         for name in _EXTENSIONS:
             if content[name] == getattr(plain, name):
                 del content[name]
-        if self.structured:
-            content |= {"peft_type": STRUCTURED_TYPE, "groups": self.groups}
+        kind = self.basis_class
+        content |= {name: getattr(self, name) for name in kind.options}
+        if kind.file_type is not None:
+            content["peft_type"] = kind.file_type
         return {name: sorted(value) if isinstance(value, set) else value for name, value in content.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -218,11 +213,7 @@ class RandLoraConfig(PeftConfig):
         ]
         if not _is_finite(self.randlora_dropout) or not 0 <= self.randlora_dropout < 1:
             faults.append(f"randlora_dropout={self.randlora_dropout!r} must be a number from 0 to below 1")
-        if self.sparsity is not None and not (_is_positive(self.sparsity) and self.sparsity >= 1):
-            faults.append(f"sparsity={self.sparsity!r} must be a finite number of at least 1 (P(±1) = 1/(2·sparsity))")
-        if self.groups < 1 or self.groups & (self.groups - 1):
-            faults.append(f"groups={self.groups!r} must be a power of two, such as 8 or 16")
-        return faults
+        return faults + [fault for kind in KINDS.values() for fault in kind.faults(self)]
 
     def _choice_faults(self) -> list[str]:
         faults = []
@@ -230,11 +221,14 @@ class RandLoraConfig(PeftConfig):
             faults.append(f"bias={self.bias!r} must be 'none', 'all' or 'randlora_only'")
         if self.randlora_scaling not in ("peft", "paper"):
             faults.append(f"randlora_scaling={self.randlora_scaling!r} must be 'peft' or 'paper'")
-        chosen = [name for name in ("sparse", "very_sparse", "sparsity", "structured") if getattr(self, name)]
+        chosen = choices_of(vars(self))
         if len(chosen) > 1:
             faults.append(f"{' and '.join(chosen)} contradict each other: give one of them")
-        if self.groups != type(self).groups and not self.structured:
-            faults.append(f"groups={self.groups!r} means nothing without structured=True")
+        for kind in KINDS.values():
+            for name in kind.options:
+                value = getattr(self, name)
+                if value != getattr(type(self), name) and not set(kind.flags) & set(chosen):
+                    faults.append(f"{name}={value!r} means nothing without {kind.flags[0]}=True")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             faults.append(
                 f"layers_to_transform={self.layers_to_transform!r} needs target_modules as a list of names, "
@@ -265,6 +259,10 @@ class RandLoraConfig(PeftConfig):
             except (re.error, OverflowError, RecursionError) as error:
                 faults.append(f"{name}: {expression!r:.80} is no regular expression: {error}")
         return faults
+
+
+_EXTENSIONS = {f.name for f in fields(RandLoraConfig)} - {f.name for f in fields(_FieldsOfPeft)}
+"""Fields that PEFT's own RandLora does not know; they stand in the file only where they say something."""
 
 
 def _is_rank(value: int) -> bool:

@@ -21,7 +21,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from randlora.tuner.config import STRUCTURED_TYPE, RandLoraConfig
+from randlora.tuner.config import FILE_TYPES, RandLoraConfig
 from randlora.tuner.files.adapter_folder import refuse_pickle
 from randlora.tuner.files.hotswap import hotswap_randlora_too
 from randlora.tuner.files.loading import from_pretrained_or_nothing, load_adapter_or_nothing
@@ -32,8 +32,7 @@ from randlora.tuner.model import RandLoraModel
 
 def register() -> None:
     """Makes PEFT use this package for ``PeftType.RANDLORA``; doing it again changes nothing."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] = RandLoraConfig
-    cast("dict[str, Any]", PEFT_TYPE_TO_CONFIG_MAPPING)[STRUCTURED_TYPE] = RandLoraConfig
+    cast("dict[str, Any]", PEFT_TYPE_TO_CONFIG_MAPPING).update(dict.fromkeys(FILE_TYPES, RandLoraConfig))
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = RandLoraModel
     PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.RANDLORA] = RandLoraModel.prefix
     helpers: Any = peft.helpers

@@ -27,7 +27,25 @@ class Dense:
     """Kaiming-uniform numbers in bfloat16, divided by their own standard deviation, as PEFT draws them."""
 
     name: ClassVar[str] = "dense"
+    flags: ClassVar[tuple[str, ...]] = ()
+    values: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[str, ...]] = ()
+    file_type: ClassVar[str | None] = None
     file_itemsize: ClassVar[int] = 2
+
+    @classmethod
+    def asked(cls, config: Any, min_dim: int) -> Dense:
+        """Return the kind, which has no options."""
+        return cls()
+
+    @classmethod
+    def faults(cls, config: Any) -> list[str]:
+        """Return none: a config has no fields for dense bases."""
+        return []
+
+    def remark(self, rank: int) -> str:
+        """Return nothing."""
+        return ""
 
     def draw(self, spec: BasisSpec) -> DenseStored:
         """Return A, then one block (M, 1, r) of B per base, of which only the used part is kept."""

@@ -80,13 +80,36 @@ def num_trainable(rank: int, min_dim: int) -> int:
 class BasisKind(Protocol):
     """A kind of basis: a frozen dataclass whose fields are its options. Each has a file here and a place in ``KINDS``.
 
+    An adapter's config asks for a kind by one of its ``flags`` or ``values``, without any for dense bases. Where PEFT's
+    own RandLora does not have these fields, the kind's file has a dataclass of them, from which the config inherits.
+
     Attributes:
         name: as users call it.
-        file_itemsize: bytes of a number in a file that PEFT reads.
+        flags: the fields of a config of which ``True`` asks for the kind.
+        values: the fields of which a number asks for it.
+        options: the further fields, which mean nothing for other kinds.
+        file_type: the type of an adapter in its file, which makes PEFT's own RandLora refuse it; ``None`` where PEFT
+            computes the same.
+        file_itemsize: bytes of a number in a file that PEFT reads; 0 where no file holds the bases.
     """
 
     name: ClassVar[str]
+    flags: ClassVar[tuple[str, ...]]
+    values: ClassVar[tuple[str, ...]]
+    options: ClassVar[tuple[str, ...]]
+    file_type: ClassVar[str | None]
     file_itemsize: ClassVar[int]
+
+    @classmethod
+    def asked(cls, config: Any, min_dim: int) -> BasisKind:
+        """Return the kind for which a config asks by fields of this kind; ``min_dim`` is m as drawn."""
+
+    @classmethod
+    def faults(cls, config: Any) -> list[str]:
+        """Return one sentence for each value of the kind's fields in a config that cannot mean anything."""
+
+    def remark(self, rank: int) -> str:
+        """Return a sentence on bases of that rank which their user should know, or nothing."""
 
     def draw(self, spec: BasisSpec) -> Stored:
         """Return the numbers that ``spec`` defines: the same on every machine."""

@@ -12,7 +12,7 @@ Where g does not divide a size, the last groups, or blocks, have one column, or 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -30,6 +30,14 @@ from randlora.ops.precision import WIDE, at_least_float32
 from randlora.ops.units import in_units, unit
 
 
+@dataclass
+class StructuredFields:
+    """The fields of an adapter's config for structured bases."""
+
+    structured: bool = field(default=False, metadata={"help": "Structured bases, an eighth of the arithmetic"})
+    groups: int = field(default=8, metadata={"help": "Groups of structured bases, a power of two"})
+
+
 @dataclass(frozen=True)
 class Structured:
     """A in groups, B = Q_a ⊗ Q_b of signed Hadamard matrices.
@@ -40,7 +48,34 @@ class Structured:
 
     groups: int = 8
     name: ClassVar[str] = "structured"
-    file_itemsize: ClassVar[int] = 0  # bytes: PEFT has no names for them, and no file holds them
+    flags: ClassVar[tuple[str, ...]] = ("structured",)
+    values: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[str, ...]] = ("groups",)
+    file_type: ClassVar[str | None] = "RANDLORA_STRUCTURED"
+    file_itemsize: ClassVar[int] = 0
+
+    @classmethod
+    def asked(cls, config: Any, min_dim: int) -> Structured:
+        """Return the kind with the config's number of groups."""
+        return cls(config.groups)
+
+    @classmethod
+    def faults(cls, config: Any) -> list[str]:
+        """Return a fault for a number of groups that is not a power of two."""
+        groups = config.groups
+        if groups >= 1 and not groups & (groups - 1):
+            return []
+        return [f"groups={groups!r} must be a power of two, such as 8 or 16"]
+
+    def remark(self, rank: int) -> str:
+        """Return a remark for a rank that has fewer groups."""
+        found = self.groups_of(rank)
+        if found == self.groups:
+            return ""
+        return (
+            f"of the {self.groups} groups of structured bases r={rank} has {found}, as many as divide it: "
+            f"r={max(round(rank / self.groups), 1) * self.groups} has them all, and costs less"
+        )
 
     def groups_of(self, rank: int) -> int:
         """Return the number of groups g of bases of that rank."""

@@ -9,7 +9,9 @@ over them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import sys
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -30,6 +32,13 @@ from randlora.ops.rounding import stochastic
 _MOST_NONZEROS = 1 / 16  # denser than that, dense products are as fast as those that skip zeros
 
 
+@dataclass
+class TernaryFields:
+    """The fields of an adapter's config for ternary bases that PEFT does not have."""
+
+    sparsity: float | None = field(default=None, metadata={"help": "s of ternary bases, P(±1) = 1/(2s) each"})
+
+
 @dataclass(frozen=True)
 class Ternary:
     """−1, 0 or 1, divided by their own standard deviation (Li, Hastie & Church 2006).
@@ -40,7 +49,30 @@ class Ternary:
 
     sparsity: float
     name: ClassVar[str] = "ternary"
+    flags: ClassVar[tuple[str, ...]] = ("sparse", "very_sparse")
+    values: ClassVar[tuple[str, ...]] = ("sparsity",)
+    options: ClassVar[tuple[str, ...]] = ()
+    file_type: ClassVar[str | None] = None
     file_itemsize: ClassVar[int] = 4
+
+    @classmethod
+    def asked(cls, config: Any, min_dim: int) -> Ternary:
+        """Return s = √m for very sparse bases, s = 3 for sparse ones, or any s."""
+        if config.very_sparse:
+            return cls(math.sqrt(min_dim))
+        return cls(3.0 if config.sparse else config.sparsity)
+
+    @classmethod
+    def faults(cls, config: Any) -> list[str]:
+        """Return a fault for an s of which 1/(2s) is no probability of one of two signs."""
+        s = config.sparsity
+        if s is None or 1 <= s <= sys.float_info.max:
+            return []
+        return [f"sparsity={s!r} must be a finite number of at least 1 (P(±1) = 1/(2·sparsity))"]
+
+    def remark(self, rank: int) -> str:
+        """Return nothing."""
+        return ""
 
     def draw(self, spec: BasisSpec) -> TernaryStored:
         """Return A (r, 1, m), then B (M, n, r) in one block, of which only the used part is kept."""
