@@ -109,8 +109,7 @@ def _replace(old: AdapterFolder, content: dict[str, Any], kept: Basis | None) ->
 
 
 def _tensors(old: AdapterFolder, kept: Basis | None) -> dict[str, Tensor]:
-    gone = {name for pair in old.projections.values() for name in pair}
-    tensors = {name: old.tensor(name) for name in old.names if name not in gone}
+    tensors = {name: old.tensor(name) for name in _kept_names(old)}
     if kept is not None:
         A, B = kept.projections()
         tensors |= {f"{HOST}randlora_A": A.contiguous(), f"{HOST}randlora_B": B.contiguous()}
@@ -123,14 +122,19 @@ def _verify(old: AdapterFolder, new: AdapterFolder, kept: Basis | None) -> int:
     Raises:
         CheckpointError: if anything differs.
     """
-    gone = {name for pair in old.projections.values() for name in pair}
-    names = [name for name in old.names if name not in gone]
+    names = _kept_names(old)
     wrong = [name for name in names if not _same_bits(old.tensor(name), new.tensor(name))]
     if kept is not None and any(not kept.same_numbers(*pair) for pair in new.pairs()):
         wrong.append("bases")
     if wrong or set(old.layers) != set(new.layers):
         raise CheckpointError(f"the new file does not read back as the old one: {', '.join(wrong[:3])}")
-    return len(names) + len(gone)  # `old.bases` has compared the bases
+    return len(old.names)  # `old.bases` has compared the bases
+
+
+def _kept_names(old: AdapterFolder) -> list[str]:
+    """Return the names of all tensors but the bases."""
+    bases = {name for pair in old.projections.values() for name in pair}
+    return [name for name in old.names if name not in bases]
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

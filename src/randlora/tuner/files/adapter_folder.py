@@ -22,7 +22,7 @@ from randlora.ops.bases import Basis, BasisSpec, basis_from_projections, get_bas
 from randlora.ops.operands import Sizes
 from randlora.tuner.bases import combined_fingerprint, define_bases
 from randlora.tuner.config import FILE_TYPES, RandLoraConfig
-from randlora.tuner.files.format import GAMMA, LAMBDA, NO_STRUCTURED_BASES, in_base
+from randlora.tuner.files.format import GAMMA, LAMBDA, BasisNames, in_base, parts_of
 from randlora.tuner.layers.base import RandLoraLayer
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -111,7 +111,7 @@ class AdapterFolder(SavedWeights):
     path: Path
     config: RandLoraConfig
     layers: dict[str, SavedLayer]
-    projections: dict[str, tuple[str, str]]
+    projections: dict[str, BasisNames]
     others: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
@@ -123,8 +123,8 @@ class AdapterFolder(SavedWeights):
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The bases A (r, 1, m) and B (M, n, r) in the file, each copy, one at a time."""
         with safe_open(self.path / WEIGHTS, "pt") as file:
-            for a, b in self.projections.values():
-                yield file.get_tensor(a), file.get_tensor(b)
+            for pair in self.projections.values():
+                yield file.get_tensor(pair.A), file.get_tensor(pair.B)
 
     def specs(self, shapes: Mapping[str, RandLoraLayer] | None = None) -> dict[int, BasisSpec] | None:
         """Which bases the adapter's config defines, by rank; ``None`` where sizes are missing.
@@ -135,11 +135,11 @@ class AdapterFolder(SavedWeights):
         """
         if shapes is not None:
             return define_bases(list(shapes.values()), self.config, "default")
-        whole = next(((a, b) for a, b in self.projections.values() if a.endswith("randlora_A")), None)
+        whole = next((pair for pair in self.projections.values() if pair.whole), None)
         if whole is None:
             return None
         with safe_open(self.path / WEIGHTS, "pt") as file:
-            min_dim, max_dim = file.get_slice(whole[0]).get_shape()[-1], file.get_slice(whole[1]).get_shape()[0]
+            min_dim, max_dim = file.get_slice(whole.A).get_shape()[-1], file.get_slice(whole.B).get_shape()[0]
         used = max(layer.min_dim for layer in self.layers.values())
         key, kind = self.config.projection_prng_key % 2**32, self.config.basis_kind(min_dim)
         return {
@@ -318,24 +318,14 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
     weights = _weights_of(folder)
     with _damage_named(weights), safe_open(weights, "pt") as file:
         names = list(file.keys())
-        ours = {n: file.get_tensor(n) for n in names if n.endswith((_LAMBDA, _GAMMA))}
-        rest = {n: tuple(file.get_slice(n).get_shape()) for n in names if n not in ours}
-    dimensions = {name: len(shape) for name, shape in rest.items()}
-    projections: dict[str, dict[str, str]] = {}
-    for name in [n for n in rest if ".randlora_A" in f".{n}" or ".randlora_B" in f".{n}"]:
-        owner, _, kind = name.rpartition(".")
-        projections.setdefault(owner, {})[kind.removeprefix("randlora_")[0]] = name
-        del rest[name]
-    half = [owner for owner, pair in projections.items() if len(pair) < 2]
-    if half:
-        raise CheckpointError(f"{weights} holds only one of the two bases of {half[0]!r}")
-    flat = [name for name in names if name not in ours and name not in rest and dimensions[name] != 3]
-    if flat:
-        raise CheckpointError(f"{weights}: {flat[0]!r} has {dimensions[flat[0]]} dimensions, a basis has 3")
-    if projections and config.structured:
-        raise CheckpointError(f"{weights} holds bases, {NO_STRUCTURED_BASES}")
-    pairs = {owner: (pair["A"], pair["B"]) for owner, pair in projections.items()}
-    return AdapterFolder(folder, config, _layers(ours, config, weights), pairs, rest)
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        parts = parts_of(names, config.basis_class, str(weights))
+        updates = {name: file.get_tensor(name) for name in parts.updates}
+    for name in [name for pair in parts.bases.values() for name in pair]:
+        if len(shapes[name]) != 3:
+            raise CheckpointError(f"{weights}: {name!r} has {len(shapes[name])} dimensions, a basis has 3")
+    others = {name: shapes[name] for name in parts.others}
+    return AdapterFolder(folder, config, _layers(updates, config, weights), parts.bases, others)
 
 
 def head_size(path: str | os.PathLike[str]) -> int | None:

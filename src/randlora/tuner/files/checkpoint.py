@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -18,15 +17,8 @@ from randlora.errors import BasisMismatchError, CheckpointError
 from randlora.ops.bases import AwaitedBasis, Basis, basis_from_projections, get_basis
 from randlora.tuner.bases import fingerprint
 from randlora.tuner.config import RandLoraConfig
-from randlora.tuner.files.format import GAMMA, NO_STRUCTURED_BASES
+from randlora.tuner.files.format import GAMMA, USED, parts_of
 from randlora.tuner.layers.base import RandLoraLayer, adapted
-
-_PROJECTIONS = {"randlora_A": "A", "randlora_B": "B", "randlora_A_used": "A", "randlora_B_used": "B"}
-
-
-class _Pair(NamedTuple):
-    A: Tensor  # (r, 1, m)
-    B: Tensor  # (M, n, r)
 
 
 def projections_to_save(layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> dict[str, Tensor]:
@@ -39,11 +31,11 @@ def projections_to_save(layers: list[RandLoraLayer], config: RandLoraConfig, ada
         return {}
     basis = bound[0]
     cut = basis.spec is not None and basis.spec != basis.spec.whole()
-    if cut and basis.spec is not None and config.sparsity is not None:
-        basis, cut = get_basis(basis.spec.whole()), False  # PEFT cannot draw this density: it needs them all
+    if cut and basis.spec is not None and not config.peft_draws_bases:
+        basis, cut = get_basis(basis.spec.whole()), False  # PEFT cannot draw these: it needs them all
     A, B = basis.projections()
-    suffix = "_used" if cut else ""
-    return {f"randlora_A{suffix}": A, f"randlora_B{suffix}": B}
+    end = USED if cut else ""
+    return {f"randlora_A{end}": A, f"randlora_B{end}": B}
 
 
 def fold_scaling(
@@ -85,13 +77,11 @@ def take_projections(
         CheckpointError: if a basis is incomplete, malformed or too small for its layers.
         BasisMismatchError: if the bases are not those of the config's fingerprint.
     """
-    rest = {key: value for key, value in state_dict.items() if key.rpartition(".")[2] not in _PROJECTIONS}
-    pairs = _pairs({key: value for key, value in state_dict.items() if key not in rest})
-    if pairs and config.structured:
-        raise CheckpointError(f"the file holds bases ({', '.join(sorted(pairs))}), {NO_STRUCTURED_BASES}")
+    pairs = parts_of(state_dict, config.basis_class).bases
+    gone = {name for pair in pairs.values() for name in pair}
     layers = list(adapted(model, adapter_name).values())
     main = [layer for layer in layers if layer.r[adapter_name] == config.r]
-    bound = [_bind(pair, main, adapter_name, owner) for owner, pair in pairs.items()]
+    bound = [_bind(state_dict[pair.A], state_dict[pair.B], main, adapter_name, owner) for owner, pair in pairs.items()]
     if any(basis is not bound[0] for basis in bound):
         raise CheckpointError(
             f"the file holds different bases for different layers ({', '.join(sorted(pairs))}); a RandLoRA adapter has "
@@ -101,7 +91,7 @@ def take_projections(
         _verify(layers, config.basis_fingerprint, adapter_name)
     elif not pairs and config.read_from_file:
         _warn_of_assumed_bases(config, "the adapter was saved without its bases and without their fingerprint")
-    return rest
+    return {name: value for name, value in state_dict.items() if name not in gone}
 
 
 def warn_of_unread_bases(config: RandLoraConfig) -> None:
@@ -122,30 +112,18 @@ def _warn_of_assumed_bases(config: RandLoraConfig, reason: str) -> None:
     )
 
 
-def _pairs(projections: dict[str, Tensor]) -> dict[str, _Pair]:
-    """A and B by the module that the file gives them for."""
-    by_owner: dict[str, dict[str, Tensor]] = {}
-    for key, value in projections.items():
-        owner, _, name = key.rpartition(".")
-        by_owner.setdefault(owner, {})[_PROJECTIONS[name]] = value
-    for owner, found in by_owner.items():
-        if len(found) < 2:
-            raise CheckpointError(f"the file holds only randlora_{next(iter(found))} of the two bases of {owner!r}")
-    return {owner: _Pair(**found) for owner, found in by_owner.items()}
-
-
-def _bind(pair: _Pair, layers: list[RandLoraLayer], adapter_name: str, owner: str) -> Basis | AwaitedBasis:
-    """The basis that ``pair`` stands for, bound to ``layers``: their own if the numbers are the same."""
+def _bind(A: Tensor, B: Tensor, layers: list[RandLoraLayer], adapter_name: str, owner: str) -> Basis | AwaitedBasis:
+    """Return the bases A (r, 1, m) and B (M, n, r), bound to ``layers``: their own ones if the numbers are the same."""
     if not layers:
         raise CheckpointError(f"the file holds bases for {owner!r}, but no layer of the model uses them")
     current = layers[0].bases[adapter_name]
-    if isinstance(current, Basis) and current.same_numbers(*pair):
+    if isinstance(current, Basis) and current.same_numbers(A, B):
         return current
-    basis = basis_from_projections(*pair)
+    basis = basis_from_projections(A, B)
     for layer in layers:
         if not basis.covers(layer.r[adapter_name], layer.min_dim, layer.max_dim):
             raise CheckpointError(
-                f"the file's bases of shapes {tuple(pair.A.shape)} and {tuple(pair.B.shape)} are too small for a "
+                f"the file's bases of shapes {tuple(A.shape)} and {tuple(B.shape)} are too small for a "
                 f"{layer.out_features}×{layer.in_features} layer of rank {layer.r[adapter_name]}: the adapter was made "
                 "for another model or another r"
             )
