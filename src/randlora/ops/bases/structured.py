@@ -369,10 +369,9 @@ class StructuredBases(NamedTuple):
 
     def _padded_ids(self, ids: Tensor, size: int) -> Tensor:
         """The places among padded groups of indices below ``size``."""
-        short = -size % self.groups
+        length, edge, short = _layout(size, self.groups)
         if not short:
             return ids
-        length, edge = -(-size // self.groups), (self.groups - short) * -(-size // self.groups)
         return torch.where(ids < edge, ids, ids + (ids - edge) // max(length - 1, 1))
 
     def _plus(self, update: Tensor, beside: Beside | None, size: int) -> Tensor:
@@ -417,21 +416,27 @@ class StructuredBases(NamedTuple):
         return d_lam, cut(d_gamma.transpose(0, 1).flatten(1), self.groups, self.min_dim)
 
 
+def _layout(size: int, groups: int) -> tuple[int, int, int]:
+    """Return the length of most groups, the index at which the shorter ones begin, and how many these are."""
+    length, short = -(-size // groups), -size % groups
+    return length, (groups - short) * length, short
+
+
 def padded(values: Tensor, groups: int) -> Tensor:
     """Return values (..., k) with a zero after each of the last groups, which are shorter: (..., groups·⌈k/groups⌉)."""
-    length, short = -(-values.shape[-1] // groups), -values.shape[-1] % groups
+    length, edge, short = _layout(values.shape[-1], groups)
     if not short:
         return values
-    whole, rest = values.split([(groups - short) * length, short * (length - 1)], -1)
+    whole, rest = values.split([edge, short * (length - 1)], -1)
     return torch.cat([whole, F.pad(rest.unflatten(-1, (short, length - 1)), (0, 1)).flatten(-2)], -1)
 
 
 def cut(values: Tensor, groups: int, size: int) -> Tensor:
     """Return the ``size`` values of which ``padded`` has made these."""
-    length, short = -(-size // groups), -size % groups
+    length, edge, short = _layout(size, groups)
     if not short:
         return values
-    whole, rest = values.split([(groups - short) * length, short * length], -1)
+    whole, rest = values.split([edge, short * length], -1)
     return torch.cat([whole, rest.unflatten(-1, (short, length))[..., :-1].flatten(-2)], -1)
 
 
