@@ -15,7 +15,6 @@ from torch import nn
 
 from randlora.errors import AdapterNamesError
 from randlora.tuner.layers.base import RandLoraLayer
-from randlora.tuner.layers.read_weight import rows_have_adapters
 from randlora.tuner.layers.rows import BASE, calls
 
 
@@ -46,7 +45,7 @@ def one_adapter_per_sample(model: nn.Module, adapter_names: Sequence[str], copie
         else:
             continue
         names[module] = [name if name in known else BASE for name in adapter_names]
-    with rows_have_adapters(adapter_names), calls.run(names, copies):
+    with calls.run(adapter_names, names, copies):
         yield
 
 

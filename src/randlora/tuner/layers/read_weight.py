@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
@@ -18,26 +17,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from randlora.errors import AdapterNamesError, UnsupportedLayerError
+from randlora.tuner.layers.rows import calls
 
 if TYPE_CHECKING:
     from randlora.tuner.layers.base import RandLoraLayer
-
-_rows: dict[int, Sequence[str]] = {}  # by thread
-
-
-@contextmanager
-def rows_have_adapters(adapter_names: Sequence[str]) -> Iterator[None]:
-    """Within this context, in this thread, no weight can be read that the adapter of a row would change."""
-    thread = threading.get_ident()
-    before = _rows.get(thread)
-    _rows[thread] = adapter_names
-    try:
-        yield
-    finally:
-        if before is None:
-            del _rows[thread]
-        else:
-            _rows[thread] = before
 
 
 def read_weight(layer: RandLoraLayer) -> Tensor:
@@ -59,7 +42,7 @@ def read_weight(layer: RandLoraLayer) -> Tensor:
     if layer.disable_adapters:
         return weight
     names = [name for name in layer.active_adapters if name in layer.randlora_lambda]
-    mixed = bool(_rows) and _of_rows(layer, compiling)
+    mixed = bool(calls.adapters) and _of_rows(layer, compiling)
     if not mixed and (layer.merged or not names):
         return weight
 
@@ -236,6 +219,7 @@ def _require_readable(layer: RandLoraLayer, weight: Tensor, names: list[str], co
 
 def _of_rows(layer: RandLoraLayer, compiling: bool) -> list[str]:
     """Adapters of this layer that a mixed batch of this thread names, or that shape its weight meanwhile."""
-    here = next(iter(_rows.values()), None) if compiling else _rows.get(threading.get_ident())
+    names = calls.adapters
+    here = next(iter(names.values()), None) if compiling else names.get(threading.get_ident())
     shaping = () if here is None else (*here, *layer.merged_adapters, *layer.active_adapters)
     return sorted({name for name in shaping if name in layer.r})

@@ -9,7 +9,7 @@ how a hook is to be called), and a compiled module does not see hooks that come 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,28 +27,32 @@ class Calls:
 
     Attributes:
         running: whether there are any. It is a plain value, on which compiled code is guarded.
+        adapters: their ``adapter_names``, by thread: plain values too, for weights that are read past their layers.
     """
 
     def __init__(self) -> None:
         self.running = False
+        self.adapters: dict[int, Sequence[str]] = {}
         self._of_thread: dict[int, dict[nn.Module, tuple[list[str], int]]] = {}
         self._lock = threading.Lock()
 
     @contextmanager
-    def run(self, names: dict[nn.Module, list[str]], copies: int) -> Iterator[None]:
+    def run(self, adapter_names: Sequence[str], names: dict[nn.Module, list[str]], copies: int) -> Iterator[None]:
         """Within this context ``names`` are those of the modules, in this thread only.
 
         Args:
+            adapter_names: of the call, one for each sample.
             names: for each module the names, one for each sample.
             copies: as of :func:`one_adapter_per_sample`.
         """
         thread = threading.get_ident()
-        outer = self._of_thread.get(thread, {})
-        self._set(thread, outer | {module: (of_module, copies) for module, of_module in names.items()})
+        outer, outer_names = self._of_thread.get(thread, {}), self.adapters.get(thread)
+        inner = outer | {module: (of_module, copies) for module, of_module in names.items()}
+        self._set(thread, inner, adapter_names)
         try:
             yield
         finally:
-            self._set(thread, outer)
+            self._set(thread, outer, outer_names)
 
     def names(self, module: nn.Module, rows: int) -> list[str] | None:
         """One name for each row of the input of ``module``, or ``None`` outside of calls of this thread."""
@@ -58,12 +62,15 @@ class Calls:
         names, copies = known
         return [name for name in names for _ in range(copies)] if rows == len(names) * copies else names
 
-    def _set(self, thread: int, names: dict[nn.Module, tuple[list[str], int]]) -> None:
+    def _set(
+        self, thread: int, names: dict[nn.Module, tuple[list[str], int]], adapter_names: Sequence[str] | None
+    ) -> None:
         with self._lock:
-            if names:
-                self._of_thread[thread] = names
-            else:
+            if adapter_names is None:
                 self._of_thread.pop(thread, None)
+                self.adapters.pop(thread, None)
+            else:
+                self._of_thread[thread], self.adapters[thread] = names, adapter_names
             self.running = bool(self._of_thread)
 
 
