@@ -1,4 +1,4 @@
-"""Finds the rates with which the planner counts on this machine."""
+"""The planner's rates on this machine, by measurement."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Timing:
     """Seconds of one call beyond the base layer's own, for each of the ways.
 
     Attributes:
-        problem: gives what was computed, with the costs by the rates of that moment.
+        problem: gives the planner's problem, with the costs by the rates of that moment.
         forward: seconds of the output, by way.
         backward: seconds of the gradients, by ways of dx and dÃ.
     """
@@ -47,9 +47,9 @@ def calibrate(
     shapes: Iterable[tuple[int, int]] = _SHAPES,
     tokens: Iterable[int] = _TOKENS,
 ) -> Rates:
-    """Measures layers of the given shapes and makes the planner count with what fits them best.
+    """Measure layers of the given shapes and set the planner's rates to those that fit them best.
 
-    In float32 on a CPU. On a GPU in bfloat16, where only what an element costs is fitted; give it layers and tokens of
+    In float32 on a CPU. On a GPU in bfloat16, where only the cost of an element is fitted; give it layers and tokens of
     the size of a model's. Takes about a minute with the default shapes. The rates hold for this process; a program that
     is to use them without measuring passes them to ``randlora.ops.plan.set_rates``.
 
@@ -87,7 +87,7 @@ def measure(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Timing:
-    """Times every way of computing one layer's call."""
+    """Return the timings of every way of computing one layer's call."""
     out, in_ = shape
     m, M = min(shape), max(shape)
     basis = get_basis(BasisSpec(_RANK, m, M, 0, kind, m, M))
@@ -111,7 +111,7 @@ def measure(
 def fitted(
     timings: list[Timing], start: Rates, candidates: dict[str, list[float]], device: torch.device = _CPU
 ) -> Rates:
-    """The rates among ``candidates`` with which the planner's choices take the least time in all."""
+    """Return the rates among ``candidates`` with which the planner's choices take the least time in all."""
 
     def total(rates: Rates) -> float:
         before = planner.rates_on(device)
@@ -129,7 +129,7 @@ def fitted(
 
 
 def chosen_seconds(timing: Timing) -> float:
-    """What the planner's choice among the measured ways took."""
+    """Return the seconds of the way that the planner chooses among those measured."""
     problem = timing.problem()
     forward = min(timing.forward, key=lambda way: forward_cost(problem, way))
     backward = min(timing.backward, key=lambda ways: backward_cost(problem, *ways))
@@ -137,12 +137,12 @@ def chosen_seconds(timing: Timing) -> float:
 
 
 def _around(value: float) -> list[float]:
-    """Candidates from a quarter of the value to its fourfold, those next to it first."""
+    """Return candidates from a quarter of the value to four times it, the nearest first."""
     return sorted((value * 2 ** (step / 4) for step in range(-8, 9)), key=lambda found: abs(found / value - 1))
 
 
 def _seconds(call: Callable[[], torch.Tensor], dy: torch.Tensor) -> tuple[float, float]:
-    """Medians of forward and of backward."""
+    """Return the medians of forward and of backward, in seconds."""
     found = []
     for _ in range(_ROUNDS + 1):
         start = _now(dy.device)

@@ -12,7 +12,7 @@ TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Within this context they only say what is critical; afterwards, what they did before."""
+    """Let loggers report critical messages only, within the context."""
     loggers = [logging.getLogger(name) for name in TALKATIVE]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""What adapters are and cost, from their files or from a model's shape."""
+"""Descriptions of adapters and of their costs, from their files or from a model's shape."""
 
 from randlora.analysis.finite import first_not_finite
 from randlora.analysis.update import delta_weight, effective_rank, numerical_rank, singular_values

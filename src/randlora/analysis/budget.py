@@ -1,8 +1,8 @@
-"""Before any training: which r fits a budget of parameters, and what it will cost beside LoRA and full fine-tuning.
+"""The r for a budget of parameters, and its cost beside LoRA and full fine-tuning, before any training.
 
 A model's config is enough; no weights are loaded. Counts are exact. Memory and cost come from one training step on
 tensors without memory (``trace.py``); the cost of RandLoRA's products comes from the planner's own table
-(``ops/plan.py``), by which they are computed.
+(``ops/plan.py``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from randlora.tuner.shapes import adapted_layers, unbound_model
 
 Task = Literal["causal-lm", "sequence-classification"]
 _TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
-_HEADS = ("classifier", "score")  # what PEFT trains in full beside the adapter of a classifier
+_HEADS = ("classifier", "score")  # modules that PEFT trains in full beside the adapter of a classifier
 
 ELEMENT = 40.0
 """Multiply-adds that writing one element costs outside of products; as ``Rates.element``."""
@@ -42,7 +42,7 @@ OPTIMIZER = 1000.0
 
 @dataclass(frozen=True)
 class Budget:
-    """How many parameters shall train; exactly one of these is given.
+    """The number of parameters to train; exactly one of these is given.
 
     Attributes:
         params: at most so many.
@@ -70,7 +70,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is to be trained, apart from r.
+    """The training to plan, apart from r.
 
     Attributes:
         model: folder or name on the hub; only its config is read.
@@ -126,10 +126,10 @@ class Option:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a budget comes to.
+    """The r for a budget, and its costs beside those of other r and methods.
 
     Attributes:
-        setup: what was asked.
+        setup: the training that was asked for.
         parameters: of the base model.
         layers: number of adapted layers.
         targets: last parts of their names.
@@ -152,7 +152,7 @@ class TrainingPlan:
 
 
 def plan_training(setup: Setup, budget: Budget) -> TrainingPlan:
-    """Finds the r of a budget and says what it, other r, LoRA and full fine-tuning cost.
+    """Return the r of a budget, and the costs of that r, of other r, of LoRA and of full fine-tuning.
 
     Raises:
         ConfigError: if the model's config is not at hand, the targets do not fit it, or no r fits the budget.
@@ -161,7 +161,7 @@ def plan_training(setup: Setup, budget: Budget) -> TrainingPlan:
 
 
 def choose_r(count: Callable[[int], int], largest: int, most: float | None = None, near: int | None = None) -> int:
-    """The r with the largest count of at most ``most``, or with the one nearest to ``near``; of several the smallest.
+    """Return the r whose count is the largest up to ``most``, or the nearest to ``near``; of several r the smallest.
 
     Args:
         count: trainable values by r.
@@ -224,7 +224,7 @@ class _Planner:
         )
 
     def count(self, r: int) -> int:
-        """Values of λ, γ and the head: n·(r + m) for each matrix."""
+        """Return the number of values of λ, γ and the head: n·(r + m) for each matrix."""
         return self.head + count_trainable(self.matrices, r)
 
     def _r(self, budget: Budget) -> int:
@@ -326,7 +326,7 @@ class _Planner:
             )
 
     def _prepared(self, build: Callable[[], nn.Module]) -> nn.Module:
-        """With a head that trains, and inputs that require gradients, as gradient checkpointing needs them."""
+        """Return the model with a head that trains and inputs that require gradients, as checkpointing needs."""
         model: Any = build()
         for name, parameter in model.named_parameters():
             if _in_head(name, self.setup.task) and "randlora" not in name:

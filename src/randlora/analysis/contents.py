@@ -1,4 +1,4 @@
-"""What is in an adapter folder: config, shapes, counts, norms and ranks, and whether its bases are the right ones."""
+"""The contents of an adapter folder: config, shapes, counts, norms and ranks, and a check of its bases."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class LayerContents:
 
 @dataclass(frozen=True)
 class Contents:
-    """An adapter.
+    """The contents of an adapter folder.
 
     Attributes:
         path: its folder.
@@ -81,14 +81,14 @@ class Contents:
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is wrong with it."""
+        """Whether nothing is wrong with the adapter."""
         return self.bases != "wrong" and not self.not_finite
 
 
 def inspect_adapter(
     path: str | os.PathLike[str], base_model_path: str | os.PathLike[str] | None = None, ranks: bool = True
 ) -> Contents:
-    """Looks into an adapter folder.
+    """Return the contents of an adapter folder.
 
     The base model's config, if it is at hand, gives the shapes of the layers; its weights are never read.
 
@@ -110,7 +110,7 @@ def inspect_adapter(
     layers = [_layer(layer, shapes, bases, ranks) for layer in folder.layers.values()]
     return Contents(
         path=os.fspath(folder.path),
-        config=folder.config.to_dict() | content_of(folder.path),  # whoever wrote it may have left out what is default
+        config=folder.config.to_dict() | content_of(folder.path),  # its writer may have left out defaults
         parameters=sum(layer.parameters for layer in folder.layers.values())
         + sum(math.prod(shape) for shape in folder.others.values()),
         file_bytes=folder.nbytes,
@@ -195,7 +195,7 @@ def _layer(
 
 
 def _measure(updates: Iterable[Tensor], ranks: bool) -> tuple[float, float | None]:
-    """The norm and the effective rank, as the report has them."""
+    """Return the norm and the effective rank of the updates, as the report has them."""
     found = list(updates)
     norm = math.sqrt(sum(float(update.double().square().sum()) for update in found))
     return norm, spectrum(found).effective_rank if ranks and math.isfinite(norm) else None

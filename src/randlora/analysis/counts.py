@@ -1,4 +1,4 @@
-"""How many values train."""
+"""Numbers of values that train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How two adapters differ: in their configs, in their layers, and in the updates that they make."""
+"""The differences between two adapters: in their configs, in their layers, and in their updates."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Difference:
 
     @property
     def same_effect(self) -> bool:
-        """Whether both make the same updates to the same layers, bit for bit in float32, and train the rest alike."""
+        """Whether both adapters make the same updates, bit for bit in float32, and train the rest alike."""
         updates = all(layer.relative == 0 for layer in self.layers)
         return updates and not (self.only_first or self.only_second or any(self.others.values()))
 
@@ -72,7 +72,7 @@ def compare_adapters(
     second: str | os.PathLike[str],
     base_model_path: str | os.PathLike[str] | None = None,
 ) -> Difference:
-    """Compares two adapter folders; no weights of the base model are read.
+    """Return the differences between two adapter folders; no weights of the base model are read.
 
     Args:
         first: a folder.
@@ -103,7 +103,7 @@ def _read(path: str | os.PathLike[str]) -> _Folder:
 
 
 def _updates(folder: _Folder, base_model_path: str | os.PathLike[str] | None) -> _Updates:
-    """ΔW of a layer by its name, one matrix at a time."""
+    """Return a function that yields the updates ΔW of a layer by its name, one matrix at a time."""
     if isinstance(folder, LoraFolder):
         return lambda name: iter([folder.layers[name].left @ folder.layers[name].right])
     shapes = known_shapes(folder, base_model_path)
@@ -136,7 +136,7 @@ def _config_difference(first: _Folder, second: _Folder) -> dict[str, tuple[Any, 
 
 
 def _plain(value: object) -> object:
-    """Lists of names in no order: PEFT writes sets."""
+    """Return a value of a config, with lists of names sorted: PEFT writes sets."""
     return sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
 
 

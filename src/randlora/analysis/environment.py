@@ -1,4 +1,4 @@
-"""What this machine and this installation can do: versions, devices, and which products run, tried out."""
+"""The abilities of this machine and installation: versions, devices, and the products that run, tried out."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the output's norm
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         topic: "version", "device", "product" or "optional".
-        name: what.
+        name: of the thing that was checked.
         verdict: "ok"; "absent", which something slower or nothing stands in for; "broken", which must be mended.
-        detail: what was found, and the way out where it is not ok.
+        detail: the finding in words, and the way out where it is not ok.
     """
 
     topic: str
@@ -55,7 +55,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Looks at everything; changes nothing, takes about a second."""
+    """Return the findings about this machine and installation. It takes about a second and changes nothing."""
     return [*_versions(), *_devices(), *_products(), *_optional()]
 
 
@@ -128,7 +128,7 @@ def _kernels() -> tuple[Verdict, str]:
 
 
 def _tried(name: str, kind: BasisKind) -> Finding:
-    """One layer's output against the formula."""
+    """Return the finding of a comparison of one layer's output with the formula."""
     return _guarded("product", f"{name} layer", lambda: _compare(kind))
 
 

@@ -1,4 +1,4 @@
-"""Where a model has stopped being finite."""
+"""The first layer of a model with a number that is not finite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from randlora.tuner.layers.base import RandLoraLayer, adapted
 
 
 def first_not_finite(model: nn.Module, *args: Any, **kwargs: Any) -> str | None:
-    """Names the first adapted layer, in the order of modules, where a number is infinite or NaN.
+    """Return the name of the first adapted layer, in the order of modules, that has an infinite number or NaN.
 
     Args:
         model: the model, or any module around adapted layers.

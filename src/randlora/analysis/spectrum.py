@@ -44,7 +44,7 @@ class Spectrum:
 
 
 def spectrum(updates: Iterable[Tensor]) -> Spectrum:
-    """Of one or more updates (out, in).
+    """Return the spectrum of one update (out, in), or of several.
 
     Up to a smaller dimension of ``LARGEST_EXACT`` from the eigenvalues of the smaller Gram matrix in float64: values
     below 1e-8 of the largest are lost, and float32 has none. Beyond by stochastic Lanczos quadrature (Ubaru, Chen &
@@ -68,7 +68,7 @@ def spectrum(updates: Iterable[Tensor]) -> Spectrum:
 
 
 def spectrum_of_product(left: Tensor, right: Tensor) -> Spectrum:
-    """Of left @ right, (out, r) and (r, in), whatever their size: exact, by QR of the factors."""
+    """Return the spectrum of left @ right, (out, r) and (r, in): exact at every size, by QR of the factors."""
     core = torch.linalg.qr(left.double()).R @ torch.linalg.qr(right.double().T).R.T
     values = torch.zeros(min(left.shape[0], right.shape[1]), dtype=torch.float64)
     found = torch.linalg.svdvals(core)[: len(values)]
@@ -77,7 +77,7 @@ def spectrum_of_product(left: Tensor, right: Tensor) -> Spectrum:
 
 
 def _summary(nodes: Tensor, weights: Tensor, norm: float, exact: bool) -> Spectrum:
-    """Of singular values (k,) that stand for ``weights`` (k,) values each."""
+    """Return the spectrum of singular values (k,), each of which counts as ``weights`` (k,) values."""
     order = nodes.argsort(descending=True)
     nodes, weights = nodes[order], weights[order]
     size = round(float(weights.sum()))
@@ -95,7 +95,7 @@ def _summary(nodes: Tensor, weights: Tensor, norm: float, exact: bool) -> Spectr
 
 
 def _places(size: int) -> tuple[int, ...]:
-    """The first 16 and others evenly up to the last."""
+    """Return the first 16 places and others, evenly spread, up to the last."""
     even = torch.linspace(1, size, _POINTS - 16).round().int().tolist()
     return tuple(sorted({*range(1, min(16, size) + 1), *even}))
 
@@ -108,8 +108,8 @@ def _computed(update: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _estimated(update: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the quadrature: Lanczos from random signs, each new vector made orthogonal to all."""
-    largest = float(update.abs().max()) or 1.0  # squares of what float32 holds may be more than it holds
+    """Return nodes and weights of the quadrature: Lanczos from random signs, each vector orthogonal to all before."""
+    largest = float(update.abs().max()) or 1.0  # squares of numbers of float32 may exceed its range
     tall = (update if update.shape[0] >= update.shape[1] else update.T) / largest
     size = tall.shape[1]
     draw = torch.Generator().manual_seed(0)

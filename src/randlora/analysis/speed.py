@@ -1,4 +1,4 @@
-"""A quick look at what training costs on this machine: one small model, the methods in turn."""
+"""A quick measurement of training on this machine: one small model, the methods in turn."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ class Speed:
 def measure_speed(
     hidden: int = 512, layers: int = 2, tokens: int = 1024, r: int = 32, rounds: int = 5, device: str | None = None
 ) -> list[Speed]:
-    """Training steps of a Llama shape in float32, the methods in turn, round after round, so that a disturbance of the
-    machine falls on all alike. LoRA has the rank whose count is nearest.
+    """Return the time and memory of training steps of a Llama shape in float32, for each method.
+
+    The methods take turns, round after round, so that a disturbance of the machine falls on all alike. LoRA has the
+    rank whose count is nearest.
 
     Args:
         hidden: width; a multiple of 64.

@@ -1,4 +1,4 @@
-"""One training step of a model that has no weights: what it computes and the most that it holds at once.
+"""One training step of a model without weights: the products that it computes, and its peak of bytes.
 
 The step runs on fake tensors, which have shapes and dtypes and no memory. So nothing is estimated that PyTorch itself
 decides: which tensors autograd keeps, when each is let go, which products there are.
@@ -43,7 +43,7 @@ class Trace:
 
 
 def trace_step(build: Callable[[], nn.Module], batch: Callable[[], dict[str, Tensor]]) -> Trace:
-    """Runs two steps with AdamW (the first makes its state) with nothing but shapes.
+    """Return the trace of the second of two steps with AdamW, run on shapes alone; the first makes its state.
 
     Args:
         build: makes the model, ready to train, on the meta device.
@@ -71,7 +71,7 @@ def trace_step(build: Callable[[], nn.Module], batch: Callable[[], dict[str, Ten
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:
-    """Parameters and buffers as fake tensors of the CPU; those that are one stay one."""
+    """Return the model with fake tensors of the CPU for parameters and buffers; tied tensors stay tied."""
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def _update(optimizer: torch.optim.Optimizer | None) -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operations make, until each is let go."""
+    """The sum of the storages that operations make, until each is freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class LiveBytes(TorchDispatchMode):
         self._known = WeakIdKeyDictionary()
 
     def hold(self, tensor: Tensor) -> None:
-        """Counts the storage of ``tensor`` from now on, once."""
+        """Count the storage of ``tensor`` from now on, once."""
         storage = tensor.untyped_storage()
         if storage in self._known:
             return
@@ -122,7 +122,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self._now)
 
     def forget_peak(self) -> None:
-        """Begins anew, with what is held now."""
+        """Begin a new peak, at the bytes that are held now."""
         self.peak = self._now
 
     def _release(self, nbytes: int) -> None:

@@ -1,4 +1,4 @@
-"""What an adapter does to a weight."""
+"""The update of a weight by an adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from randlora.errors import ConfigError
 
 
 def delta_weight(model: PeftModel, module: str, adapter: str = "default") -> Tensor:
-    """ΔW of one adapted module of a PEFT model, of any additive method, in float32.
+    """Return ΔW of one adapted module of a PEFT model, of any additive method, in float32.
 
     Args:
         model: the model.
@@ -22,18 +22,18 @@ def delta_weight(model: PeftModel, module: str, adapter: str = "default") -> Ten
     """
     layer = dict(model.get_base_model().named_modules()).get(module)
     if layer is None or not hasattr(layer, "get_delta_weight"):
-        raise ConfigError(f"{module!r} is no adapted module of the model")
+        raise ConfigError(f"{module!r} is not an adapted module of the model")
     with torch.no_grad():
         return layer.get_delta_weight(adapter).float()
 
 
 def singular_values(update: Tensor) -> Tensor:
-    """Singular values of an update (out, in), largest first, computed in float64."""
+    """Return the singular values of an update (out, in), largest first, computed in float64."""
     return torch.linalg.svdvals(update.double())
 
 
 def numerical_rank(values: Tensor) -> int:
-    """How many singular values stand out of the rounding of float32."""
+    """Return the number of singular values above the rounding of float32."""
     return int((values > values.max() * len(values) * torch.finfo(torch.float32).eps).sum())
 
 

@@ -27,7 +27,7 @@ from randlora.tuner.shapes import known_shapes
 
 @dataclass(frozen=True)
 class Compacted:
-    """What has become smaller.
+    """The result of compacting an adapter.
 
     Attributes:
         path: the folder that is small now.
@@ -51,7 +51,7 @@ def compact_adapter(
     target: str | os.PathLike[str] | None = None,
     base_model_path: str | os.PathLike[str] | None = None,
 ) -> Compacted:
-    """Writes an adapter without the bases that can be drawn again.
+    """Write an adapter without the bases that can be drawn again.
 
     Other files of the folder, such as a tokenizer, stay where they are.
 
@@ -93,14 +93,14 @@ def compact_adapter(
 
 
 def _write(old: AdapterFolder, content: dict[str, Any], kept: Basis | None, folder: Path) -> int:
-    """Writes both files into ``folder``, reads them back and compares."""
+    """Write both files into ``folder``, read them back, and return the number of tensors compared."""
     save_file(_tensors(old, kept), folder / WEIGHTS, metadata={"format": "pt"})
     write_json(content, folder, CONFIG)
     return _verify(old, read_adapter(folder), kept)
 
 
 def _replace(old: AdapterFolder, content: dict[str, Any], kept: Basis | None) -> int:
-    """The same in the place of the old files; the state in between, new config and old weights, loads as well."""
+    """Replace the old files by new ones; in between, the new config with the old weights loads as well."""
     with disk_errors(old.path), tempfile.TemporaryDirectory(dir=old.path, prefix=".compact.") as trial:
         compared = _write(old, content, kept, Path(trial))
         write_json(content, old.path, CONFIG)
@@ -117,7 +117,7 @@ def _tensors(old: AdapterFolder, kept: Basis | None) -> dict[str, Tensor]:
 
 
 def _verify(old: AdapterFolder, new: AdapterFolder, kept: Basis | None) -> int:
-    """Compares what was read back; returns the number of tensors.
+    """Return the number of tensors, after comparing those that were read back with the old ones.
 
     Raises:
         CheckpointError: if anything differs.
@@ -138,7 +138,7 @@ def _kept_names(old: AdapterFolder) -> list[str]:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal in dtype and every bit, NaN included."""
+    """Return whether two tensors are equal in dtype and every bit, NaN included."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))

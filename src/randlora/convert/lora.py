@@ -33,7 +33,7 @@ _BIAS: dict[str, Literal["none", "all", "lora_only"]] = {"none": "none", "all": 
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """What the conversion of a layer costs.
+    """The error of the conversion of a layer.
 
     Attributes:
         name: name of the layer in the base model.
@@ -48,7 +48,7 @@ class ConvertedLayer:
 
 @dataclass(frozen=True)
 class LoraConversion:
-    """A LoRA adapter, and what it lacks.
+    """A LoRA adapter, and its error against the adapter that it was made of.
 
     Attributes:
         config: its config. Each layer's scaling is 1: alpha is its rank.
@@ -61,7 +61,7 @@ class LoraConversion:
     layers: tuple[ConvertedLayer, ...]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes an adapter folder that PEFT, without this package, loads as LoRA; each file whole or not at all."""
+        """Write an adapter folder that PEFT, without this package, loads as LoRA; each file whole or not at all."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         write_atomically(
@@ -80,7 +80,7 @@ def to_lora(
     rank: int | Mapping[str, int] | None = None,
     energy: float | None = None,
 ) -> LoraConversion:
-    """The LoRA adapter that is nearest to a RandLoRA adapter, or to a weighted sum of some.
+    """Return the LoRA adapter that is nearest to a RandLoRA adapter, or to a weighted sum of several.
 
     Biases, ``modules_to_save`` and trainable tokens of the adapter go with it.
 
@@ -131,7 +131,7 @@ def convert_folder_to_lora(
     energy: float | None = None,
     base_model_path: str | os.PathLike[str] | None = None,
 ) -> LoraConversion:
-    """``to_lora`` from folder to folder; of the base model only the config is read.
+    """Convert an adapter folder to the nearest LoRA in a new folder; of the base model only the config is read.
 
     Args:
         adapter: folder of a RandLoRA adapter.
@@ -193,7 +193,7 @@ def _rank_of(ranks: Mapping[str, int], name: str) -> int:
 
 
 def _kept(S: Tensor, rank: int | None, energy: float | None) -> int:
-    """How many singular values to keep, at least one."""
+    """Return the number of singular values to keep, at least one."""
     if rank is not None:
         return min(rank, len(S))
     assert energy is not None
@@ -208,7 +208,7 @@ def _relative_error(S: Tensor, kept: int) -> float:
 
 
 def _other_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """What the adapter's file holds beside λ, γ and bases."""
+    """Return the tensors of the adapter's file other than λ, γ and bases."""
     content = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return {
         in_file(in_base(key)): value.detach().cpu().clone()  # tied ones may not share memory in a file
@@ -259,7 +259,7 @@ def _lora_config(
 
 
 def _targets(base: nn.Module, names: set[str]) -> tuple[list[str], list[str]]:
-    """Target modules that hit ``names`` only, last parts of names where possible, and what must be excluded."""
+    """Return target modules that hit ``names`` only, as last parts of names where possible, and modules to exclude."""
     others = {name for name, _ in base.named_modules()} - names
     leaves = {name.rpartition(".")[2] for name in names}
     if not any(other.rpartition(".")[2] in leaves for other in others):

@@ -1,4 +1,4 @@
-"""From an adapter folder to a model folder that needs nothing else: merged weights, and what prepares inputs."""
+"""From an adapter folder to a model folder that needs nothing else: merged weights, and the tokenizer or processor."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def merge_folder(
     max_shard_size: int | str = "5GB",
     **base_model_arguments: Any,
 ) -> MergedFolder:
-    """Merges an adapter folder into its base model, and writes the whole with the tokenizer of one of them.
+    """Merge an adapter folder into its base model, and write the whole with the tokenizer of one of them.
 
     Models of images have an image processor instead.
 
@@ -94,7 +94,7 @@ def merge_folder(
 def _merge_by_peft(
     config: PeftConfig, adapter: Path, folder: Path, source: str, max_shard_size: int | str, arguments: dict[str, Any]
 ) -> None:
-    """An adapter of another method, such as the LoRA of a run that is compared with: the whole model in memory."""
+    """Merge an adapter of another method, such as LoRA, by PEFT, which holds the whole model in memory."""
     base = load_base(source, task_of(config), **head_arguments(adapter), **arguments)
     model: Any = with_adapter(base, adapter)
     if not hasattr(model, "merge_and_unload"):

@@ -37,7 +37,7 @@ def save_merged(
     base_model_path: str | os.PathLike[str] | None = None,
     **base_model_arguments: Any,
 ) -> None:
-    """Writes the model with its adapters merged as a folder that ``from_pretrained`` loads without PEFT.
+    """Write the model with its adapters merged as a folder that ``from_pretrained`` loads without PEFT.
 
     The folder appears when everything is in it.
 
@@ -75,7 +75,7 @@ def save_merged(
 
 
 def _load(path: str | os.PathLike[str], base_path: Any, arguments: dict[str, Any]) -> nn.Module:
-    """The base model of a saved adapter with the adapter in it, in evaluation mode."""
+    """Return the base model of a saved adapter with the adapter in it, in evaluation mode."""
     config = read_randlora_config(path)
     head = {} if "num_labels" in arguments else head_arguments(path)
     base = load_base(base_path_of(config, base_path), task_of(config), **head, **arguments)
@@ -85,7 +85,7 @@ def _load(path: str | os.PathLike[str], base_path: Any, arguments: dict[str, Any
 def _savable(base: nn.Module, adapter_names: list[str] | None) -> list[MergedTensor]:
     if not isinstance(base, PreTrainedModel):
         raise ConfigError(
-            f"{type(base).__name__} is no model of Transformers, whose format this is: use `merge_and_unload()` and "
+            f"{type(base).__name__} is not a model of Transformers, whose format this is: use `merge_and_unload()` and "
             "save the result as such models are saved"
         )
     if getattr(base, "hf_quantizer", None) is not None:
@@ -100,7 +100,7 @@ def _savable(base: nn.Module, adapter_names: list[str] | None) -> list[MergedTen
 
 
 def _tied(tensors: list[MergedTensor]) -> list[list[MergedTensor]]:
-    """The tensors in their order, those that are one and the same in the model together."""
+    """Return the tensors in their order, tied tensors as one group."""
     groups: dict[int, list[MergedTensor]] = {}
     for tensor in tensors:
         groups.setdefault(id(tensor.held), []).append(tensor)
@@ -128,7 +128,7 @@ class _Written(NamedTuple):
 
 
 def _write_shard(base: Any, shard: list[list[MergedTensor]], folder: Path, name: str) -> _Written:
-    """Lets the model save these tensors as it saves all of them; they are let go with the return."""
+    """Let the model save these tensors in its own way; they are freed with the return."""
     tensors, untied = _make(shard)
     nbytes = sum({value.data_ptr(): value.nbytes for value in tensors.values()}.values())
     part = folder / "part"
@@ -143,7 +143,7 @@ def _write_shard(base: Any, shard: list[list[MergedTensor]], folder: Path, name:
 
 
 def _make(shard: list[list[MergedTensor]]) -> tuple[dict[str, Tensor], bool]:
-    """The tensors of a shard by name, and whether some that were one in the model no longer are."""
+    """Return the tensors of a shard by name, and whether tensors that the model ties now differ."""
     tensors: dict[str, Tensor] = {}
     untied = False
     for group in shard:
@@ -161,7 +161,7 @@ def _make(shard: list[list[MergedTensor]]) -> tuple[dict[str, Tensor], bool]:
 
 @contextmanager
 def _not_in_peft_format(base: Any) -> Iterator[None]:
-    """A model whose adapters Transformers has added would save these instead of itself."""
+    """Let a model to which Transformers has added adapters save itself, and not only these, within the context."""
     flag = getattr(base, "_hf_peft_config_loaded", False)
     base._hf_peft_config_loaded = False
     try:
@@ -171,7 +171,7 @@ def _not_in_peft_format(base: Any) -> Iterator[None]:
 
 
 def _declare_untied(folder: Path) -> None:
-    """Output embeddings that an adapter has changed are no longer the input embeddings."""
+    """Record in the config that an adapter has changed one of two embeddings that were tied."""
     config = json.loads((folder / "config.json").read_text())
     for part in (config, config.get("text_config") or {}):
         if part is config or "tie_word_embeddings" in part:
