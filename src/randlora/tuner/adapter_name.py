@@ -1,4 +1,4 @@
-"""Which names an adapter may have: those by which its tensors can be told from the rest of the model."""
+"""The names that an adapter may have: those that tell its tensors from the rest of the model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _AROUND = ("base_model", "model", "base_layer", "modules_to_save", "original_mod
 
 
 def require_usable_name(model: nn.Module, adapter_name: str) -> None:
-    """To be called before ``model`` is given an adapter of that name.
+    """Refuse a name that an adapter of ``model`` cannot have, before it is added.
 
     Raises:
-        ConfigError: naming what is wrong with it.
+        ConfigError: naming the fault.
     """
     if adapted(model, adapter_name):
         return
@@ -42,7 +42,7 @@ def _fault(name: str) -> str | None:
 
 
 def _clash(model: nn.Module, name: str) -> str | None:
-    """PEFT takes each tensor with another adapter's name in its own for that adapter's, and does not save it."""
+    """Return a clash with names in the model: tensors with this name in theirs PEFT would save for no other adapter."""
     paths = [path for path, _ in model.named_modules()]
     paths += [path for path, _ in model.named_parameters()] + [path for path, _ in model.named_buffers()]
     if name in _AROUND or name.startswith("randlora_"):

@@ -34,7 +34,7 @@ _COUNTED = re.compile(r"(layers?|experts?|depth)$")
 
 
 def base_path_of(config: PeftConfig, base_model_path: str | os.PathLike[str] | None = None) -> str:
-    """Where the base model of an adapter is: as given, or as its config says.
+    """Return the place of an adapter's base model: the given one, or the one in its config.
 
     Raises:
         ConfigError: if neither says.
@@ -46,7 +46,7 @@ def base_path_of(config: PeftConfig, base_model_path: str | os.PathLike[str] | N
 
 
 def model_config(source: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
-    """The Transformers config of a model; its weights are not looked at.
+    """Return the Transformers config of a model; no weights are read.
 
     Raises:
         ConfigError: if there is none, or it asks for an impossible model.
@@ -65,7 +65,7 @@ def model_config(source: str | os.PathLike[str], trust_remote_code: bool = False
 
 
 def _require_possible_counts(values: dict[str, Any], source: str) -> None:
-    """Even without weights, a billion layers fill the memory."""
+    """Refuse a config of so many layers that they fill the memory even without weights."""
     for name, value in values.items():
         if isinstance(value, dict):
             _require_possible_counts(value, source)
@@ -74,13 +74,13 @@ def _require_possible_counts(values: dict[str, Any], source: str) -> None:
 
 
 def task_of(config: PeftConfig) -> str | None:
-    """What an adapter is for: PEFT's name of the task; where PEFT has none, as for images, the class of its model."""
+    """Return an adapter's task by PEFT's name; where PEFT has no name, as for images, the class of the model."""
     kind = config.task_type or (getattr(config, "auto_mapping", None) or {}).get("base_model_class")
     return None if kind is None else str(getattr(kind, "value", kind))
 
 
 def head_arguments(adapter: str | os.PathLike[str]) -> dict[str, Any]:
-    """Arguments of :func:`load_base` for the classification head that an adapter's file holds, if it holds one.
+    """Return the arguments of :func:`load_base` for the classification head in an adapter's file, if there is one.
 
     The base model's own head may have other labels. Its weights are passed over: the adapter's take their place.
     """
@@ -94,7 +94,7 @@ def head_arguments(adapter: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def model_class(task_type: Any, config: Any) -> Any:
-    """The class for a task as :func:`task_of` has it; without one, the class that the model was saved with."""
+    """Return the class for a task of :func:`task_of`; without a task, the class with which the model was saved."""
     kind = str(getattr(task_type, "value", task_type))
     name = AUTO_CLASSES.get(kind) or (kind if hasattr(transformers, kind) else None)
     name = name or next(iter(config.architectures or ()), "AutoModel")
@@ -102,7 +102,7 @@ def model_class(task_type: Any, config: Any) -> Any:
 
 
 def load_base(source: str | os.PathLike[str], task_type: Any, **arguments: Any) -> nn.Module:
-    """The base model with its weights.
+    """Return the base model with its weights.
 
     Raises:
         ConfigError: if it cannot be loaded.
@@ -115,7 +115,7 @@ def load_base(source: str | os.PathLike[str], task_type: Any, **arguments: Any) 
 
 
 def with_adapter(base: nn.Module, path: str | os.PathLike[str]) -> PeftModel:
-    """``base`` with a saved adapter of any method in it, in evaluation mode.
+    """Return ``base`` with a saved adapter of any method in it, in evaluation mode.
 
     Raises:
         CheckpointError: if the adapter is damaged or does not fit ``base``.
@@ -135,7 +135,7 @@ def with_adapter(base: nn.Module, path: str | os.PathLike[str]) -> PeftModel:
 def empty_base(
     source: str | os.PathLike[str], task_type: Any, dtype: torch.dtype | None = None, **changes: Any
 ) -> nn.Module:
-    """The base model without weights (on the meta device), from its config alone.
+    """Return the base model without weights (on the meta device), from its config alone.
 
     Args:
         source: a folder, or a name on the hub.

@@ -1,4 +1,4 @@
-"""Which bases an adapter has, and how its layers get them."""
+"""The bases of an adapter, and how its layers get them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from randlora.tuner.layers.base import RandLoraLayer
 
 
 def define_bases(layers: Sequence[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> dict[int, BasisSpec]:
-    """Which bases the adapter needs, by rank.
+    """Return the definitions of the bases that the adapter needs, by rank.
 
     As PEFT does, they are drawn for the largest output and the largest input dimension among all layers of the
-    adapter; what no layer reads is not kept.
+    adapter; the part that no layer reads is not kept.
     """
     largest = (max(layer.out_features for layer in layers), max(layer.in_features for layer in layers))
     min_dim, max_dim = min(largest), max(largest)
@@ -33,7 +33,7 @@ def define_bases(layers: Sequence[RandLoraLayer], config: RandLoraConfig, adapte
 
 
 def bind_defined_bases(layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> None:
-    """Gives the layers the bases that the config defines.
+    """Give the layers the bases that the config defines.
 
     Where the config records the fingerprint of others, they must come from the adapter's file.
 
@@ -64,7 +64,7 @@ def _warn_of_remarks(specs: Mapping[int, BasisSpec]) -> None:
 
 
 def fingerprint(layers: list[RandLoraLayer], adapter_name: str) -> str:
-    """One fingerprint for all bases that the adapter's layers use.
+    """Return one fingerprint for all bases that the adapter's layers use.
 
     Raises:
         BasisMismatchError: if they were to come from a file that did not hold them.
@@ -73,5 +73,5 @@ def fingerprint(layers: list[RandLoraLayer], adapter_name: str) -> str:
 
 
 def combined_fingerprint(bases: Iterable[Basis]) -> str:
-    """Fingerprints of the bases of one adapter, smallest rank first."""
+    """Return the fingerprints of the bases of one adapter, smallest rank first, as one string."""
     return "-".join(basis.fingerprint for basis in sorted(bases, key=lambda basis: basis.rank))

@@ -1,4 +1,4 @@
-"""What a RandLoRA adapter is: the fields of its ``adapter_config.json``."""
+"""The config of a RandLoRA adapter: the fields of its ``adapter_config.json``."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class RandLoraConfig(BasisFields, _FieldsOfPeft):
         layers_pattern: Name of the list of layers that ``layers_to_transform`` counts in.
         exclude_modules: Names or a regular expression of modules to leave alone.
         target_parameters: Names of parameters to adapt that no layer of their own holds, such as the experts of a
-            mixture: stacks (experts, out, in), of which each expert gets its own λ and γ. Matrices (out, in) too.
+            mixture: stacks (experts, out, in), where each expert gets its own λ and γ. Matrices (out, in) too.
         rank_pattern: Ranks that differ from ``r``, by module name or regular expression.
         alpha_pattern: Alphas that differ from ``randlora_alpha``, likewise.
         trainable_token_indices: Rows of the input embeddings to train beside the updates; or, as a dictionary, rows of
@@ -132,9 +132,9 @@ class RandLoraConfig(BasisFields, _FieldsOfPeft):
 
     @classmethod
     def adopt(cls, config: PeftConfig) -> RandLoraConfig:
-        """``config`` itself, as PEFT has it, or one of this class with the values of PEFT's own RandLora config.
+        """Return ``config`` itself, or a config of this class with the values of PEFT's own RandLora config.
 
-        One config may serve several models: what saving another one has recorded in it is forgotten.
+        One config may serve several models: a fingerprint that was recorded for another one is forgotten.
         """
         if isinstance(config, cls):
             if config.recorded:
@@ -149,7 +149,7 @@ class RandLoraConfig(BasisFields, _FieldsOfPeft):
         return adopted
 
     def record(self, fingerprint: str) -> None:
-        """Takes down the fingerprint of the bases of a model that is being saved."""
+        """Record the fingerprint of the bases of a model that is being saved."""
         self.recorded = self.recorded or self.basis_fingerprint is None
         self.basis_fingerprint = fingerprint
 
@@ -168,17 +168,17 @@ class RandLoraConfig(BasisFields, _FieldsOfPeft):
         return not _EXTENSIONS.intersection(choices_of(vars(self)))
 
     def scaling(self, rank: int, alpha: float, num_bases: int) -> float:
-        """Factor of the update of a layer: alpha/r, or the paper's alpha/(r·√n)."""
+        """Return the factor of the update of a layer: alpha/r, or the paper's alpha/(r·√n)."""
         return alpha / rank if self.randlora_scaling == "peft" else alpha / (rank * math.sqrt(num_bases))
 
     def rank_and_scaling(self, module: str, min_dim: int) -> tuple[int, float]:
-        """Rank and scaling of the update of the module of that path, whose smaller dimension is ``min_dim``."""
+        """Return rank and scaling of the update of the module of that path, whose smaller dimension is ``min_dim``."""
         rank = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.r)
         alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), self.randlora_alpha)
         return rank, self.scaling(rank, alpha, num_bases(rank, min_dim))
 
     def to_dict(self) -> dict[str, Any]:
-        """The file's content: fields unknown to PEFT only where they differ from their default, lists sorted."""
+        """Return the file's content: fields unknown to PEFT only where they differ from their default, lists sorted."""
         content: dict[str, Any] = super().to_dict()
         plain = type(self)()
         for name in _EXTENSIONS:
@@ -191,7 +191,7 @@ class RandLoraConfig(BasisFields, _FieldsOfPeft):
         return {name: sorted(value) if isinstance(value, set) else value for name, value in content.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes ``adapter_config.json`` into ``save_directory``, whole or not at all."""
+        """Write ``adapter_config.json`` into ``save_directory``, whole or not at all."""
         content = self.to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             content["auto_mapping"] = kwargs["auto_mapping_dict"]
@@ -245,7 +245,7 @@ class RandLoraConfig(BasisFields, _FieldsOfPeft):
         return faults
 
     def _expression_faults(self) -> list[str]:
-        """What PEFT would compile as a regular expression, and cannot."""
+        """Return a fault for each value that PEFT would compile as a regular expression, and cannot."""
         single = {name: getattr(self, name) for name in ("target_modules", "exclude_modules", "layers_pattern")}
         given = [(name, value) for name, value in single.items() if isinstance(value, str)]
         given += [("rank_pattern", key) for key in self.rank_pattern]

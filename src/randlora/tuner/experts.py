@@ -30,7 +30,7 @@ _DOWN, _GATE_AND_UP = ("down_proj", "w2"), ("gate_proj", "up_proj", "w1", "w3")
 
 
 def with_experts(config: RandLoraConfig, model: nn.Module) -> RandLoraConfig:
-    """``config`` with the experts and routers that its ``target_modules`` mean among its ``target_parameters``.
+    """Return ``config`` with the experts and routers that its ``target_modules`` mean as ``target_parameters``.
 
     ``exclude_modules`` and ``layers_to_transform`` hold for them. The config of an adapter that was saved is returned
     as it is: it says what was adapted. ``config`` itself is never changed.
@@ -65,7 +65,7 @@ def with_experts(config: RandLoraConfig, model: nn.Module) -> RandLoraConfig:
 
 
 def warn_of_experts_left_out(config: RandLoraConfig, model: nn.Module) -> None:
-    """Warns of experts whose projections ``target_modules`` names, or means by "all-linear", and which stay frozen.
+    """Warn of experts whose projections ``target_modules`` names, or means by "all-linear", and which stay frozen.
 
     PEFT's LoRA leaves them out too, and does not say so.
 
@@ -89,7 +89,7 @@ def warn_of_experts_left_out(config: RandLoraConfig, model: nn.Module) -> None:
 
 
 def former_names(model: nn.Module) -> dict[str, str]:
-    """By the names that linear layers of experts and routers had, names of the parameters that hold them now."""
+    """Return parameters of experts and routers by the names that these had as linear layers."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
         return {}
@@ -103,14 +103,14 @@ def former_names(model: nn.Module) -> dict[str, str]:
 
 
 def former_paths(model: nn.Module) -> list[str]:
-    """Paths that projections of experts would have if experts were layers, by every name in use."""
+    """Return the paths that projections of experts would have if experts were layers, by every name in use."""
     stacks = _stacks(_parameters(model))
     holders = [(path.rpartition(".")[0], name) for path in stacks for name in _names_of_projections(path)]
     return [former for holder, name in holders for former in (f"{holder}.{name}", f"{holder}.0.{name}")]
 
 
 def _parameters(model: nn.Module) -> _Parameters:
-    """Parameters by their paths in the base model, each with the module that holds it."""
+    """Return parameters by their paths in the base model, each with the module that holds it."""
     return {
         f"{path}.{name}".replace(".base_layer", ""): (module, parameter)
         for path, module in model.named_modules()
@@ -124,7 +124,7 @@ def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def _stacks(parameters: _Parameters) -> list[str]:
-    """Paths of stacks of experts' weights."""
+    """Return the paths of stacks of experts' weights."""
     return [
         path
         for path, (module, parameter) in parameters.items()
@@ -142,7 +142,7 @@ def _former(path: str, names: dict[str, str]) -> list[str]:
 
 
 def _is_meant(config: RandLoraConfig, path: str, former: list[str], module: nn.Module, parameter: nn.Parameter) -> bool:
-    """Whether ``config`` means this parameter of ``module``, which was linear layers of the names ``former``."""
+    """Return whether ``config`` means this parameter of ``module``, once linear layers of the names ``former``."""
     holder, _, _ = path.rpartition(".")
     if not former or _is_excluded(config, holder):
         return False
@@ -185,12 +185,12 @@ def _names_an_expert(config: RandLoraConfig, path: str) -> bool:
 
 
 def _is_excluded(config: RandLoraConfig, module: str) -> bool:
-    """Whether the config would not adapt the module, even if it named it."""
+    """Return whether the config would not adapt the module, even if it named it."""
     return not check_target_module_exists(_with_targets(config, {module}), module)
 
 
 def _other_targets(config: RandLoraConfig, model: nn.Module, holders: set[str]) -> set[str] | str:
-    """``target_modules`` without routers, and without names that are of experts only."""
+    """Return ``target_modules`` without routers, and without names that only experts have."""
     paths = {path.replace(".base_layer", "") for path, _ in model.named_modules()} - {""}
     matched = {path for path in paths if check_target_module_exists(config, path)}
     others = matched - holders
@@ -204,7 +204,7 @@ def _other_targets(config: RandLoraConfig, model: nn.Module, holders: set[str]) 
 
 
 def _shortest(paths: list[str], parameters: Iterable[str]) -> list[str]:
-    """Names for ``target_parameters`` that match these and no others: without their modules', where that will do."""
+    """Return names for ``target_parameters`` that match these and no others, without modules' names where possible."""
     names: set[str] = set()
     for path in paths:
         parts = path.split(".")
@@ -221,7 +221,7 @@ def _with_targets(config: RandLoraConfig, targets: Any) -> RandLoraConfig:
 
 
 def means_all_layers(config: RandLoraConfig) -> bool:
-    """Whether all linear layers are the targets, whatever their names."""
+    """Return whether all linear layers are the targets, whatever their names."""
     targets = config.target_modules
     return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def type_faults(config: Any) -> list[str]:
-    """One sentence for each field of the dataclass ``config`` whose value is of another type than its hint."""
+    """Return one sentence for each field of the dataclass ``config`` whose value does not have the type of its hint."""
     hints = get_type_hints(type(config))
     return [
         f"{name}={value!r:.80} must be {_in_words(hints[name])}"
@@ -18,7 +18,7 @@ def type_faults(config: Any) -> list[str]:
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Sets and tuples count as lists, whole numbers as floats, paths as strings; ``bool`` is no number."""
+    """Return whether a value fits: sets and tuples count as lists, integers as floats, paths as strings."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any or origin is Literal:  # choices are checked where their meaning is
         return True

@@ -1,4 +1,4 @@
-"""RandLoRA as a PEFT tuner: which modules are adapted, and by what."""
+"""RandLoRA as a PEFT tuner: the model class that finds, adapts and replaces modules."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ class RandLoraModel(BaseTuner):
 
     @property
     def randlora_A(self) -> Mapping[str, Tensor]:
-        """Per adapter a copy of the basis A of shape (r, 1, m) that all its layers of rank ``config.r`` share."""
+        """For each adapter, a copy of the basis A of shape (r, 1, m) that all its layers of rank ``config.r`` share."""
         return ProjectionView(self._bases, 0)
 
     @property
     def randlora_B(self) -> Mapping[str, Tensor]:
-        """Per adapter a copy of the basis B of shape (M, n, r) that all its layers of rank ``config.r`` share."""
+        """For each adapter, a copy of the basis B of shape (M, n, r) that all its layers of rank ``config.r`` share."""
         return ProjectionView(self._bases, 1)
 
     def _bases(self) -> dict[str, Basis | AwaitedBasis]:
@@ -115,7 +115,7 @@ class RandLoraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Adds the adapter's layers, then their bases; on failure the model is as it was."""
+        """Add the adapter's layers, then their bases; on failure the model is as it was."""
         config = self.peft_config[adapter_name] = RandLoraConfig.adopt(self.peft_config[adapter_name])
         there = adapted(model).values()
         disabled = bool(there) and all(layer.disable_adapters for layer in there)
@@ -140,7 +140,7 @@ class RandLoraModel(BaseTuner):
                 self._bind_bases(layers, config, adapter_name)
             if is_reference(self.peft_config, adapter_name):
                 fill_reference(model)
-            if disabled:  # what is new to the model is not
+            if disabled:  # modules that are new to the model are not
                 self._enable_adapter_layers(False)
             if not config.inference_mode:
                 name_unused_layers(model)
@@ -149,7 +149,7 @@ class RandLoraModel(BaseTuner):
             raise
 
     def _adapt_what_peft_passes_over(self, model: nn.Module, adapter_name: str) -> None:
-        """Targets inside of modules of which earlier adapters have wrapped a parameter: PEFT looks into no layer."""
+        """Adapt targets within modules a parameter of which is wrapped already: PEFT does not look into layers."""
         config = self.peft_config[adapter_name]
         for path, part in parts_of_wrapped(model):
             done = isinstance(part, RandLoraLayer) and adapter_name in part.randlora_lambda
@@ -169,11 +169,11 @@ class RandLoraModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | re.Match[str] | None:
-        """Whether the config targets a module; a wrapper has the name of what it wraps."""
+        """Return whether the config targets a module; a wrapper has the name of its inner module."""
         return BaseTuner._check_target_module_exists(peft_config, without_steps(key))
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
-        """Adapters that target parameters target the same: the names in their files tell how wrappers are nested."""
+        """Refuse other ``target_parameters`` than earlier adapters: names in files tell how wrappers are nested."""
         super()._check_new_adapter_config(config)
         wanted = set(getattr(config, "target_parameters", None) or ())
         for name, other in self.peft_config.items():
@@ -185,7 +185,7 @@ class RandLoraModel(BaseTuner):
                 )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Makes adapters the active ones, and those that train.
+        """Make adapters the active ones, and let them train.
 
         Args:
             adapter_name: name of the adapter, or several.
@@ -195,7 +195,7 @@ class RandLoraModel(BaseTuner):
         self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter; if it was the only active one, the first of the others becomes active in all layers.
+        """Delete an adapter; if it was the only active one, the first of the others becomes active in all layers.
 
         (Left to themselves, layers that carry different adapters would choose different ones.)
         """
@@ -210,7 +210,7 @@ class RandLoraModel(BaseTuner):
             self.set_adapter(following)
 
     def withdraw_adapter(self, adapter_name: str) -> None:
-        """Takes an adapter back, as if it had never been added: modules that only it has adapted are themselves."""
+        """Take an adapter back as if it had never been added; modules that it alone has adapted are unwrapped."""
         withdraw_adapter(self.model, adapter_name)
         self.peft_config.pop(adapter_name, None)
 
@@ -225,7 +225,7 @@ class RandLoraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if step_into(target) is not None:
-            return  # what it wraps is a target too
+            return  # its inner module is a target too
         config, current_key = cast("RandLoraConfig", peft_config), without_steps(current_key)
         kind = kind_of(target, current_key, self.model, config, parameter_name)
         rank, scaling = config.rank_and_scaling(current_key, min(kind.shape))
@@ -253,7 +253,7 @@ class RandLoraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
-        """The input embeddings are trained, and what is tied to them is the same module."""
+        """Train the input embeddings, and let the modules tied to them be the same module."""
         inputs = self.model.get_input_embeddings()
         embeddings = next(name for name, module in self.model.named_modules() if module is inputs)
         others = [
@@ -265,7 +265,7 @@ class RandLoraModel(BaseTuner):
         peft_config.modules_to_tie = set(tied_weight_keys)
 
     def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
-        """Refuses: PEFT calls this where ``target_modules`` names an embedding, or what is tied to it.
+        """Refuse tied targets: PEFT calls this where ``target_modules`` names an embedding, or a layer tied to it.
 
         Raises:
             ConfigError: always.
@@ -278,7 +278,7 @@ class RandLoraModel(BaseTuner):
         )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Puts ``new_module`` in the place of ``child``.
+        """Put ``new_module`` in the place of ``child``.
 
         PEFT moves the adapter to the weight's device, which for an offloaded weight is none, and hands the weight of
         what it unwraps to what was inside, which has it already; it stumbles over ``modules_to_save`` that have no
@@ -287,7 +287,7 @@ class RandLoraModel(BaseTuner):
         put(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """λ and γ are float32; without ``autocast_adapter_dtype`` they take the dtype of their base layer."""
+        """Cast λ and γ to float32, or without ``autocast_adapter_dtype`` to the dtype of their base layer."""
         for layer in adapted(self.model, adapter_name).values():
             dtype = torch.float32
             if not autocast_adapter_dtype:
@@ -299,7 +299,7 @@ class RandLoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Where PEFT's ``forward`` and ``generate`` hand over ``adapter_names``, one for each sample.
+        """Run PEFT's ``forward`` or ``generate`` with ``adapter_names``, one for each sample.
 
         Raises:
             AdapterNamesError: in training mode, or for a name that no layer knows.
@@ -318,7 +318,7 @@ class RandLoraModel(BaseTuner):
         adapter_name: str,
         combination_type: Literal["linear", "nearest"] = "linear",
     ) -> dict[str, float]:
-        """Adds an adapter that is a weighted sum of others.
+        """Add an adapter that is a weighted sum of others.
 
         Their updates are added, modules of ``modules_to_save`` as updates of the original. The sum is a RandLoRA
         adapter only where its terms have the same bases and share λ or γ, up to a factor for each basis; one adapter
@@ -328,8 +328,8 @@ class RandLoraModel(BaseTuner):
             adapters: names of the adapters.
             weights: one for each.
             adapter_name: name of the new one, which is not made active.
-            combination_type: ``"linear"`` refuses a sum that is no RandLoRA adapter; ``"nearest"`` takes the one whose
-                coefficients λ[:, b] ⊗ γ[b, :] are nearest, and warns of its error. Its update need not be the nearest.
+            combination_type: ``"linear"`` refuses a sum that is not a RandLoRA adapter; ``"nearest"`` takes the adapter
+                whose coefficients λ[:, b] ⊗ γ[b, :] are nearest, and warns of its error. Its update need not be the nearest.
 
         Returns:
             By how much the new update of each layer misses the sum, relative to it.
@@ -340,7 +340,7 @@ class RandLoraModel(BaseTuner):
         return weighted_sum.add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges adapters into the base weights of all layers, or of none if one is refused.
+        """Merge adapters into the base weights of all layers, or of none if one is refused.
 
         Raises:
             MergeError: for a layer that cannot be merged into (:meth:`RandLoraLayer.require_mergeable`); with
@@ -361,12 +361,12 @@ class RandLoraModel(BaseTuner):
             self._require_mergeable(adapter_names, safe_merge)
         with one_rounding_warning():
             unloaded: Any = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
-        for module in unloaded.modules():  # PEFT itself takes away what wraps modules that are trained in full
+        for module in unloaded.modules():  # PEFT itself unwraps modules that are trained in full
             renew(module)
         return unloaded
 
     def _require_mergeable(self, adapter_names: list[str] | None, require_finite: bool) -> None:
-        """Looks at every layer before any is changed."""
+        """Refuse to merge if any layer cannot be merged, before any is changed."""
         for layer in adapted(self.model).values():
             wanted = layer.active_adapters if adapter_names is None else adapter_names
             names = [n for n in wanted if n in layer.randlora_lambda and n not in layer.merged_adapters]
@@ -385,7 +385,7 @@ class RandLoraModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """The adapter's file: λ and γ (the scaling's share folded in), and the bases once."""
+        """Return the content of the adapter's file: λ and γ (the scaling's share folded in), and the bases once."""
         model, state_dict = plain_view(model), plain_names(model, state_dict)
         content = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if getattr(config, "bias", "none") == "randlora_only":
@@ -404,7 +404,7 @@ class RandLoraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Binds the bases and hands on the parameters; of a file, only if it holds what it should and nothing else."""
+        """Bind the bases and return the parameters; a file must hold exactly the adapter's tensors."""
         if not isinstance(config, RandLoraConfig):
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         require_sound_values(state_dict)
@@ -420,7 +420,7 @@ class RandLoraModel(BaseTuner):
 
 
 def _warn_of_unknown_names() -> None:
-    """For a saved adapter whose file is read past PEFT, as ``model.load_adapter`` of Transformers does."""
+    """Warn of a saved adapter whose file is read past PEFT, as ``model.load_adapter`` of Transformers does."""
     warnings.warn(
         "something wraps modules of the model (torch.compile, activation checkpointing, FSDP). Where the adapter's "
         "file is read past PEFT, as `model.load_adapter` of Transformers does, its tensors do not find the modules "
@@ -430,14 +430,14 @@ def _warn_of_unknown_names() -> None:
 
 
 def _freeze_copies(model: nn.Module, adapter_name: str) -> None:
-    """An adapter's copies of modules that it trains in full; PEFT copies too that the bias of the original trains."""
+    """Freeze an adapter's copies of modules that it trains in full: PEFT copies that the original's bias trains."""
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             module.modules_to_save[adapter_name].requires_grad_(False)
 
 
 def _warn_of_single_bases(layers: list[RandLoraLayer], adapter_name: str) -> None:
-    """Says what a rank above a layer's smaller dimension means."""
+    """Warn of ranks above a layer's smaller dimension."""
     small = [layer for layer in layers if layer.r[adapter_name] > layer.min_dim]
     if small:
         layer = min(small, key=lambda layer: layer.min_dim)

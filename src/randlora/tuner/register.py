@@ -1,4 +1,4 @@
-"""Puts this package in the place of PEFT's own RandLora. The one module that writes to PEFT.
+"""The registration of this package in the place of PEFT's own RandLora: the one module that writes to PEFT.
 
 PEFT's ``register_peft_method`` refuses a name that is taken, and its enum has no free one, so the entries are written
 directly.
@@ -31,7 +31,7 @@ from randlora.tuner.model import RandLoraModel
 
 
 def register() -> None:
-    """Makes PEFT use this package for ``PeftType.RANDLORA``; doing it again changes nothing."""
+    """Make PEFT use this package for ``PeftType.RANDLORA``; a second call changes nothing."""
     cast("dict[str, Any]", PEFT_TYPE_TO_CONFIG_MAPPING).update(dict.fromkeys(FILE_TYPES, RandLoraConfig))
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = RandLoraModel
     PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.RANDLORA] = RandLoraModel.prefix
@@ -56,7 +56,7 @@ def register() -> None:
 
 
 def _replace_everywhere(name: str, change: Callable[..., Any]) -> None:
-    """Changes a function of PEFT's in all places from which it is called or imported."""
+    """Change a function of PEFT in all places from which it is called or imported."""
     original = getattr(peft.utils.save_and_load, name)
     if hasattr(original, "__wrapped__"):
         return
@@ -66,7 +66,7 @@ def _replace_everywhere(name: str, change: Callable[..., Any]) -> None:
 
 
 def _refuse_our_pickles(load: Callable[..., Any]) -> Callable[..., Any]:
-    """PEFT's way of reading ``adapter_model.bin``, which it takes where there is no safetensors file."""
+    """Return PEFT's reader of ``adapter_model.bin``, a pickle, made to refuse adapters of this package."""
 
     @functools.wraps(load)
     def torch_load(file: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which layers an adapter would adapt, and of which shapes: nothing is drawn, nothing can be computed."""
+"""The layers that an adapter would adapt, and their shapes: nothing is drawn, nothing can be computed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Unbound(RandLoraModel):
 
 
 def unbound_model(model: nn.Module, config: RandLoraConfig) -> RandLoraModel:
-    """``model`` with adapted layers that have no bases yet.
+    """Return ``model`` with adapted layers that have no bases yet.
 
     Args:
         model: the base model, on the meta device for speed; it is changed.
@@ -48,13 +48,13 @@ def unbound_model(model: nn.Module, config: RandLoraConfig) -> RandLoraModel:
 
 
 def adapted_layers(model: nn.Module, config: RandLoraConfig) -> dict[str, RandLoraLayer]:
-    """The layers that an adapter with this config has, by their names in the base model; as :func:`unbound_model`."""
+    """Return the layers that an adapter with this config has, by their names in the base model."""
     tuner = unbound_model(model, config)
     return adapted(tuner.model)
 
 
 def bind_empty_bases(model: nn.Module) -> list[Tensor]:
-    """Gives the layers of an unbound model bases of the right sizes and no particular numbers.
+    """Give the layers of an unbound model bases of the right sizes and no particular numbers.
 
     Returns:
         The tensors that they hold.
@@ -75,7 +75,7 @@ def bind_empty_bases(model: nn.Module) -> list[Tensor]:
 def known_shapes(
     folder: AdapterFolder, base_model_path: str | os.PathLike[str] | None = None
 ) -> dict[str, RandLoraLayer]:
-    """The adapted layers with their shapes, from the config of the base model.
+    """Return the adapted layers with their shapes, from the config of the base model.
 
     Raises:
         ConfigError: if the base model is not at hand, or another one.

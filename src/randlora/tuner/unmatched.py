@@ -30,7 +30,7 @@ _HEADS = {
 
 @contextmanager
 def instead_of_peft_warnings(config: RandLoraConfig) -> Iterator[None]:
-    """Silences PEFT's warnings of fields that match nothing: :func:`warn_of_unmatched` looks at each name."""
+    """Silence PEFT's warnings of fields that match nothing: :func:`warn_of_unmatched` checks each name."""
     if not (config.rank_pattern or config.alpha_pattern or config.exclude_modules or config.target_parameters):
         yield
         return
@@ -41,7 +41,7 @@ def instead_of_peft_warnings(config: RandLoraConfig) -> Iterator[None]:
 
 
 def warn_of_unmatched(config: RandLoraConfig, model: nn.Module, adapter_name: str) -> None:
-    """Warns of each name and each index that matches nothing, and says which names are near.
+    """Warn of each name and each index that matches nothing, with the names nearest to it.
 
     The config of an adapter that was saved is taken as it is. So are names that no user has given: the usual targets of
     an architecture, and heads that PEFT adds.
@@ -116,7 +116,7 @@ def _layers_not_there(config: RandLoraConfig, adapted: list[str]) -> list[_Fault
 
 
 def _adapted(model: nn.Module, adapter_name: str) -> list[str]:
-    """Paths of adapted modules and parameters."""
+    """Return the paths of adapted modules and parameters."""
     return [
         _plain(path) + (f".{layer.parameter_name}" if layer.adapts_parameter else "")
         for path, layer in adapted(model, adapter_name).items()
@@ -124,7 +124,7 @@ def _adapted(model: nn.Module, adapter_name: str) -> list[str]:
 
 
 def _own_paths(paths: Iterable[str]) -> list[str]:
-    """Paths in the base model, without those of adapters' own parts."""
+    """Return the paths in the base model, without those of adapters' own parts."""
     return [_plain(path) for path in paths if path and "randlora_" not in path and ".modules_to_save." not in path]
 
 
@@ -133,7 +133,7 @@ def _plain(path: str) -> str:
 
 
 def _near(name: str, paths: list[str]) -> str:
-    """Names like it, of as many parts."""
+    """Return names like ``name``, of as many parts."""
     count = name.count(".") + 1
     ends = {".".join(path.split(".")[-count:]) for path in paths}
     near = difflib.get_close_matches(name, sorted(end for end in ends if not end.isdigit()), n=2, cutoff=0.85)

@@ -1,4 +1,4 @@
-"""A model as it is without what wraps its modules: the one place that knows which wrappers there are, and their names.
+"""Models without the wrappers of their modules. This file alone knows which wrappers there are, and their names.
 
 ``torch.compile``, activation checkpointing, FSDP, DDP and averaging put a step into the names of all that is inside.
 Some of them take it out of ``state_dict()`` again, others out of ``named_parameters()``. Files hold plain names.
@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from randlora.tuner.files.format import PREFIX
 
 _STEPS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""Where wrappers hold what they wrap; modules of no other kind have such names."""
+"""The names under which wrappers hold their inner modules; no other modules have such names."""
 _PARALLEL = (DataParallel, DistributedDataParallel, AveragedModel)
 _OF_PARALLEL = "module"
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def step_into(module: nn.Module) -> str | None:
-    """The name under which ``module`` holds what it wraps, if it is a wrapper."""
+    """Return the name under which ``module`` holds the module that it wraps, if it is a wrapper."""
     for step in _STEPS:
         if module._modules.get(step) is not None:
             return step
@@ -32,19 +32,19 @@ def step_into(module: nn.Module) -> str | None:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """What ``module`` wraps, in however many wrappers, or itself."""
+    """Return the innermost module that ``module`` wraps, or ``module`` itself."""
     while (step := step_into(module)) is not None:
         module = getattr(module, step)
     return module
 
 
 def without_steps(name: str) -> str:
-    """``name`` without steps that only wrappers have; ``plain_name`` knows more, where there is a model."""
+    """Return ``name`` without the steps of wrappers; ``plain_name`` knows more, where there is a model."""
     return ".".join(part for part in name.split(".") if part not in _STEPS)
 
 
 def plain_name(model: nn.Module, name: str) -> str:
-    """The name that a module or tensor of ``model`` has without wrappers.
+    """Return the name that a module or tensor of ``model`` has without wrappers.
 
     ``name`` may be of the same model wrapped otherwise: by ``state_dict()`` of a compiled one, for instance.
     """
@@ -63,7 +63,7 @@ def plain_name(model: nn.Module, name: str) -> str:
 
 
 def plain_names(model: nn.Module, content: Mapping[str, T]) -> dict[str, T]:
-    """``content`` of ``model``, or of the same model wrapped otherwise, by plain names."""
+    """Return ``content`` of ``model``, or of the same model wrapped otherwise, by plain names."""
     steps = (*_STEPS, f"{_OF_PARALLEL}.")
     if not any(step in name for name in content for step in steps) and not is_wrapped(model):
         return dict(content)
@@ -71,7 +71,7 @@ def plain_names(model: nn.Module, content: Mapping[str, T]) -> dict[str, T]:
 
 
 def plain_view(model: nn.Module) -> Any:
-    """``model`` without wrappers, sharing all its tensors; itself, if there are none.
+    """Return a view of ``model`` without wrappers, which shares all tensors; ``model`` itself, if it has none.
 
     What has wrappers in it is a shallow copy, the model itself stays as it is. The state of the view is loaded into,
     and taken from, the model with its wrappers, some of which gather it, by plain names.
@@ -85,7 +85,7 @@ def plain_view(model: nn.Module) -> Any:
 
 
 def names_to_load(model: nn.Module, content: Mapping[str, T]) -> dict[str, T]:
-    """``content`` of plain names, by those that ``model.load_state_dict`` takes."""
+    """Return ``content`` of plain names, by the names that ``model.load_state_dict`` takes."""
     if not is_wrapped(model):
         return dict(content)
     names = {plain_name(model, name): name for name in model.state_dict()}
@@ -93,7 +93,7 @@ def names_to_load(model: nn.Module, content: Mapping[str, T]) -> dict[str, T]:
 
 
 def names_in_tree(model: nn.Module, content: Mapping[str, T]) -> dict[str, T]:
-    """``content``, by the names that the modules have in ``named_modules()`` of ``model``, wrappers included."""
+    """Return ``content`` by the names of modules in ``named_modules()`` of ``model``, wrappers included."""
     if not is_wrapped(model):
         return dict(content)
     paths = {plain_name(model, path): path for path, _ in model.named_modules(remove_duplicate=False)}  # innermost last
@@ -108,19 +108,19 @@ def names_in_tree(model: nn.Module, content: Mapping[str, T]) -> dict[str, T]:
 
 
 def put(parent: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts ``module`` into ``parent`` under ``name``."""
+    """Put ``module`` into ``parent`` under ``name``."""
     setattr(parent, name, module)
     renew(parent)
 
 
 def renew(module: nn.Module) -> None:
-    """Lets a compiled module run what it wraps now: it has a hold on what it wrapped when it was made."""
+    """Let a compiled module run the module that it wraps now, not the one that it wrapped when it was made."""
     if "_orig_mod" in module._modules:
         cast("Any", module)._initialize()
 
 
 def _past_wrappers(at: nn.Module | None, part: str) -> tuple[nn.Module | None, bool]:
-    """Where a name goes on from ``at``, and whether ``part`` of it was a wrapper's step."""
+    """Return the module at which a name goes on from ``at``, and whether its ``part`` was a wrapper's step."""
     while at is not None and (step := step_into(at)) is not None:
         at = getattr(at, step)
         if part == step:
@@ -133,12 +133,12 @@ def _has(module: nn.Module, name: str) -> bool:
 
 
 def is_wrapped(model: nn.Module) -> bool:
-    """Whether ``model`` is a wrapper, or has one in it."""
+    """Return whether ``model`` is a wrapper, or has one in it."""
     return any(step_into(module) is not None for module in model.modules())
 
 
 def _unwrapped_tree(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    """What ``module`` wraps, if need be a copy of it that holds what its children wrap."""
+    """Return ``module`` without wrappers: itself, or a shallow copy that holds its children without wrappers."""
     inner = unwrapped(module)
     if id(inner) not in made:
         children = {

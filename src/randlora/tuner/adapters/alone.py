@@ -17,7 +17,7 @@ from randlora.tuner.layers.base import RandLoraLayer, adapted
 
 @contextmanager
 def alone(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Within this context the adapted layers of ``model`` hold no λ and γ but those of one adapter.
+    """Hide λ and γ of all adapters but one from the adapted layers of ``model``, within the context.
 
     Other adapters cannot be used meanwhile. Afterwards they are there again, in the same order, also after an error.
     """
@@ -38,7 +38,7 @@ def alone(model: nn.Module, adapter_name: str) -> Iterator[None]:
 
 
 def without_others(state_dict: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """``state_dict`` of a model without λ and γ of other adapters; the model stays whole, for threads."""
+    """Return ``state_dict`` of a model without λ and γ of other adapters; the model stays whole, for threads."""
     groups = tuple(f".{group}" for group in RandLoraLayer.adapter_layer_names)
 
     def is_of_another(key: str) -> bool:

@@ -34,7 +34,7 @@ class MergedTensor(NamedTuple):
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model inside PEFT's wrappers and all others, which carries the adapted layers."""
+    """Return the model inside PEFT's and all other wrappers, which has the adapted layers."""
     model = plain_view(model)
     if isinstance(model, PeftModel):
         model = model.base_model
@@ -44,7 +44,7 @@ def base_model(model: nn.Module) -> nn.Module:
 def merged_tensors(
     model: nn.Module, adapter_names: list[str] | None = None, prefix: str = ""
 ) -> Iterator[MergedTensor]:
-    """The entries of the plain model's ``state_dict()``, in its order.
+    """Yield the entries of the plain model's ``state_dict()``, in its order.
 
     Args:
         model: the base model with adapted layers in it.

@@ -20,7 +20,7 @@ from randlora.tuner.layers.rows import BASE, calls
 
 @contextmanager
 def one_adapter_per_sample(model: nn.Module, adapter_names: Sequence[str], copies: int) -> Iterator[None]:
-    """Within this context the layers of ``model`` compute row i with adapter ``adapter_names[i]``, in this thread only.
+    """Let the layers of ``model`` compute row i with adapter ``adapter_names[i]``, in this thread and context.
 
     Args:
         model: the model, in evaluation mode.
@@ -62,15 +62,15 @@ class _Asks(other.AuxiliaryTrainingWrapper):
 
 
 class ModulesToSaveWrapper(_Asks, other.ModulesToSaveWrapper):
-    """PEFT's, which asks for names."""
+    """PEFT's wrapper, which asks for names."""
 
 
 class TrainableTokensWrapper(_Asks, other.TrainableTokensWrapper):
-    """PEFT's, which asks for names."""
+    """PEFT's wrapper, which asks for names."""
 
 
 def _let_ask(wrapper: nn.Module) -> None:
-    """Makes a wrapper ask, for good: compiled code is guarded on the class of a module, and not on its hooks.
+    """Change a wrapper's class for good: compiled code is guarded on the class of a module, and not on its hooks.
 
     Raises:
         AdapterNamesError: for a kind of wrapper that is not known.
@@ -90,7 +90,7 @@ def _let_ask(wrapper: nn.Module) -> None:
 
 
 def copies_per_sample(kwargs: dict[str, Any], model: nn.Module) -> int:
-    """Into how many rows ``generate``, called with ``kwargs``, turns a sample."""
+    """Return the number of rows that ``generate``, called with ``kwargs``, makes of a sample."""
     generation = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     numbers = [kwargs.get(name) or getattr(generation, name, None) for name in ("num_beams", "num_return_sequences")]
     return max([1, *(number for number in numbers if isinstance(number, int))])
@@ -113,7 +113,7 @@ def _require_usable(model: nn.Module, modules: list[nn.Module], adapter_names: S
 
 
 def _require_rows(model: nn.Module, layers: Sequence[RandLoraLayer], adapter_names: Sequence[str]) -> None:
-    """A weight that serves all rows must be that of the base model, for rows of other adapters too."""
+    """Require that weights which serve all rows are the base model's, for rows of other adapters too."""
     for layer in layers:
         if layer.computes_rows or layer.disable_adapters:
             continue

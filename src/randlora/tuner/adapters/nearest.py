@@ -19,12 +19,12 @@ EXACT = 1e-6
 
 
 class Fit(NamedTuple):
-    """Parameters of a layer, and how much of the sum they miss.
+    """Parameters of a layer, and their error against the sum.
 
     Attributes:
         lam: λ (r, n), or a stack of them, the factor of the update included.
         gamma: γ (n, m), or a stack of them.
-        residual: norm of what the coefficients miss, relative to that of the terms.
+        residual: norm of the coefficients' error, relative to that of the terms.
     """
 
     lam: Tensor
@@ -33,7 +33,7 @@ class Fit(NamedTuple):
 
 
 def fit(layer: RandLoraLayer, weights: dict[str, float]) -> Fit:
-    """λ and γ whose coefficients are nearest to those of the weighted sum of a layer's adapters.
+    """Return λ and γ whose coefficients are nearest to those of the weighted sum of a layer's adapters.
 
     Args:
         layer: the layer.

@@ -25,7 +25,7 @@ def is_reference(configs: Mapping[str, PeftConfig], adapter_name: str) -> bool:
 
 @torch.no_grad()
 def fill_reference(model: nn.Module) -> None:
-    """Gives the reference what TRL leaves out, and what no parameter holds: the bases of a file, the scaling."""
+    """Give the reference the tensors that TRL leaves out, and the state beside: bases of a file, scaling."""
     for layer in adapted(model, _REFERENCE).values():
         layer.bind_basis(_REFERENCE, layer.bases[_TRAINED])
         for held in (layer.scaling, layer.initial_scaling, layer.gamma_factor):

@@ -12,7 +12,7 @@ from randlora.tuner.layers.base import RandLoraLayer
 
 
 def switch(model: nn.Module, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-    """Makes adapters the active ones in all layers and modules of ``model``; no others train.
+    """Make adapters the active ones in all layers and modules of ``model``; no others train.
 
     As PEFT does it, which looks through the modules twice and takes twice as long.
 

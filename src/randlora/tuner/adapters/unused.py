@@ -20,7 +20,7 @@ _awaiting: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def name_unused_layers(model: nn.Module) -> None:
-    """Lets the first step of an optimiser that trains adapters of ``model`` warn of those without a gradient."""
+    """Let the first step of an optimiser of adapters of ``model`` warn of layers without a gradient."""
     _awaiting.add(model)
 
 
@@ -39,7 +39,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _used(layer: RandLoraLayer, trained: dict[int, bool]) -> bool | None:
-    """Whether a gradient has reached the layer's adapters; ``None`` if none of them is trained."""
+    """Return whether a gradient has reached the layer's adapters; ``None`` if none of them is trained."""
     held = [
         trained[id(p)] for p in layer.randlora_lambda.values() if p.requires_grad and p.numel() and id(p) in trained
     ]

@@ -41,7 +41,7 @@ _WHY = {
 def add_weighted_adapter(
     tuner: RandLoraModel, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
 ) -> dict[str, float]:
-    """What :meth:`RandLoraModel.add_weighted_adapter` does."""
+    """Add an adapter that is a weighted sum of others, as :meth:`RandLoraModel.add_weighted_adapter`."""
     weight_of = _weight_of(tuner, adapters, weights, adapter_name, combination_type)
     layers = adapted(tuner.model, *weight_of)
     carried = {name: {a: w for a, w in weight_of.items() if a in layer.r} for name, layer in layers.items()}
@@ -71,7 +71,7 @@ def add_weighted_adapter(
 def _weight_of(
     tuner: RandLoraModel, adapters: list[str], weights: list[float], adapter_name: str, kind: str
 ) -> dict[str, float]:
-    """Weights by adapter; those of an adapter that is named twice are added."""
+    """Return the weights by adapter; the weights of an adapter that is named twice are added."""
     if kind not in ("linear", "nearest"):
         why = next((why for part, why in _WHY.items() if part in kind), "it is unknown")
         raise CombinationError(_REFUSED.format(kind=kind, why=why))
@@ -122,7 +122,7 @@ def _require_exact(fits: dict[str, Fit], adapters: list[str]) -> None:
 
 
 def _combined_config(tuner: RandLoraModel, layers: dict[str, RandLoraLayer], adapters: list[str]) -> RandLoraConfig:
-    """The config of the first adapter, for all layers and modules of any."""
+    """Return the config of the first adapter, extended to the layers and modules of all of them."""
     configs = [cast("RandLoraConfig", tuner.peft_config[adapter]) for adapter in adapters]
     config = replace(configs[0], basis_fingerprint=None, alpha_pattern={})
     config.read_from_file = False
@@ -138,7 +138,7 @@ def _combined_config(tuner: RandLoraModel, layers: dict[str, RandLoraLayer], ada
 
 
 def _bind(layer: RandLoraLayer, adapter_name: str, basis: Basis, config: RandLoraConfig) -> None:
-    """Gives the sum the bases of its terms, which another set of layers might not define: then the file brings them."""
+    """Give the sum the bases of its terms; its file must hold them if its own set of layers does not define them."""
     if layer.basis(adapter_name).gives_as(basis, layer.sizes(adapter_name)):
         return
     if layer.r[adapter_name] != config.r:
@@ -158,7 +158,7 @@ def _fill(layer: RandLoraLayer, adapter_name: str, found: Fit) -> None:
 
 @torch.no_grad()
 def relative_error(layer: RandLoraLayer, weights: dict[str, float], adapter_name: str) -> float:
-    """By how much the update of ``adapter_name`` misses the weighted sum, relative to the sum."""
+    """Return the error of the update of ``adapter_name`` against the weighted sum, relative to the sum."""
     total = torch.stack([weight * layer.get_delta_weight(name) for name, weight in weights.items()]).sum(0)
     norm = float(torch.linalg.vector_norm(total))
     missed = float(torch.linalg.vector_norm(layer.get_delta_weight(adapter_name) - total))
@@ -176,7 +176,7 @@ def _report(errors: dict[str, float], adapter_name: str) -> None:
 
 
 def _combine_modules_to_save(model: nn.Module, weights: dict[str, float], adapter_name: str) -> None:
-    """Trained modules are combined as updates too: W₀ + Σ wᵢ (Wᵢ − W₀)."""
+    """Combine modules that train in full as updates too: W₀ + Σ wᵢ (Wᵢ − W₀)."""
     for wrapper in model.modules():
         if not isinstance(wrapper, ModulesToSaveWrapper) or adapter_name not in wrapper.modules_to_save:
             continue

@@ -12,15 +12,15 @@ from randlora.tuner.wrappers import put
 
 
 def withdraw_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Removes the adapter from all layers and modules of ``model``; those that it alone has adapted are themselves.
+    """Remove the adapter from all layers and modules of ``model``; unwrap those that it alone has adapted.
 
     What was added by an injection that has failed half-way is removed too.
     """
-    for name, module in reversed(list(model.named_modules())):  # what is inside first
+    for name, module in reversed(list(model.named_modules())):  # inner modules first
         if isinstance(module, RandLoraLayer):
             if adapter_name in module._all_available_adapter_names():
                 _delete_quietly(module, adapter_name)
-            inner = None if module.r else module.base_layer  # `alone` may hide what others have
+            inner = None if module.r else module.base_layer  # `alone` may hide other adapters' parameters
         elif isinstance(module, AuxiliaryTrainingWrapper):
             if adapter_name in module._adapters:
                 _delete_copy(module, adapter_name)
@@ -33,7 +33,7 @@ def withdraw_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def delete_copies(model: nn.Module, adapter_name: str) -> None:
-    """Deletes the adapter's copies of modules that it trains in full.
+    """Delete the adapter's copies of modules that it trains in full.
 
     PEFT names all active adapters to such a module and fails where they are several, half-way through a deletion.
     """
@@ -48,7 +48,7 @@ def _delete_copy(module: AuxiliaryTrainingWrapper, adapter_name: str) -> None:
 
 
 def _delete_quietly(layer: RandLoraLayer, adapter_name: str) -> None:
-    """PEFT warns that another adapter becomes active; here none is meant to."""
+    """Delete the adapter without PEFT's warning that another becomes active: none is meant to."""
     active = [name for name in layer.active_adapters if name != adapter_name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

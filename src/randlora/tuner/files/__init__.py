@@ -1,1 +1,1 @@
-"""An adapter on disk: its names, what it may hold, saving, loading and swapping."""
+"""An adapter on disk: its names, the tensors that it may hold, saving, loading and swapping."""

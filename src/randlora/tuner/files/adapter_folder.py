@@ -38,7 +38,7 @@ class SavedLayer:
         name: name of the layer in the base model.
         lam: λ, (..., r, n).
         gamma: γ as the file has it, (..., n, m), with the scaling's share folded in.
-        scaling: what the update of these is multiplied with: alpha/r.
+        scaling: factor of the update of these: alpha/r.
     """
 
     name: str
@@ -48,17 +48,17 @@ class SavedLayer:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """Rank r."""
         return self.lam.shape[-2]
 
     @property
     def num_bases(self) -> int:
-        """n, number of bases."""
+        """Number n of bases."""
         return self.lam.shape[-1]
 
     @property
     def min_dim(self) -> int:
-        """m, the smaller dimension of the weight."""
+        """Smaller dimension m of the weight."""
         return self.gamma.shape[-1]
 
     @property
@@ -67,7 +67,7 @@ class SavedLayer:
         return self.lam.numel() + self.gamma.numel()
 
     def updates(self, basis: Basis, out_features: int, in_features: int) -> Iterator[Tensor]:
-        """ΔW (out, in) in float32, for each matrix of the layer's weight: one, or one for each expert."""
+        """Yield ΔW (out, in) in float32, for each matrix of the layer's weight: one, or one for each expert."""
         sizes = Sizes(max(out_features, in_features), self.min_dim, self.num_bases)
         operands = basis.operands(torch.device("cpu"), torch.float32, sizes)
         wide = out_features < in_features
@@ -77,7 +77,7 @@ class SavedLayer:
 
 
 class SavedWeights:
-    """The file of weights in an adapter's folder, of whatever method.
+    """The file of weights in an adapter's folder, of any method.
 
     Attributes:
         path: the folder.
@@ -87,11 +87,11 @@ class SavedWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its file of weights."""
+        """Bytes of the file of weights."""
         return (self.path / WEIGHTS).stat().st_size
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor of the file."""
+        """Return a tensor of the file."""
         with safe_open(self.path / WEIGHTS, "pt") as file:
             return file.get_tensor(name)
 
@@ -121,13 +121,13 @@ class AdapterFolder(SavedWeights):
             return list(file.keys())
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The bases A (r, 1, m) and B (M, n, r) in the file, each copy, one at a time."""
+        """Yield the bases A (r, 1, m) and B (M, n, r) in the file, each copy, one at a time."""
         with safe_open(self.path / WEIGHTS, "pt") as file:
             for pair in self.projections.values():
                 yield file.get_tensor(pair.A), file.get_tensor(pair.B)
 
     def specs(self, shapes: Mapping[str, RandLoraLayer] | None = None) -> dict[int, BasisSpec] | None:
-        """Which bases the adapter's config defines, by rank; ``None`` where sizes are missing.
+        """Return the definitions of the adapter's bases, by rank; ``None`` where sizes are missing.
 
         Args:
             shapes: the layers, of known shapes (``shapes.adapted_layers``). Without them the sizes must stand in the
@@ -148,7 +148,7 @@ class AdapterFolder(SavedWeights):
         }
 
     def bases(self, specs: Mapping[int, BasisSpec]) -> dict[int, Basis]:
-        """The bases by rank: those that are defined, or, where the file holds others, the file's.
+        """Return the bases by rank: those that are defined, or, where the file holds others, those of the file.
 
         Raises:
             CheckpointError: if the file's copies differ.
@@ -172,13 +172,13 @@ class AdapterFolder(SavedWeights):
 
 
 def adapter_path(path: str | os.PathLike[str]) -> Path:
-    """The folder itself, or the one named ``adapter`` in it, where ``randlora train`` puts it."""
+    """Return the folder itself, or the one named ``adapter`` in it, where ``randlora train`` writes adapters."""
     inner = Path(path) / "adapter"
     return inner if (inner / CONFIG).is_file() and not (Path(path) / CONFIG).exists() else Path(path)
 
 
 def unfinished(run: Path) -> str:
-    """What there is to say of a run that ended before it wrote its result."""
+    """Return the message about a run that ended before it wrote its result."""
     checkpoints = sorted(run.glob("checkpoints/checkpoint-*/"), key=lambda one: (len(one.name), one.name))
     use = f", or name its last checkpoint, {checkpoints[-1]}" if checkpoints else ""
     return (
@@ -188,7 +188,7 @@ def unfinished(run: Path) -> str:
 
 
 def read_config(path: str | os.PathLike[str]) -> PeftConfig:
-    """The config of an adapter folder, of any method of PEFT's; from the hub where there is no such folder.
+    """Return the config of an adapter folder, of any method of PEFT; from the hub where there is no such folder.
 
     Raises:
         CheckpointError: if there is none that can be read.
@@ -203,7 +203,7 @@ def read_config(path: str | os.PathLike[str]) -> PeftConfig:
 
 
 def read_randlora_config(path: str | os.PathLike[str]) -> RandLoraConfig:
-    """The same of an adapter of RandLoRA.
+    """Return the config of an adapter folder of RandLoRA; from the hub where there is no such folder.
 
     Raises:
         CheckpointError: if there is none that can be read, or one of another method.
@@ -216,7 +216,7 @@ def read_randlora_config(path: str | os.PathLike[str]) -> RandLoraConfig:
 
 
 def _require_plain_config(folder: Path) -> None:
-    """A JSON object that names a method, in a file of a size that a config has."""
+    """Refuse a config that is not a JSON object that names a method, in a file of a config's size."""
     file = folder / CONFIG
     if not file.is_file():
         inside = sorted(str(found.parent) for found in folder.glob(f"*/{CONFIG}"))
@@ -238,7 +238,7 @@ def _require_plain_config(folder: Path) -> None:
 def require_loadable(
     path: str | os.PathLike[str], subfolder: str | None = None, config: PeftConfig | None = None
 ) -> RandLoraConfig | None:
-    """The config of an adapter of RandLoRA that PEFT is to load from a folder. No tensor is read.
+    """Return the config of an adapter of RandLoRA that PEFT is to load from a folder. No tensor is read.
 
     Args:
         path: a folder; of anything else, such as a name on the hub, nothing is known yet.
@@ -270,7 +270,7 @@ def require_loadable(
 
 
 def refuse_pickle(path: str | os.PathLike[str]) -> None:
-    """For a file that PEFT is about to unpickle.
+    """Refuse a file that PEFT is about to unpickle, if it is of an adapter of this package.
 
     Raises:
         CheckpointError: if it is of a RandLoRA adapter.
@@ -287,13 +287,13 @@ def refuse_pickle(path: str | os.PathLike[str]) -> None:
 
 
 def _weights_of(folder: Path) -> Path:
-    """Its file of weights, which is a file: to open a pipe or a device would wait forever."""
+    """Return the folder's file of weights, after a check that it is a file: opening a pipe could wait forever."""
     weights = folder / WEIGHTS
     if not weights.is_file():
         if (folder / PICKLE).is_file():
             refuse_pickle(folder / PICKLE)
         raise CheckpointError(f"{os.fspath(folder)!r} has no {WEIGHTS}")
-    weights.open("rb").close()  # of whatever cannot be opened safetensors says that there is no such file
+    weights.open("rb").close()  # safetensors says "no such file" of any file that cannot be opened
     return weights
 
 
@@ -306,10 +306,10 @@ def _damage_named(weights: Path) -> Iterator[None]:
 
 
 def read_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
-    """Reads a folder that ``save_pretrained`` wrote, by this package or by PEFT; a run's folder has it in ``adapter``.
+    """Return the adapter in a folder of ``save_pretrained``, by this package or by PEFT, or in a run's ``adapter``.
 
     Raises:
-        CheckpointError: naming what is missing, broken or of another method.
+        CheckpointError: naming the part that is missing, broken or of another method.
     """
     folder = adapter_path(path)
     if not folder.is_dir():
@@ -329,7 +329,7 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
 
 
 def head_size(path: str | os.PathLike[str]) -> int | None:
-    """Outputs of the classification head in an adapter's file, of any method of PEFT's, if it has one.
+    """Return the number of outputs of the classification head in an adapter's file, of any method, if it has one.
 
     Raises:
         CheckpointError: if the file is damaged.
@@ -346,7 +346,7 @@ def head_size(path: str | os.PathLike[str]) -> int | None:
 
 
 def label_names(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
-    """Names of a classifier's labels, in the order of their numbers; ``None`` where they are not known.
+    """Return the names of a classifier's labels, in the order of their numbers; ``None`` where they are unknown.
 
     ``randlora train`` leaves them in the base model's config beside the adapter's folder.
     """
@@ -359,7 +359,7 @@ def label_names(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
 
 
 def content_of(folder: Path) -> dict[str, object]:
-    """The config file as it stands."""
+    """Return the content of the config file, unchecked."""
     content: dict[str, object] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     return content
 

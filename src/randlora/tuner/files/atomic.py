@@ -17,7 +17,7 @@ from randlora.errors import ConfigError, RandLoraError
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
-    """Calls ``write`` with a temporary name beside ``path``, then moves the result there in one step.
+    """Call ``write`` with a temporary name beside ``path``, then move the result there in one step.
 
     A reader, or a crash at any moment, finds the old file or the new one. An error in ``write`` leaves the old file
     and no temporary one.
@@ -39,7 +39,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None])
 
 @contextmanager
 def folder_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new folder to be filled with files, which gets its name ``path`` when the context ends without an error.
+    """Give a new folder to fill with files. It gets its name ``path`` when the context ends without an error.
 
     Raises:
         ConfigError: if there is something at ``path`` already, other than an empty folder.
@@ -70,7 +70,7 @@ _LESS_THAN_ANY_FILE = 2**16  # bytes
 
 @contextmanager
 def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What libraries raise for a disk that is full or may not be written, as the ``OSError`` that it was."""
+    """Raise errors of libraries for a disk that is full or read-only as the ``OSError`` that caused them."""
     try:
         yield
     except RandLoraError:
@@ -87,7 +87,7 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _number_of(text: str, path: Path) -> int | None:
-    """The system's number of an error; torch writes none, so that only a full disk is known by its space."""
+    """Return the system's number of an error; torch writes none, so that only a full disk is known, by its space."""
     found = re.search(r"\(os error (\d+)\)", text)
     if found is not None:
         return int(found[1])
@@ -97,13 +97,13 @@ def _number_of(text: str, path: Path) -> int | None:
 
 
 def write_json(content: dict[str, Any], folder: str | os.PathLike[str], name: str) -> None:
-    """Writes ``content`` as sorted, indented JSON to ``folder/name``; makes the folder."""
+    """Write ``content`` as sorted, indented JSON to ``folder/name``; make the folder."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_text(Path(folder) / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes ``text`` as UTF-8 to ``path``."""
+    """Write ``text`` as UTF-8 to ``path``."""
 
     def write(temporary: str) -> None:
         Path(temporary).write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What an adapter's file holds, and how it finds its way back into a model.
+"""The content of an adapter's file, and its way back into a model.
 
 Names are PEFT's: ``...<module>.randlora_lambda`` and ``..._gamma`` per layer, ``base_model.randlora_A`` and ``..._B``
 once per model. Where no layer reads the whole bases, only the part that some layer reads is written, under names of
@@ -22,7 +22,7 @@ from randlora.tuner.layers.base import RandLoraLayer, adapted
 
 
 def projections_to_save(layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str) -> dict[str, Tensor]:
-    """The bases of rank ``config.r`` by their names in the file, nothing if they are not to be saved.
+    """Return the bases of rank ``config.r`` by their names in the file; nothing if they are not to be saved.
 
     Bases of other ranks (``rank_pattern``) are never written; the fingerprint covers them.
     """
@@ -41,7 +41,7 @@ def projections_to_save(layers: list[RandLoraLayer], config: RandLoraConfig, ada
 def fold_scaling(
     state_dict: dict[str, Tensor], layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str
 ) -> dict[str, Tensor]:
-    """With the paper's scaling, γ/√n: what a reader must find who scales by alpha/r alone."""
+    """Return the state with γ/√n under the paper's scaling, for readers that scale by alpha/r alone."""
     folded_already = any(layer.gamma_factor[adapter_name] != 1 for layer in layers)
     if config.randlora_scaling == "peft" or folded_already:
         return state_dict
@@ -54,7 +54,7 @@ def fold_scaling(
 def unfold_scaling(
     state_dict: dict[str, Tensor], layers: list[RandLoraLayer], config: RandLoraConfig, adapter_name: str
 ) -> dict[str, Tensor]:
-    """Undoes ``fold_scaling`` on the content of a file."""
+    """Return the content of a file with ``fold_scaling`` undone."""
     if config.randlora_scaling == "peft":
         return state_dict
     for layer in layers:
@@ -68,7 +68,7 @@ def unfold_scaling(
 def take_projections(
     state_dict: dict[str, Tensor], model: nn.Module, config: RandLoraConfig, adapter_name: str
 ) -> dict[str, Tensor]:
-    """Removes the bases from a file's content and binds them to the adapter's layers if they differ from its own.
+    """Remove the bases from a file's content, and bind them to the adapter's layers if they differ from its own.
 
     Returns:
         The rest of the content.
@@ -95,7 +95,7 @@ def take_projections(
 
 
 def warn_of_unread_bases(config: RandLoraConfig) -> None:
-    """For a saved adapter whose file is read past PEFT, as ``model.load_adapter`` of Transformers does."""
+    """Warn of a saved adapter whose file is read past PEFT, as ``model.load_adapter`` of Transformers does."""
     if config.read_from_file and config.basis_fingerprint is None:
         _warn_of_assumed_bases(
             config,

@@ -1,4 +1,4 @@
-"""What an adapter's file may bring into a model: all that is the adapter's own, and nothing else.
+"""Checks of an adapter's file: it may bring all that is the adapter's own into a model, and nothing else.
 
 PEFT copies whatever tensors of a file the model has a name for, base weights included, and is silent about the rest.
 """
@@ -23,7 +23,7 @@ _OURS = ("randlora_A", "randlora_B", LAMBDA, GAMMA)
 
 
 def require_sound_values(content: Mapping[str, Tensor]) -> None:
-    """λ, γ and bases are finite floating point numbers, other tensors free of NaN.
+    """Require that λ, γ and bases are finite floating point numbers, and other tensors free of NaN.
 
     (Those are modules that were trained in full, whose buffers may hold infinities.)
 
@@ -47,7 +47,7 @@ def require_sound_values(content: Mapping[str, Tensor]) -> None:
 def require_own_tensors(
     content: Mapping[str, Tensor], model: nn.Module, config: RandLoraConfig, adapter_name: str
 ) -> list[str]:
-    """The adapter's λ and γ are all there, and nothing that its config does not announce.
+    """Require all λ and γ of the adapter, and no tensors that its config does not announce.
 
     Args:
         content: of the file, by the names of ``model``.
@@ -59,7 +59,7 @@ def require_own_tensors(
         Names of the base model's own tensors that the file brings: trained biases, resized embeddings.
 
     Raises:
-        CheckpointError: naming what is missing or too much.
+        CheckpointError: naming the tensors that are missing or too many.
     """
     names = {in_base(name): name for name in content}
     wanted = _updates(model, adapter_name)
@@ -79,7 +79,7 @@ def require_own_tensors(
     if strange:
         raise CheckpointError(
             f"the file holds tensors that its config does not announce, or the model does not have: {_some(strange)}; "
-            "an adapter brings λ, γ, its bases and what it trains in full, and changes nothing else"
+            "an adapter brings λ, γ, its bases and the modules that it trains in full, and changes nothing else"
             + (
                 f". Of single experts: {SINGLE_EXPERTS}"
                 if any(re.search(r"experts\.\d+\.", n) for n in strange)
@@ -91,7 +91,7 @@ def require_own_tensors(
 
 
 def _updates(model: nn.Module, adapter_name: str) -> list[list[str]]:
-    """Names of each λ and γ; several where a module is at several places."""
+    """Return the names of each λ and γ; several where a module is at several places."""
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name.endswith((f".{LAMBDA}.{adapter_name}", f".{GAMMA}.{adapter_name}")):
@@ -100,7 +100,7 @@ def _updates(model: nn.Module, adapter_name: str) -> list[list[str]]:
 
 
 def _base_tensors(model: nn.Module, present: set[str], config: RandLoraConfig) -> set[str]:
-    """The base model's own tensors that PEFT writes into an adapter's file, and reads from it."""
+    """Return the names of tensors of the base model that PEFT writes into an adapter's file, and reads from it."""
     embeddings: list[nn.Module] = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         with suppress(AttributeError, NotImplementedError):
@@ -112,7 +112,7 @@ def _base_tensors(model: nn.Module, present: set[str], config: RandLoraConfig) -
 
 
 def _warn_of_missing_biases(found: Iterable[str], possible: Iterable[str], config: RandLoraConfig) -> None:
-    """Modules that are only named so, such as T5's ``relative_attention_bias``, hold no biases."""
+    """Warn if the file lacks biases; modules such as T5's ``relative_attention_bias`` are not biases."""
     if config.bias == "none" or any(_is_bias(name) for name in found):
         return
     if any(_is_bias(name) for name in possible):
@@ -124,7 +124,7 @@ def _warn_of_missing_biases(found: Iterable[str], possible: Iterable[str], confi
 
 
 def _is_bias(name: str) -> bool:
-    """Whether PEFT counts a tensor among the biases that it writes."""
+    """Return whether PEFT counts a tensor among the biases that it writes."""
     return name == "bias" or name.endswith(".bias")
 
 
@@ -133,6 +133,6 @@ def _is_in(name: str, modules: Iterable[str]) -> bool:
 
 
 def _some(names: list[str]) -> str:
-    """A few of them; names come from a stranger's file."""
+    """Return a few of the names, shortened: they come from a stranger's file."""
     shown = ", ".join(ascii(name)[1:-1][:100] for name in names[:3])
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

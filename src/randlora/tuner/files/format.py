@@ -18,7 +18,7 @@ LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
 """The last parts of the names of λ and γ."""
 
 USED = "_used"
-"""Ends the names of bases of which only the part that some layer reads is in the file."""
+"""The end of the names of bases that the file holds in part: as much as some layer reads."""
 
 _BASES = {f"randlora_{letter}{end}": letter for letter in "AB" for end in ("", USED)}
 

@@ -37,7 +37,7 @@ def hotswap_adapter(
     torch_device: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Replaces an adapter by one that was saved. Its name stays, and so do its tensors: only their values change.
+    """Replace an adapter by a saved one. Its name and its tensors stay: only their values change.
 
     Both must have the same layers and ranks. With the same bases and alpha too, a compiled model is not compiled
     again. PEFT's ``peft.utils.hotswap.hotswap_adapter`` calls this for RandLoRA adapters.
@@ -79,7 +79,7 @@ def _swap(
 
 
 def hotswap_randlora_too(swap: Callable[..., None]) -> Callable[..., None]:
-    """PEFT's ``hotswap_adapter``, extended to RandLoRA adapters."""
+    """Return PEFT's ``hotswap_adapter``, extended to RandLoRA adapters."""
 
     @functools.wraps(swap)
     def hotswap(

@@ -15,19 +15,19 @@ from randlora.tuner.layers.base import RandLoraLayer
 
 
 def without_biases_of_others(content: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """What ``bias="randlora_only"`` means of an adapter that is alone; PEFT takes the biases of all adapted layers."""
+    """Return ``content`` without biases of layers that only other adapters adapt; PEFT takes these too."""
     others = _wrappers_of_others(model, adapter_name)
     return {name: value for name, value in content.items() if name.removesuffix(".base_layer.bias") not in others}
 
 
 def names_alone(content: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """``content`` of ``model``, by the names that it would have if ``adapter_name`` were the only adapter."""
+    """Return ``content`` of ``model``, by the names that it would have if ``adapter_name`` were the only adapter."""
     others = _wrappers_of_others(model, adapter_name)
     return {_without(name, others): value for name, value in content.items()}
 
 
 def names_in(model: nn.Module, content: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """``content`` of a file, by the names that ``model`` has for it, whatever other adapters have wrapped."""
+    """Return ``content`` of a file, by the names that ``model`` has for it, whatever other adapters have wrapped."""
     others = _wrappers_of_others(model, adapter_name)
     places = {_without(name, others): name for name, _ in model.named_modules(remove_duplicate=False)}  # innermost last
     renamed = {}
@@ -38,7 +38,7 @@ def names_in(model: nn.Module, content: Mapping[str, Tensor], adapter_name: str)
 
 
 def _wrappers_of_others(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """By the path of each wrapper in which the adapter has no part, the name of what it wraps."""
+    """Return the wrappers in which the adapter has no part, by path, each with the name of its inner module."""
     found = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, RandLoraLayer) and adapter_name not in module.randlora_lambda:
@@ -49,7 +49,7 @@ def _wrappers_of_others(model: nn.Module, adapter_name: str) -> dict[str, str]:
 
 
 def _without(name: str, wrappers: Mapping[str, str]) -> str:
-    """The name without the steps from a wrapper to what it wraps."""
+    """Return the name without the steps from a wrapper to its inner module."""
     kept, path = [], ""
     for part in name.split("."):
         if wrappers.get(path) != part:

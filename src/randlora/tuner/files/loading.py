@@ -1,4 +1,4 @@
-"""Loads that fail say why, and leave the model as it was.
+"""Loading of adapters: a load that fails gives the reason, and leaves the model as it was.
 
 PEFT first puts a new adapter into the model and then reads its file; where the file is refused, it leaves the adapter
 there, untrained; and where one of its tensors is refused, those before it are in place already.
@@ -34,7 +34,7 @@ _kept: ContextVar[_Kept | None] = ContextVar("kept", default=None)
 
 @contextmanager
 def taken_back_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Takes back ``adapter`` if ``model`` has been given it within the context, and that ends with an error.
+    """Take back ``adapter`` if it was added to ``model`` within the context, and the context ends with an error.
 
     Within the context the model holds no other adapter's λ and γ.
     """
@@ -45,7 +45,7 @@ def taken_back_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
             yield
     except Exception:
         if not was_there:
-            if _has(model, adapter):  # else what was injected has been withdrawn
+            if _has(model, adapter):  # else the injected layers have been withdrawn
                 withdraw_adapter(model, adapter)
                 getattr(model, "peft_config", {}).pop(adapter, None)
             for parameter, requires_grad in trainable:
@@ -57,7 +57,7 @@ def taken_back_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
 
 @contextmanager
 def put_back_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Gives ``adapter``, which ``model`` has, its values and bases back if the context ends with an error."""
+    """Restore values and bases of ``adapter``, which ``model`` has, if the context ends with an error."""
     values = [(p, p.detach().clone()) for name, p in model.named_parameters() if adapter in name.split(".")]
     layers = [layer for layer in adapted(model).values() if adapter in layer.bases]
     bases = [layer.bases[adapter] for layer in layers]
@@ -76,12 +76,12 @@ def put_back_on_failure(model: nn.Module, adapter: str) -> Iterator[None]:
 
 
 def reads_a_file() -> bool:
-    """Whether an adapter's file is being loaded, rather than tensors that a program hands over."""
+    """Return whether an adapter's file is being loaded, rather than tensors that a program hands over."""
     return _kept.get() is not None
 
 
 def keep_base_tensors(model: nn.Module, names: Iterable[str]) -> None:
-    """To be called before a file writes into tensors of the base model: trained biases, resized embeddings."""
+    """Keep tensors of the base model before a file writes into them: trained biases, resized embeddings."""
     kept = _kept.get()
     assert kept is not None
     for name in names:
@@ -93,7 +93,7 @@ def keep_base_tensors(model: nn.Module, names: Iterable[str]) -> None:
 
 @contextmanager
 def base_put_back_on_failure() -> Iterator[None]:
-    """Gives the base model what ``keep_base_tensors`` has kept if the context ends with an error."""
+    """Restore the tensors that ``keep_base_tensors`` has kept if the context ends with an error."""
     kept: _Kept = []
     token = _kept.set(kept)
     try:
@@ -110,7 +110,7 @@ def base_put_back_on_failure() -> Iterator[None]:
 
 @contextmanager
 def named_errors(model: nn.Module, path: str | os.PathLike[str]) -> Iterator[None]:
-    """What PEFT, safetensors or torch raise for a bad RandLoRA adapter, as errors of ours.
+    """Raise errors of PEFT, safetensors and torch about a bad RandLoRA adapter as errors of this package.
 
     Raises:
         CheckpointError: with the other error as its cause.
@@ -128,7 +128,7 @@ def named_errors(model: nn.Module, path: str | os.PathLike[str]) -> Iterator[Non
 
 
 def from_pretrained_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
-    """``PeftModel.from_pretrained``, the function of the class method, made so."""
+    """Return ``PeftModel.from_pretrained`` (the function), made to leave nothing behind when it fails."""
     signature = inspect.signature(load)
 
     @functools.wraps(load)
@@ -144,7 +144,7 @@ def from_pretrained_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_adapter_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
-    """``PeftModel.load_adapter``, made so."""
+    """Return ``PeftModel.load_adapter``, made to leave the model as it was when it fails."""
     signature = inspect.signature(load)
 
     @functools.wraps(load)
@@ -168,7 +168,7 @@ def load_adapter_or_nothing(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _require_bases_of(config: RandLoraConfig, path: str | os.PathLike[str], model: nn.Module, adapter: str) -> None:
-    """What was loaded from ``path`` into an adapter that was there, whose config PEFT has kept.
+    """Require that a file loaded into an existing adapter, whose config PEFT keeps, has the adapter's bases.
 
     Raises:
         BasisMismatchError: if it was trained with other bases.
@@ -182,12 +182,12 @@ def _require_bases_of(config: RandLoraConfig, path: str | os.PathLike[str], mode
 
 
 def _config_of(arguments: dict[str, Any]) -> RandLoraConfig | None:
-    """The config of the adapter of RandLoRA that PEFT is to load; a folder that cannot be one is refused at once."""
+    """Return the config of the adapter of RandLoRA that PEFT is to load; refuse a bad folder at once."""
     given: PeftConfig | None = arguments.get("config")
     return require_loadable(arguments["model_id"], arguments.get("kwargs", {}).get("subfolder"), given)
 
 
 def _has(model: nn.Module, adapter: str) -> bool:
-    """Whether a layer has the adapter, or a part of it."""
+    """Return whether a layer has the adapter, or a part of it."""
     layers = adapted(model).values()
     return any(adapter in getattr(x, name) for x in layers for name in x.adapter_layer_names + x.other_param_names)

@@ -1,4 +1,4 @@
-"""A folder of PEFT's LoRA, read without its base model: what RandLoRA's updates are compared with."""
+"""A folder of PEFT's LoRA, read without its base model, to compare RandLoRA's updates with."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class LoraLayer:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """Rank r."""
         return self.right.shape[0]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of left @ right."""
+        """Shape of left @ right."""
         return self.left.shape[0], self.right.shape[1]
 
 
@@ -63,7 +63,7 @@ class LoraFolder(SavedWeights):
 
 
 def read_lora_folder(path: str | os.PathLike[str]) -> LoraFolder | None:
-    """Reads the folder of a LoRA adapter, or of a run that made one; ``None`` for what is none.
+    """Return the LoRA adapter in a folder, or in that of a run; ``None`` if there is no LoRA.
 
     Raises:
         CheckpointError: as of :func:`read_lora`, and if it holds no layer.
@@ -83,7 +83,7 @@ def read_lora_folder(path: str | os.PathLike[str]) -> LoraFolder | None:
 
 
 def read_lora(path: str | os.PathLike[str]) -> Iterator[LoraLayer]:
-    """The layers of a LoRA adapter, one at a time.
+    """Yield the layers of a LoRA adapter, one at a time.
 
     Raises:
         CheckpointError: if it is none that can be read, or of a variant whose update is not B A alone.

@@ -27,7 +27,7 @@ _writes: ContextVar[bool] = ContextVar("writes", default=False)
 
 
 def saved_whole(save: Callable[..., None]) -> Callable[..., None]:
-    """``PeftModel.save_pretrained``, which then refuses to write a file that lacks λ or γ."""
+    """Return ``PeftModel.save_pretrained``, made to refuse writing a file that lacks λ or γ."""
     signature = inspect.signature(save)
 
     @functools.wraps(save)
@@ -52,7 +52,7 @@ def saved_whole(save: Callable[..., None]) -> Callable[..., None]:
 
 
 def written_whole(save_file: Callable[..., None], prefix: str) -> Callable[..., None]:
-    """PEFT's way of writing a safetensors file, made atomic where the file holds a RandLoRA adapter."""
+    """Return PEFT's writer of safetensors files, made atomic for files of RandLoRA adapters."""
 
     @functools.wraps(save_file)
     def save(tensors: dict[str, Any], filename: str, metadata: dict[str, str] | None = None) -> None:
@@ -67,7 +67,7 @@ def written_whole(save_file: Callable[..., None], prefix: str) -> Callable[..., 
 
 
 def taken_plain(get_tensors: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """PEFT's way of gathering what it saves, from a model without wrappers and without other adapters.
+    """Return PEFT's collector of tensors to save, given a model without wrappers and without other adapters.
 
     (It looks for the name of each other adapter in that of each tensor.)
     """
@@ -93,7 +93,7 @@ def taken_plain(get_tensors: Callable[..., dict[str, Any]]) -> Callable[..., dic
 
 
 def put_plain(set_tensors: Callable[..., Any]) -> Callable[..., Any]:
-    """PEFT's way of putting tensors into an adapter, into one of a model without wrappers."""
+    """Return PEFT's function that puts tensors into an adapter, given a model without wrappers."""
 
     @functools.wraps(set_tensors)
     def set_peft_model_state_dict(model: Any, peft_model_state_dict: Any, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +111,7 @@ class _Elsewhere(dict[str, Any]):
 
 
 def _elsewhere(adapter_name: str) -> _Elsewhere:
-    """Where DeepSpeed keeps all tensors in shares, the Trainer saves nothing first and then DeepSpeed's checkpoint."""
+    """Return no content, with a warning: the tensors are in DeepSpeed's shares, and so in its own checkpoint."""
     warnings.warn(
         f"no weights of the adapter {adapter_name!r} are written: DeepSpeed holds them in shares, and none were "
         "gathered. Its own checkpoint has them; stage3_gather_16bit_weights_on_model_save=True gives a file of them.",
@@ -125,7 +125,7 @@ def _is_partitioned(model: nn.Module) -> bool:
 
 
 def _require_whole(model: nn.Module, adapter_name: str, content: Mapping[str, Tensor]) -> None:
-    """``content`` of ``model`` holds λ and γ of every layer that carries the adapter.
+    """Require that ``content`` of ``model`` holds λ and γ of every layer that has the adapter.
 
     Raises:
         CheckpointError: naming those that are missing, or have not their shape.

@@ -32,13 +32,13 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class AdaptedModule(nn.Module):
-    """A module in the place of its ``base_layer``: what it has not itself, such as ``stride``, is the base layer's."""
+    """A module in the place of its ``base_layer``, with the attributes of that layer, such as ``stride``."""
 
     def __getattr__(self, name: str) -> Any:
-        """As of ``nn.Module``, then of the base layer; its private attributes are its own."""
+        """Return an attribute of this module, or one of the base layer that is not private."""
         modules = self.__dict__.get("_modules", {})
         found = modules.get(name)
-        if found is not None:  # what a forward asks for, without one more call
+        if found is not None:  # modules that a forward asks for, without one more call
             return found
         try:
             return super().__getattr__(name)
@@ -56,7 +56,7 @@ class AdaptedModule(nn.Module):
         """Return the output of the base layer plus the updates of the active adapters.
 
         Args:
-            x: the input of the base layer; its kind says of which shape.
+            x: the input of the base layer, in a shape that its kind defines.
             *args: passed on to the base layer.
             **kwargs: likewise.
         """
@@ -70,7 +70,7 @@ class AdaptedModule(nn.Module):
         raise NotImplementedError
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Gives a weight or bias to the base layer, whose it is: so another is tied to it.
+        """Give a weight or bias to the base layer, which owns it: so another tensor is tied to it.
 
         Raises:
             MergeError: for the weight while adapters are merged into it.
@@ -87,7 +87,7 @@ class AdaptedModule(nn.Module):
         setattr(layer.base_layer, name, param)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Moves or casts; a merged weight that was intact before is so afterwards."""
+        """Move or cast the layer; a merged weight that was intact before is intact afterwards."""
         layer = cast("RandLoraLayer", self)
         intact = bool(layer.merged) and layer._is_intact()
         result = super()._apply(fn, recurse)
@@ -115,14 +115,14 @@ class RandLoraLayer(ScaledLayer):
         scaling: per adapter the factor of the update.
         gamma_factor: per adapter the share of the scaling that γ holds already, 1 unless γ is as a file has it.
         parameter_name: name of the weight in the base layer.
-        adapts_parameter: whether `target_parameters` names what it adapts, and not `target_modules`.
+        adapts_parameter: whether `target_parameters` names the parameter, and not `target_modules` the layer.
         stack: leading dimensions of λ and γ, one for a weight that is a stack of matrices, each with its own.
         fan_in_fan_out: whether the weight is stored as (in, out).
         is_linear: whether the layer multiplies its input with the weight, as a LoRA of a matrix does.
         read_by_parent: whether a module around the layer computes with the weight itself, as far as is known.
         computes_rows: whether each row of an input can be given an adapter of its own.
         path: name of the base layer in its model when it was adapted.
-        drops_input: whether dropout is applied to what the adapters see.
+        drops_input: whether dropout is applied to the adapters' input.
         cast_input_dtype_enabled: known to PEFT, which casts inputs to the adapter's dtype; here none is cast.
     """
 
@@ -163,7 +163,7 @@ class RandLoraLayer(ScaledLayer):
         self._disable_adapters = False
         self._may_train: set[str] = set()  # without being active: `set_requires_grad` has said so
         self.merged_adapters: list[str] = []
-        self._unmerged_weight: tuple[nn.Parameter] | None = None  # in a tuple it is no parameter of this module
+        self._unmerged_weight: tuple[nn.Parameter] | None = None  # a tuple hides it from this module's parameters
         self._merged_bits: int | None = None
 
     def get_base_layer(self) -> nn.Module:
@@ -172,27 +172,27 @@ class RandLoraLayer(ScaledLayer):
 
     @property
     def min_dim(self) -> int:
-        """m, the smaller dimension of the weight."""
+        """Smaller dimension m of the weight."""
         return min(self.in_features, self.out_features)
 
     @property
     def max_dim(self) -> int:
-        """M, the larger dimension of the weight."""
+        """Larger dimension M of the weight."""
         return max(self.in_features, self.out_features)
 
     @property
     def num_matrices(self) -> int:
-        """One, or the number of matrices in a stack."""
+        """Number of matrices in a stack, else 1."""
         return math.prod(self.stack)
 
     @property
     def randlora_A(self) -> Mapping[str, Tensor]:
-        """Per adapter a copy of the whole basis A of shape (r, 1, m); every layer reads a slice of it."""
+        """For each adapter, a copy of the whole basis A of shape (r, 1, m); every layer reads a slice of it."""
         return ProjectionView(lambda: self.bases, 0)
 
     @property
     def randlora_B(self) -> Mapping[str, Tensor]:
-        """Per adapter a copy of the whole basis B of shape (M, n, r); every layer reads a slice of it."""
+        """For each adapter, a copy of the whole basis B of shape (M, n, r); every layer reads a slice of it."""
         return ProjectionView(lambda: self.bases, 1)
 
     def update_layer(
@@ -205,7 +205,7 @@ class RandLoraLayer(ScaledLayer):
         init_weights: bool = True,
         inference_mode: bool = False,
     ) -> None:
-        """Adds the parameters of an adapter; its bases are bound when all layers are known (``bind_basis``)."""
+        """Add the parameters of an adapter; its bases are bound when all layers are known (``bind_basis``)."""
         n = num_bases(r, self.min_dim)
         self.r[adapter_name], self.num_bases[adapter_name] = r, n
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = scaling
@@ -224,12 +224,12 @@ class RandLoraLayer(ScaledLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
-        """Of λ and γ, whatever parts of them this process holds."""
+        """Return the shapes of λ and γ, whatever parts of them this process holds."""
         r, n = self.r[adapter_name], self.num_bases[adapter_name]
         return {"randlora_lambda": (*self.stack, r, n), "randlora_gamma": (*self.stack, n, self.min_dim)}
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Makes adapters the active ones, and those that train, unless ``inference_mode``: no other does.
+        """Make adapters the active ones, and, unless in ``inference_mode``, the only ones that train.
 
         The time that it takes does not depend on how many adapters there are.
         """
@@ -239,14 +239,14 @@ class RandLoraLayer(ScaledLayer):
         self._active_adapter = names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Lets adapters train or not, active or not, until others become active."""
+        """Let adapters train or not, whether active or not, until others become active."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._require_grad(names, requires_grad)
         if requires_grad:
             self._may_train.update(names)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Adds the updates of the active adapters again, or none; those that train no longer do."""
+        """Enable the active adapters, or disable all adapters, of which none trains then."""
         self._disable_adapters = not enabled
         if enabled:
             self.set_adapter(self.active_adapters)
@@ -254,7 +254,7 @@ class RandLoraLayer(ScaledLayer):
             self._freeze()
 
     def _freeze(self) -> None:
-        """No adapter trains; only those that may are looked at."""
+        """Let no adapter train; only adapters that may train are visited."""
         self._require_grad([*self.active_adapters, *self._may_train], False)
         if self._may_train:
             here = self.randlora_lambda  # without those that `alone` hides
@@ -270,25 +270,25 @@ class RandLoraLayer(ScaledLayer):
                     parameter.requires_grad_(requires_grad)
 
     def reset_randlora_parameters(self, adapter_name: str) -> None:
-        """λ = 0 and γ = 1 / max(n, m), as the authors' code and PEFT do."""
+        """Set λ = 0 and γ = 1 / max(n, m), as the authors' code and PEFT do."""
         if adapter_name in self.randlora_lambda:
             gamma = self.randlora_gamma[adapter_name]
             nn.init.zeros_(self.randlora_lambda[adapter_name])
             nn.init.constant_(gamma, self.gamma_factor[adapter_name] / max(gamma.shape[-2:]))
 
     def unfold_gamma(self, adapter_name: str) -> None:
-        """Takes the scaling's share back from γ, whose values are about to be replaced."""
+        """Take the scaling's share back from γ, whose values are about to be replaced."""
         for scaling in (self.scaling, self.initial_scaling):
             scaling[adapter_name] *= self.gamma_factor[adapter_name]
         self.gamma_factor[adapter_name] = 1.0
 
     def bind_basis(self, adapter_name: str, basis: Basis | AwaitedBasis) -> None:
-        """Gives the adapter its bases."""
+        """Give the adapter its bases."""
         self.bases[adapter_name] = basis
         self._cast_basis(adapter_name)
 
     def _cast_basis(self, adapter_name: str) -> None:
-        """Casts an adapter's bases for the base layer where it is now: not while a compiled step is traced."""
+        """Cast an adapter's bases for the base layer where it is now: not while a compiled step is traced."""
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if not isinstance(self.bases[adapter_name], Basis) or device is None:
             return
@@ -296,7 +296,7 @@ class RandLoraLayer(ScaledLayer):
             self._operands(adapter_name, device, dtype)
 
     def get_scaled_bases(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """The two factors of the update in the order in which they are applied to an input, without ``scaling``.
+        """Return the two factors of the update in the order in which an input meets them, without ``scaling``.
 
         Args:
             adapter: name of the adapter.
@@ -314,7 +314,7 @@ class RandLoraLayer(ScaledLayer):
         return (scaled, B) if self.out_features >= self.in_features else (B.T, scaled.T)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW in the layout of the base layer's weight, on its device, in float32 or wider.
+        """Return ΔW in the layout of the base layer's weight, on its device, in float32 or wider.
 
         Args:
             adapter: name of the adapter.
@@ -322,11 +322,11 @@ class RandLoraLayer(ScaledLayer):
         return self.delta_of(adapter, self.randlora_lambda[adapter], self.randlora_gamma[adapter])
 
     def delta_of(self, adapter: str, lam: Tensor, gamma: Tensor) -> Tensor:
-        """:meth:`get_delta_weight` of an adapter if λ and γ, of the shapes that it has, were these."""
+        """Return :meth:`get_delta_weight` of an adapter with these λ and γ in the place of its own."""
         return self._to_weight_layout(self._update_of(adapter, lam, gamma))
 
     def _update_of(self, adapter: str, lam: Tensor, gamma: Tensor) -> Tensor:
-        """ΔW (out, in) of λ (r, n) and γ (n, m) with the bases and the scaling of the adapter."""
+        """Return ΔW (out, in) of λ (r, n) and γ (n, m) with the bases and the scaling of the adapter."""
         dtype = at_least_float32(lam.dtype)
         bases = self._operands(adapter, lam.device, dtype)
         wide = self.out_features < self.in_features
@@ -339,18 +339,18 @@ class RandLoraLayer(ScaledLayer):
         return read_weight(self)
 
     def with_updates(self, weight: Tensor, adapter_names: list[str]) -> Tensor:
-        """``weight`` plus the updates of adapters, in the dtype of ``weight``, differentiable in all of them."""
+        """Return ``weight`` plus the updates of adapters, in the dtype of ``weight``, differentiable in all of them."""
         total = weight
         for name in adapter_names:
             total = total + self.get_delta_weight(name).to(weight.device)
         return total.to(weight.dtype)
 
     def drops(self, adapter_name: str) -> bool:
-        """Whether the adapter's dropout is active."""
+        """Return whether the adapter's dropout is active."""
         return adapter_name in self.randlora_dropout and self.randlora_dropout[adapter_name].training
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds the updates of the adapters to the base weight.
+        """Add the updates of the adapters to the base weight.
 
         The original weight is kept aside until ``unmerge``, which restores it bit for bit.
 
@@ -371,7 +371,7 @@ class RandLoraLayer(ScaledLayer):
         self.merged_adapters.extend(names)
 
     def require_mergeable(self) -> None:
-        """Changes nothing.
+        """Leave the layer as it is.
 
         Raises:
             MergeError: if the base layer has no place for W + ΔW, or would not do with it what the adapter does.
@@ -385,15 +385,15 @@ class RandLoraLayer(ScaledLayer):
                 require_linear(base, self.parameter_name, x, lambda change: self._product(x, change), self._where())
 
     def _exchanges_weight(self) -> bool:
-        """Whether the base layer runs with W + ΔW in the place of W while unmerged, so that merging changes nothing."""
+        """Return whether the unmerged layer runs with W + ΔW in the place of W, so that merging changes no output."""
         return False
 
     def _probe(self, weight: Tensor) -> Tensor:
-        """A small input of the base layer."""
+        """Return a small input of the base layer."""
         raise NotImplementedError
 
     def _product(self, x: Tensor, update: Tensor) -> Tensor:
-        """What an update, in the layout of the weight, adds to the output for ``x``."""
+        """Return the part of the output for ``x`` that an update, in the layout of the weight, adds."""
         raise NotImplementedError
 
     def _where(self) -> str:
@@ -401,7 +401,7 @@ class RandLoraLayer(ScaledLayer):
         return f"{name}, a {type(self.get_base_layer()).__name__},"
 
     def merged_weight(self, adapter_names: list[str], require_finite: bool = False) -> Tensor:
-        """The base weight plus the updates of ``adapter_names``, summed in float32 or wider and rounded once.
+        """Return the base weight plus the updates of ``adapter_names``, summed in float32 or wider and rounded once.
 
         Raises:
             MergeError: with ``require_finite``, if it holds NaN or infinity.
@@ -420,7 +420,7 @@ class RandLoraLayer(ScaledLayer):
         return merged
 
     def unmerge(self) -> None:
-        """Puts the original base weight back, bit for bit.
+        """Put the original base weight back, bit for bit.
 
         Raises:
             MergeError: if the merged weight was written or replaced, so that the original is not its base any more.
@@ -439,7 +439,7 @@ class RandLoraLayer(ScaledLayer):
         return None if weight is None else checksum(weight)
 
     def _is_intact(self) -> bool:
-        """Whether the base weight is what merging has put there, as far as that can be told."""
+        """Return whether the base weight is still the merged one, as far as that can be told."""
         found = None if self._merged_bits is None else self._weight_bits()
         return found is None or found == self._merged_bits
 
@@ -447,8 +447,8 @@ class RandLoraLayer(ScaledLayer):
         if not self._is_intact():
             raise MergeError(
                 f"the base weight of {self._where()} was changed while {', '.join(self.merged_adapters)} was merged "
-                "into it, so that it is no sum with the weight that unmerging would put back. To keep it as it is now, "
-                "call `unload()`; to go back, load the merged weight again."
+                "into it, so that it is not a sum with the weight that unmerging would put back. To keep it as it is "
+                "now, call `unload()`; to go back, load the merged weight again."
             )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -470,15 +470,15 @@ class RandLoraLayer(ScaledLayer):
         return cast("nn.Parameter", getattr(self.get_base_layer(), self.parameter_name))
 
     def original_weight(self) -> nn.Parameter:
-        """The parameter of the base model, also while adapters are merged."""
+        """Return the parameter of the base model, also while adapters are merged."""
         return self._base_weight() if self._unmerged_weight is None else self._unmerged_weight[0]
 
     def _dense_base_weight(self) -> Tensor:
-        """The base weight as plain numbers."""
+        """Return the base weight as plain numbers."""
         return self._base_weight().data
 
     def _put_merged_weight(self, merged: Tensor) -> None:
-        """Gives the base layer ``merged`` as a weight of its own, and keeps the original aside.
+        """Give the base layer ``merged`` as a weight of its own, and keep the original aside.
 
         What the original is tied to, such as the output layer of a language model to its embedding, stays as it was.
         """
@@ -490,7 +490,7 @@ class RandLoraLayer(ScaledLayer):
         setattr(self.get_base_layer(), self.parameter_name, merged)
 
     def _restore_base_weight(self) -> None:
-        """Puts back what ``_put_merged_weight`` has kept."""
+        """Put back the original that ``_put_merged_weight`` has kept."""
         if self._unmerged_weight is not None:
             merged = require_stored(self.get_base_layer(), self.parameter_name, self._where())
             (weight,) = self._unmerged_weight
@@ -500,7 +500,7 @@ class RandLoraLayer(ScaledLayer):
         self._unmerged_weight = None
 
     def _plain_weight(self, adapter_name: str, x: Tensor) -> Tensor | None:
-        """The base weight, if the base layer is nothing but a product with it that sees the adapter's own input.
+        """Return the base weight, if the base layer is only a product with it that sees the adapter's own input.
 
         ``None`` where the base layer must be called (:func:`is_plain`), for a quantised or sharded weight, and with
         active dropout.
@@ -515,7 +515,7 @@ class RandLoraLayer(ScaledLayer):
         return weight if plain else None
 
     def _call_base(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The base layer's own output, a tensor.
+        """Return the base layer's own output, a tensor.
 
         Raises:
             UnsupportedLayerError: if it is none.
@@ -529,7 +529,7 @@ class RandLoraLayer(ScaledLayer):
         return result
 
     def _add(self, result: Tensor, update: Tensor) -> Tensor:
-        """The sum, in the dtype of ``result``.
+        """Return the sum, in the dtype of ``result``.
 
         Raises:
             UnsupportedLayerError: if the base layer's output has another shape than its kind gives.
@@ -543,15 +543,15 @@ class RandLoraLayer(ScaledLayer):
         return result + update.to(result.dtype)
 
     def _own_input(self, adapter_name: str, x: Tensor) -> Tensor:
-        """What the adapter sees of the layer's input."""
+        """Return the layer's input as the adapter sees it."""
         return self.randlora_dropout[adapter_name](x) if adapter_name in self.randlora_dropout else x
 
     def _to_weight_layout(self, update: Tensor) -> Tensor:
-        """(out, in) to the layout in which the base layer stores its weight."""
+        """Return an update (out, in) in the layout in which the base layer stores its weight."""
         raise NotImplementedError
 
     def basis(self, adapter_name: str) -> Basis:
-        """The adapter's bases.
+        """Return the adapter's bases.
 
         Raises:
             BasisMismatchError: if they were to come from its file, and no file has been loaded.
@@ -561,11 +561,11 @@ class RandLoraLayer(ScaledLayer):
     def _operands(
         self, adapter_name: str, device: torch.device, dtype: torch.dtype, tokens: int | None = None
     ) -> Operands:
-        """This layer's slices of the shared bases, as products in ``dtype`` take them."""
+        """Return this layer's slices of the shared bases, as products in ``dtype`` take them."""
         return self.basis(adapter_name).operands(device, dtype, self.sizes(adapter_name), tokens)
 
     def _lookup(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> RowOperands:
-        """This layer's slices of the shared bases as they are stored, for layers that read a few rows."""
+        """Return this layer's slices of the shared bases as they are stored, for layers that read a few rows."""
         return self.basis(adapter_name).lookup(device, dtype, self.sizes(adapter_name))
 
     def sizes(self, adapter_name: str) -> Sizes:
@@ -573,16 +573,16 @@ class RandLoraLayer(ScaledLayer):
         return Sizes(self.max_dim, self.min_dim, self.num_bases[adapter_name])
 
     def _scalings(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """λ and γ; as attributes they would take longer to look up than a small product."""
+        """Return λ and γ; as attributes they would take longer to look up than a small product."""
         modules = cast("Any", self)._modules
-        try:  # by `[]`, which DeepSpeed watches, to gather what it has taken apart
+        try:  # by `[]`, which DeepSpeed watches, to gather tensors in shares
             lam, gamma = (modules[group]._parameters[adapter_name] for group in self.adapter_layer_names)
-        except KeyError:  # below FSDP they are no parameters
+        except KeyError:  # below FSDP they are not parameters
             return self.randlora_lambda[adapter_name], self.randlora_gamma[adapter_name]
         return lam, gamma
 
     def _scaling(self, adapter_name: str) -> float:
-        """What the operands' update is multiplied with."""
+        """Return the factor of the operands' update."""
         return self.scaling[adapter_name] * self.basis(adapter_name).factor
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device | None, torch.dtype | None]:
@@ -592,7 +592,7 @@ class RandLoraLayer(ScaledLayer):
         return super()._get_base_layer_device_and_dtype(base_layer)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Moves λ and γ to the base layer's device; their dtype is the business of ``autocast_adapter_dtype``."""
+        """Move λ and γ to the base layer's device; ``autocast_adapter_dtype`` decides on their dtype."""
         if device is None:
             base_layer = self.get_base_layer()
             device, _ = self._get_base_layer_device_and_dtype(base_layer)
@@ -609,7 +609,7 @@ class RandLoraLayer(ScaledLayer):
 
 
 class ProjectionView(Mapping[str, Tensor]):
-    """What PEFT's users know as ``randlora_A`` and ``randlora_B``: copies of the bases by adapter, as they are now.
+    """Copies of the current bases by adapter, which PEFT's users know as ``randlora_A`` and ``randlora_B``.
 
     Writing into a copy changes nothing: the bases belong to all layers and adapters that use the same numbers.
 
@@ -641,14 +641,14 @@ def adapted(model: nn.Module, *adapters: str) -> dict[str, RandLoraLayer]:
 
 
 def innermost(layer: nn.Module) -> nn.Module:
-    """The module inside all adapters."""
+    """Return the module inside all adapters."""
     while hasattr(layer, "base_layer"):
         layer = cast("nn.Module", layer.base_layer)
     return layer
 
 
 def known_basis(basis: Basis | AwaitedBasis) -> Basis:
-    """The basis itself.
+    """Return the basis itself.
 
     Raises:
         BasisMismatchError: if it was to come from a file, and no file has been loaded.

@@ -36,7 +36,7 @@ class _Conv(AdaptedModule, RandLoraLayer):
         self.update_layer(adapter_name, **adapter)
 
     def forward_with(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output as if ``adapters`` were the active ones."""
+        """Return the output as if ``adapters`` were the active ones."""
         names = [name for name in adapters if name in self.r]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
@@ -54,7 +54,7 @@ class _Conv(AdaptedModule, RandLoraLayer):
         return result
 
     def _product(self, x: Tensor, update: Tensor) -> Tensor:
-        """What an update, in the layout of the weight, adds to the output: its own convolution, as the base layer's.
+        """Return the part of the output that an update, in the layout of the weight, adds: its own convolution.
 
         Raises:
             UnsupportedLayerError: if the base layer's ``_conv_forward`` is another, and none that an update has.
@@ -65,8 +65,8 @@ class _Conv(AdaptedModule, RandLoraLayer):
             twice = base._conv_forward(x, 2 * update, None)
             if not torch.allclose(twice, 2 * result, rtol=1e-3, atol=1e-3 * float(result.detach().abs().max())):
                 raise UnsupportedLayerError(
-                    f"{self._where()} has a `_conv_forward` of its own, which is no convolution with the weight that "
-                    f"it is given, so that an update has none: add {self.path or 'the module'!r} to `exclude_modules`"
+                    f"{self._where()} has a `_conv_forward` of its own, which is not a convolution with the weight "
+                    f"that it is given, so that an update has none: add {self.path or 'the module'!r} to `exclude_modules`"
                 )
         return result
 
@@ -77,12 +77,12 @@ class _Conv(AdaptedModule, RandLoraLayer):
         return random_input((1, base.in_channels, *size), weight)
 
     def _update(self, name: str, dtype: torch.dtype) -> Tensor:
-        """ΔW in the layout of the weight, differentiable in λ and γ, summed in float32 or wider."""
+        """Return ΔW in the layout of the weight, differentiable in λ and γ, summed in float32 or wider."""
         with without_autocast(self.randlora_lambda[name].device.type):
             return self.get_delta_weight(name).to(dtype)
 
     def _can_take_weight(self, name: str, x: Tensor) -> bool:
-        """Whether one convolution may do both: see :meth:`RandLoraLayer._plain_weight` and ``ops.can_fuse``."""
+        """Return whether one convolution may do both: see :meth:`RandLoraLayer._plain_weight` and ``ops.can_fuse``."""
         return self._plain_weight(name, x) is not None and ops.can_fuse(compute_dtype(x), self._base_weight().dtype)
 
     def _to_weight_layout(self, update: Tensor) -> Tensor:
@@ -103,11 +103,11 @@ class Conv3d(_Conv):
 
 
 def conv_class(base_layer: ConvNd) -> type[_Conv]:
-    """The class for a convolution of that number of dimensions."""
+    """Return the class for a convolution of that number of dimensions."""
     return {1: Conv1d, 2: Conv2d, 3: Conv3d}[len(base_layer.kernel_size)]
 
 
 def conv_shape(base_layer: Any) -> tuple[int, int]:
-    """(in, out) of the weight as a matrix: in/groups·∏kernel and the output channels."""
+    """Return (in, out) of the weight as a matrix: in/groups·∏kernel and the output channels."""
     kernel = torch.Size(base_layer.kernel_size).numel()
     return base_layer.in_channels // base_layer.groups * kernel, base_layer.out_channels

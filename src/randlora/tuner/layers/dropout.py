@@ -1,4 +1,4 @@
-"""Dropout on what the adapters of one layer see."""
+"""Dropout on the input of the adapters of one layer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Dropouts(nn.Module):
         self._by_adapter: dict[str, nn.Dropout] = {}
 
     def add(self, adapter_name: str, probability: float) -> None:
-        """Gives the adapter its dropout."""
+        """Give the adapter its dropout."""
         there = cast("list[nn.Dropout]", list(self.children()))
         kind = next((kind for kind in there if kind.p == probability), None)
         if kind is None:
@@ -44,5 +44,5 @@ class Dropouts(nn.Module):
             del self._modules[next(name for name, module in self._modules.items() if module is kind)]
 
     def keys(self) -> KeysView[str]:
-        """Names of the adapters that have one."""
+        """Return the names of the adapters that have dropout."""
         return self._by_adapter.keys()

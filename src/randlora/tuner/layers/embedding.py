@@ -37,7 +37,7 @@ class Embedding(AdaptedModule, RandLoraLayer):
         self.update_layer(adapter_name, **adapter)
 
     def forward_with(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output as if ``adapters`` were the active ones."""
+        """Return the output as if ``adapters`` were the active ones."""
         names = [name for name in adapters if name in self.r]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
@@ -49,7 +49,7 @@ class Embedding(AdaptedModule, RandLoraLayer):
         return result
 
     def _call_with_sum(self, names: list[str], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """What the base layer makes of W + ΔW: whoever knows only its class knows not what it looks up."""
+        """Return the base layer's output with W + ΔW, for a class whose lookup is unknown."""
         require_exchangeable(self.base_layer, self.parameter_name, self._where())
         weight = self._base_weight()
         with without_autocast(weight.device.type):
@@ -58,7 +58,7 @@ class Embedding(AdaptedModule, RandLoraLayer):
         return cast("Tensor", functional_call(self.base_layer, exchanged, (x, *args), kwargs))
 
     def _exchanges_weight(self) -> bool:
-        """Where the class has a forward of its own: it may count positions, normalise rows, or take no indices."""
+        """Return whether the class has a forward of its own: it may count positions, or take no indices."""
         base: Any = self.base_layer
         if not isinstance(base, nn.Embedding) or hasattr(base, "embed_scale"):
             return False
@@ -76,7 +76,7 @@ class Embedding(AdaptedModule, RandLoraLayer):
         return self._scaled(F.embedding(x, update))
 
     def _rows(self, name: str, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows ``ids`` of ΔW, through the product of all rows where that is less work than one for each index."""
+        """Return rows ``ids`` of ΔW, by the product of all rows where that is less work than one for each index."""
         base: Any = self.get_base_layer()
         operands = self._lookup(name, ids.device, dtype)
         with without_autocast(ids.device.type):
@@ -101,7 +101,7 @@ class Embedding(AdaptedModule, RandLoraLayer):
 
 
 def embedding_shape(base_layer: nn.Embedding, name: str) -> tuple[int, int]:
-    """(in, out) of the embedding as a linear layer.
+    """Return (in, out) of the embedding as a linear layer.
 
     Raises:
         UnsupportedLayerError: if it has a ``max_norm``, which would be applied to W without its update.

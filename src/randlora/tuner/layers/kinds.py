@@ -23,7 +23,7 @@ from randlora.tuner.wrappers import unwrapped
 
 
 class Kind(NamedTuple):
-    """How to adapt a module.
+    """The way to adapt a module.
 
     Attributes:
         create: takes the module, the adapter's name and its values (:meth:`RandLoraLayer.update_layer`).
@@ -37,7 +37,7 @@ class Kind(NamedTuple):
 def kind_of(
     target: nn.Module, name: str, model: nn.Module, config: RandLoraConfig, parameter_name: str | None = None
 ) -> Kind:
-    """The kind of adapted layer for a module.
+    """Return the kind of adapted layer for a module.
 
     Args:
         target: the module to adapt, possibly adapted already.
@@ -85,7 +85,7 @@ def kind_of(
 
 
 def _ways_out(module: nn.Module, name: str) -> str:
-    """What there is in a module of no kind that can be adapted: layers, or parameters of its own."""
+    """Return sentences on what can be adapted inside of an unsupported module: layers, or parameters of its own."""
     leaf = name.rpartition(".")[2]
     layers = [
         f"{leaf}.{path}"

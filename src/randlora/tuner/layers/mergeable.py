@@ -1,4 +1,4 @@
-"""Whether W + ΔW may stand in a base layer: it must be stored there, and do there what the adapter does beside it."""
+"""Checks that a base layer may store W + ΔW: it must store W, and use it as the adapter uses ΔW beside it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def require_stored(base: nn.Module, parameter_name: str, where: str) -> Tensor:
     Args:
         base: the base layer.
         parameter_name: name of its weight.
-        where: what the layer is, for messages.
+        where: the layer, as messages name it.
 
     Raises:
         MergeError: if the weight is computed, as ``weight_norm`` and pruning do, or of no floating dtype.
@@ -41,7 +41,7 @@ def require_stored(base: nn.Module, parameter_name: str, where: str) -> Tensor:
 
 
 def require_exchangeable(base: nn.Module, parameter_name: str, where: str) -> None:
-    """Refuses a weight in whose place none can be put while the module runs: its hooks would compute it again.
+    """Refuse a weight that cannot be replaced while the module runs: hooks would compute it again.
 
     Raises:
         UnsupportedLayerError: if the weight is computed.
@@ -59,7 +59,7 @@ def require_exchangeable(base: nn.Module, parameter_name: str, where: str) -> No
 def require_linear(
     base: nn.Module, parameter_name: str, x: Tensor, product: Callable[[Tensor], Tensor], where: str
 ) -> None:
-    """Tries whether the output for ``x`` changes with the weight as an update beside the layer would change it.
+    """Require that a change of the weight changes the output for ``x`` as an update beside the layer would.
 
     The layer is called as it is and with another weight, both in evaluation mode.
 
@@ -68,7 +68,7 @@ def require_linear(
         parameter_name: name of its weight.
         x: an input.
         product: gives the output of the update for ``x`` and a change of the weight.
-        where: what the layer is, for messages.
+        where: the layer, as messages name it.
 
     Raises:
         MergeError: if it does not, or the layer cannot be called so.
@@ -95,7 +95,7 @@ def require_linear(
 
 
 def random_input(shape: tuple[int, ...], weight: Tensor) -> Tensor:
-    """The same numbers each time, in the dtype and on the device of the weight."""
+    """Return the same random numbers each time, in the dtype and on the device of the weight."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
 
 
@@ -105,7 +105,7 @@ _UNMERGED = (
 
 
 def _change_of(weight: Tensor) -> Tensor:
-    """Another weight of the same size as this one, whatever the update is: a small one would hide in rounding."""
+    """Return a change as large as the weight, whatever the update is: a small one would hide in rounding."""
     change = torch.empty_like(weight).normal_(generator=torch.Generator(weight.device).manual_seed(0))
     size = weight.float().square().mean().sqrt()
     return change * torch.where(size.isfinite() & (size > 0), size, 1.0).to(weight.dtype)

@@ -20,9 +20,9 @@ _LINEAR = ((nn.Linear, "weight"), (nn.MultiheadAttention, "in_proj_weight"))
 
 
 class ParamWrapper(AdaptedModule, RandLoraLayer):
-    """A module of which one parameter has RandLoRA adapters.
+    """A module with RandLoRA adapters of one of its parameters.
 
-    The module runs with W + ΔW in the place of the parameter W: a stack (experts, out, in), of which each expert has
+    The module runs with W + ΔW in the place of the parameter W: a stack (experts, out, in), where each expert has
     its own λ and γ, so that these are (experts, r, n) and (experts, n, m); or a matrix (out, in). The bases are the
     same for all. Where the module's ``is_transposed`` says so, the stack is (experts, in, out). Several parameters of
     one module are wrapped one around the other.
@@ -56,7 +56,7 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
         self.update_layer(adapter_name, **adapter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Output of the module with the adapted parameter, for whatever the module takes."""
+        """Return the output of the module with the adapted parameter, for any arguments of the module."""
         with nullcontext() if torch.compiler.is_compiling() else self._turn:
             return self._forward(*args, **kwargs)
 
@@ -80,7 +80,7 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
         return True
 
     def delta_of(self, adapter: str, lam: Tensor, gamma: Tensor) -> Tensor:
-        """ΔW in the shape of the parameter, in float32 or wider."""
+        """Return ΔW in the shape of the parameter, in float32 or wider."""
         if not self.stack:
             return super().delta_of(adapter, lam, gamma)
 
@@ -96,7 +96,7 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The module itself, with its adapters, those of its other parameters and of its parts merged or left out."""
+        """Return the module itself, with all adapters of it and its parts merged or left out."""
         layer: nn.Module = self
         while isinstance(layer, ParamWrapper):
             if merge:
@@ -111,11 +111,11 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The module's own, if it is not the adapted parameter."""
+        """The weight of the module, with the updates of adapters if it is the adapted parameter."""
         return read_weight(self) if self.parameter_name == "weight" else cast("Tensor", self.base_layer.weight)
 
     def __getattr__(self, name: str) -> Any:
-        """What the wrapper has not is the module's own, the adapted parameter aside."""
+        """Return an attribute of the wrapper, W + ΔW for the adapted parameter, or else an attribute of the module."""
         if name == self.__dict__.get("parameter_name"):
             with nullcontext() if torch.compiler.is_compiling() else self._turn:  # else W may be a call's W + ΔW
                 return read_weight(self)
@@ -127,7 +127,7 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
             return getattr(self.base_layer, name)  # private attributes too: torch's encoder reads those of attention
 
     def _path(self) -> str:
-        """The parameter's name within ``base_layer``, which may be further wrappers."""
+        """Return the parameter's name within ``base_layer``, which may be further wrappers."""
         path, layer = self.parameter_name, self.base_layer
         while isinstance(layer, ParamWrapper):
             path, layer = f"base_layer.{path}", layer.base_layer
@@ -141,7 +141,7 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
         return weight.device, weight.dtype
 
     def extra_repr(self) -> str:
-        """The parameter's name."""
+        """Return the parameter's name."""
         return f"parameter_name={self.parameter_name!r}"
 
 
@@ -165,7 +165,7 @@ class _Turn:
 
 
 def parts_of_wrapped(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What is inside of modules of which a parameter is wrapped, by path; of adapted layers, not what is inside."""
+    """Return the modules inside of those a parameter of which is wrapped, by path; adapted layers count as one."""
     parts: list[tuple[str, nn.Module]] = []
     for path, wrapper in model.named_modules():
         if not isinstance(wrapper, ParamWrapper) or isinstance(wrapper.base_layer, ParamWrapper):
@@ -180,7 +180,7 @@ def parts_of_wrapped(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def stacked_shape(module: nn.Module, parameter_name: str, name: str) -> tuple[int, int, int]:
-    """(number of matrices, in, out) of a parameter.
+    """Return (number of matrices, in, out) of a parameter.
 
     Raises:
         UnsupportedLayerError: if it is neither a matrix nor a stack of them, or computed.

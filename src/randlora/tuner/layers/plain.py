@@ -1,4 +1,4 @@
-"""Whether a layer computes what its kind computes, so that its product may be done in its place.
+"""Checks that a layer computes what its kind computes, so that its product may be computed in its place.
 
 A forward may be replaced in one layer (diffusers' and Accelerate's hooks), in a class or in all of torch, before
 randlora is imported or after. Wherever that is so, the layer has to be called.
@@ -36,7 +36,7 @@ _PRODUCTS: dict[type[nn.Module], _Product] = {
 
 
 def _written_with(owner: type[nn.Module], method: Any) -> bool:
-    """Whether the method was written where its class was; what replaces one has the globals of another module."""
+    """Return whether the method was written where its class was; a replacement has another module's globals."""
     return isinstance(method, types.FunctionType) and method.__globals__ is vars(sys.modules[owner.__module__])
 
 
@@ -53,7 +53,7 @@ _CALL_IMPL = nn.Module._call_impl if _written_with(nn.Module, nn.Module._call_im
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether calling the layer runs the forward that torch or Transformers has written for its kind, and no more."""
+    """Return whether a call of the layer runs the forward of torch or Transformers for its kind, and no more."""
     held, kind = layer.__dict__, type(layer)
     if "_hf_hook" in held or "_call_impl" in held or ("forward" in held and not _is_bound(held["forward"], layer)):
         return False
@@ -65,7 +65,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def is_only_moved(layer: nn.Module) -> bool:
-    """Whether Accelerate moves the weight or the input of a layer that would be plain otherwise."""
+    """Return whether Accelerate moves the weight or the input of a layer that would be plain otherwise."""
     held, kind = layer.__dict__, type(layer)
     old = held.get("_old_forward")
     moved = type(held.get("_hf_hook")) in (AlignDevicesHook, CpuOffload)
@@ -73,23 +73,23 @@ def is_only_moved(layer: nn.Module) -> bool:
 
 
 def has_plain_product(layer: nn.Module) -> bool:
-    """Whether the product in the forward of a linear layer or a convolution, of no subclass of theirs, is torch's."""
+    """Return whether the forward of a linear layer or convolution, not of a subclass, uses torch's product."""
     product = _PRODUCTS.get(type(layer))
     return product is not None and getattr(product[0], product[1]) is product[2] and has_plain_convolution(layer)
 
 
 def has_plain_convolution(layer: nn.Module) -> bool:
-    """Whether ``_conv_forward`` is torch's own, if the layer has one."""
+    """Return whether ``_conv_forward`` is torch's own, if the layer has one."""
     return "_conv_forward" not in layer.__dict__ and getattr(type(layer), "_conv_forward", None) in _CONV_FORWARDS
 
 
 def _has_function_mode() -> bool:
-    """Whether something watches or changes calls of torch, other than a default device."""
+    """Return whether something watches or changes calls of torch, other than a default device."""
     if not torch._C._len_torch_function_stack():
         return False
     return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
 def _is_bound(forward: Any, layer: nn.Module) -> bool:
-    """Whether that is the class's forward after all, as Accelerate leaves it when it takes a hook away."""
+    """Return whether ``forward`` is the class's own after all, as Accelerate leaves it when it takes a hook away."""
     return getattr(forward, "__func__", None) is type(layer).forward and forward.__self__ is layer

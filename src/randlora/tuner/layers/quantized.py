@@ -50,7 +50,7 @@ class QuantizedLinear(Linear):
         self._unmerged: _Kept | None = None
 
     def require_mergeable(self) -> None:
-        """Raises :class:`MergeError` for a kind whose weight cannot be written."""
+        """Raise :class:`MergeError` for a kind whose weight cannot be written."""
         backend = self._backend()
         if not backend.supports_merge:
             raise MergeError(
@@ -103,18 +103,18 @@ class Linear4bit(QuantizedLinear):
 
 
 def quantized_class(backend: QuantizationBackend) -> type[QuantizedLinear]:
-    """The class for a layer of that kind."""
+    """Return the class for a layer of that kind."""
     return {"bnb 8bit": Linear8bitLt, "bnb 4bit": Linear4bit}.get(backend.backend_name, QuantizedLinear)
 
 
 def quantization_backend(base_layer: nn.Module, model: nn.Module) -> QuantizationBackend | None:
-    """How the layer's weight is read and written; ``None`` if it is not quantised.
+    """Return the backend that reads and writes the layer's weight; ``None`` if it is not quantised.
 
     A linear layer of a kind that PEFT does not know is one that can be called, and not merged into.
 
     Args:
         base_layer: a layer of ``model``.
-        model: what Transformers has loaded knows how to quantise anew.
+        model: a model that Transformers has loaded knows how to quantise anew.
     """
     if is_parametrized(base_layer, "weight"):
         return None
@@ -136,7 +136,7 @@ def quantization_backend(base_layer: nn.Module, model: nn.Module) -> Quantizatio
 
 @dataclass
 class _Kept:
-    """What a base layer was before merging: the very objects, so that nothing has to be computed to go back."""
+    """The objects of a base layer before merging, so that nothing has to be computed to go back."""
 
     layer: nn.Module
     weight: nn.Parameter | None
@@ -151,13 +151,13 @@ class _Kept:
         return kept
 
     def complete(self, adapted: QuantizedLinear) -> None:
-        """Gives a base layer that the backend has made anew the bias of the old one."""
+        """Give a base layer that the backend has made anew the bias of the old one."""
         new: Any = adapted.get_base_layer()
         if new is not self.layer and new.bias is None:
             new.bias = self.layer.bias
 
     def restore(self, adapted: QuantizedLinear) -> None:
-        """Puts everything back, where the merged layer is now."""
+        """Put everything back, where the merged layer is now."""
         layer: Any = self.layer
         device = _device(adapted.get_base_layer())
         if adapted.base_layer is not layer and adapted.get_base_layer() is adapted.base_layer:
@@ -173,7 +173,7 @@ class _Kept:
 
 @dataclass(frozen=True)
 class Rounding:
-    """What quantising a merged weight has cost.
+    """The error of quantising a merged weight.
 
     Attributes:
         of_weight: norm of the error by the norm of the merged weight.
@@ -185,7 +185,7 @@ class Rounding:
 
     @classmethod
     def measure(cls, before: Tensor, merged: Tensor, rounded: Tensor) -> Rounding:
-        """From the weight before merging, the exact sum, and the sum as it is now held."""
+        """Return the rounding, from the weight before merging, the exact sum, and the sum as it is now stored."""
         error = torch.linalg.vector_norm(rounded.float() - merged.float())
         update = torch.linalg.vector_norm(merged.float() - before.float())
         return cls(float(error / torch.linalg.vector_norm(merged.float())), float(error / update))
@@ -196,7 +196,7 @@ _collected: ContextVar[list[Rounding] | None] = ContextVar("_collected", default
 
 @contextmanager
 def one_rounding_warning() -> Iterator[None]:
-    """Within this context all layers together warn once of what merging has rounded."""
+    """Let all layers together warn once of the rounding of merged weights, within the context."""
     token = _collected.set([])
     try:
         yield
@@ -231,10 +231,10 @@ def _device(base_layer: Any) -> torch.device | None:
 
 
 def _keep_trainable_format(base_layer: Any) -> None:
-    """Keeps a 4-bit layer of bitsandbytes in the format that has a gradient.
+    """Keep a 4-bit layer of bitsandbytes in the format that has a gradient.
 
     On CPUs with AVX512-BF16, evaluating such a layer packs its weight for inference. From then on it gives its input
-    no gradient, cannot be read as numbers, and sizes that are no multiple of 32 (out) or of a block (in) raise.
+    no gradient, cannot be read as numbers, and sizes that are not a multiple of 32 (out) or of a block (in) raise.
     """
     if not getattr(base_layer, "support_avx512bf16_for_cpu", False):
         return

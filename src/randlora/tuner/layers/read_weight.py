@@ -1,7 +1,7 @@
 """Weights that are read past the forward of their layer, such as ``F.linear(x, self.proj.weight)`` in that of a parent.
 
 Such a read gives W + ΔW, and a gradient goes on from it to λ and γ. Most reads want no number: ``weight.dtype``,
-``.device`` and ``.shape`` stand in many a forward. So what is read is a stand-in for the sum, with its shape, dtype and
+``.device`` and ``.shape`` occur in many a forward. So a read gives a stand-in for the sum, with its shape, dtype and
 device, and W + ΔW is computed where an operation first takes it.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def read_weight(layer: RandLoraLayer) -> Tensor:
-    """The layer's weight as its parents read it.
+    """Return the layer's weight as its parents read it.
 
     Returns:
         The parameter itself where no adapter changes it, or torch asks for the parameter and not for its value, as
@@ -75,7 +75,7 @@ def reads_weight_of(parent: nn.Module, name: str) -> bool:
 
 
 def _within_a_call() -> bool:
-    """Return whether a module runs in this thread, so that it is no person who looks at a weight."""
+    """Return whether a module runs in this thread, so that code, and not a person, looks at a weight."""
     frame = sys._getframe(2)
     while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
         frame = frame.f_back  # type: ignore[assignment]
@@ -83,7 +83,7 @@ def _within_a_call() -> bool:
 
 
 class AdaptedWeight(Tensor):
-    """Stands for W + ΔW, which is computed where an operation first takes it; read-only, and so are views of it."""
+    """A stand-in for W + ΔW, which the first operation on it computes; read-only, and so are its views."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     _make: Callable[[], Tensor]
@@ -106,7 +106,7 @@ class AdaptedWeight(Tensor):
         super().__init__()
 
     def plain(self) -> Tensor:
-        """W + ΔW as a plain tensor, without a gradient."""
+        """Return W + ΔW as a plain tensor, without a gradient."""
         if self._made is None:
             with torch.no_grad():
                 made = self._make()
@@ -131,7 +131,7 @@ class AdaptedWeight(Tensor):
         return result
 
     def data_ptr(self) -> int:
-        """Where W + ΔW lies, for kernels that are not torch's."""
+        """Return the address of W + ΔW, for kernels that are not torch's."""
         return self.plain().data_ptr()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -182,7 +182,7 @@ class _Read(torch.autograd.Function):
 
 
 _READ_ONLY = (
-    "the weight of an adapted layer is W + ΔW, computed for each read, and what is written into it would be lost: "
+    "the weight of an adapted layer is W + ΔW, computed for each read, and a value written into it would be lost: "
     "write into the weight of its `base_layer`"
 )
 
@@ -218,7 +218,7 @@ def _require_readable(layer: RandLoraLayer, weight: Tensor, names: list[str], co
 
 
 def _of_rows(layer: RandLoraLayer, compiling: bool) -> list[str]:
-    """Adapters of this layer that a mixed batch of this thread names, or that shape its weight meanwhile."""
+    """Return the adapters of this layer that a mixed batch of this thread names, or that shape its weight meanwhile."""
     names = calls.adapters
     here = next(iter(names.values()), None) if compiling else names.get(threading.get_ident())
     shaping = () if here is None else (*here, *layer.merged_adapters, *layer.active_adapters)

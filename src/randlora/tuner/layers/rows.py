@@ -38,7 +38,7 @@ class Calls:
 
     @contextmanager
     def run(self, adapter_names: Sequence[str], names: dict[nn.Module, list[str]], copies: int) -> Iterator[None]:
-        """Within this context ``names`` are those of the modules, in this thread only.
+        """Give modules the names of their rows, within the context and in this thread only.
 
         Args:
             adapter_names: of the call, one for each sample.
@@ -55,7 +55,7 @@ class Calls:
             self._set(thread, outer, outer_names)
 
     def names(self, module: nn.Module, rows: int) -> list[str] | None:
-        """One name for each row of the input of ``module``, or ``None`` outside of calls of this thread."""
+        """Return one name for each row of the input of ``module``, or ``None`` outside of calls of this thread."""
         known = self._of_thread.get(threading.get_ident(), {}).get(module)
         if known is None:
             return None
@@ -79,7 +79,7 @@ calls = Calls()
 
 @torch.compiler.disable  # threads that share a compiled model have names of their own
 def mixed_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-    """The output of an adapted layer for rows that belong to different adapters.
+    """Return the output of an adapted layer for rows that belong to different adapters.
 
     Each adapter's rows go through the layer as if it were the only active one, hence by the same computation.
 

@@ -1,4 +1,4 @@
-"""Scaling an adapter up and down, as PEFT's LoRA and what is built on it (diffusers) do."""
+"""Scaling an adapter up and down, as PEFT's LoRA and its users (diffusers) do."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ class ScaledLayer(BaseTunerLayer):
 
     Attributes:
         scaling: per adapter the factor of the update.
-        initial_scaling: per adapter what the config says of it.
+        initial_scaling: for each adapter, the scaling of its config.
     """
 
     scaling: dict[str, float]
     initial_scaling: dict[str, float]
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Scales an adapter by ``scale``, counted from its config; a layer without the adapter stays as it is."""
+        """Scale an adapter by ``scale``, relative to its config; a layer without the adapter stays as it is."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self.initial_scaling[adapter]
 
     def scale_layer(self, scale: float) -> None:
-        """Multiplies the scale of all active adapters."""
+        """Multiply the scale of all active adapters."""
         for name in self._scaled_adapters():
             self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divides the scale of all active adapters by ``scale``; without it, they are scaled as their configs say."""
+        """Divide the scale of all active adapters by ``scale``; by default restore the scales of their configs."""
         for name in self._scaled_adapters():
             self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
 

@@ -1,12 +1,12 @@
 """Updates ΔW that layers keep between calls, within a budget of bytes.
 
 ΔW depends on λ, γ, the scaling and the bases only. While they do not change, evaluation would compute the same update
-for every token; kept, it costs what a second product with a matrix of the base layer's size costs. In training it lives
+for every token; kept, it costs as much as a second product with a matrix of the base layer's size. In training it lives
 for one optimiser step: kept, it serves the backward too, and all micro-batches of gradient accumulation, for the price
 of a copy of the weight. So that training holds no copy unless asked to, its budget is 0 by default.
 
-A kept update is served only to what it was made from. Each call compares the bits of λ and γ, which are small, with
-copies, and the bases, which nobody can write into, as objects. Nothing is concluded from addresses, counters of
+A kept update serves only the λ and γ of which it was made. Each call compares the bits of λ and γ, which are small,
+with copies, and the bases, which nobody can write into, as objects. Nothing is concluded from addresses, counters of
 versions or notices of optimisers: there are writers past each of these. What is kept holds nothing of W, since a
 comparison of W would cost more than the second product does.
 
@@ -41,7 +41,7 @@ _lock = threading.Lock()
 
 
 def set_weight_cache(*, evaluation: int | None = None, training: int | None = None) -> None:
-    """Sets how many bytes all adapted layers of the process together may hold as updates ΔW.
+    """Set the number of bytes that all adapted layers of the process together may keep as updates ΔW.
 
     What is held beyond a lowered budget is let go. Layers that find no room compute as without a cache.
 
@@ -64,17 +64,17 @@ def set_weight_cache(*, evaluation: int | None = None, training: int | None = No
 
 
 def held_bytes() -> int:
-    """Bytes that all adapted layers hold: updates, and the copies of λ and γ that these were made from."""
+    """Return the bytes that all adapted layers keep: updates, and copies of the λ and γ of which they were made."""
     return sum(holder.nbytes for holder in _living())
 
 
 def may_hold(training: bool) -> bool:
-    """Whether there is a budget at all."""
+    """Return whether there is a budget at all."""
     return (_budget.training if training else _budget.evaluation) > 0
 
 
 class Term(NamedTuple):
-    """All that the update of one adapter is made from."""
+    """Everything of which the update of one adapter is made."""
 
     basis: Basis
     scaling: float
@@ -83,15 +83,15 @@ class Term(NamedTuple):
 
 
 class _Copy:
-    """A term as it was."""
+    """A copy of a term."""
 
     def __init__(self, term: Term) -> None:
-        self._basis = weakref.ref(term.basis)  # a dead one is no other basis, whatever stands at its address
+        self._basis = weakref.ref(term.basis)  # a dead one is never another basis, whatever its address holds now
         self._scaling = term.scaling
         self.lam, self.gamma = (t.detach().clone(memory_format=torch.contiguous_format) for t in (term.lam, term.gamma))
 
     def is_of(self, term: Term) -> bool:
-        """Whether the term would give the same update."""
+        """Return whether the term would give the same update."""
         if self._basis() is not term.basis or self._scaling != term.scaling:
             return False
         return _same_bits(self.lam, term.lam) and _same_bits(self.gamma, term.gamma)
@@ -121,7 +121,7 @@ class HeldUpdate:
         return 0 if held is None else held.nbytes
 
     def get(self, terms: Sequence[Term], dtype: torch.dtype) -> Tensor | None:
-        """The update in ``dtype`` that was made from just these terms; another one is let go."""
+        """Return the update in ``dtype`` that was made of exactly these terms; release any other."""
         held = self._held
         if held is None:
             return None
@@ -132,7 +132,7 @@ class HeldUpdate:
         return None
 
     def pays(self, names: Hashable, call: float, making: float) -> bool:
-        """Whether the calls with these adapters, this one included, have cost as much as making the update would."""
+        """Return whether the calls with these adapters, this one included, have cost as much as the update would."""
         spent = call + (self._spent[1] if self._spent[0] == names else 0.0)
         self._spent = (names, spent)
         return spent >= making
@@ -140,19 +140,19 @@ class HeldUpdate:
     def make(
         self, terms: Sequence[Term], make: Callable[[Sequence[Term]], Tensor], nbytes: int, training: bool
     ) -> Tensor | None:
-        """Makes and keeps the update of ``nbytes`` if the budget has room."""
+        """Make and keep the update of ``nbytes`` if the budget has room."""
         nbytes += sum(term.lam.nbytes + term.gamma.nbytes for term in terms)
         with _lock, torch.inference_mode(False), torch.no_grad():
             if held_bytes() + nbytes > (_budget.training if training else _budget.evaluation):
                 return None
             copies = [_Copy(term) for term in terms]
-            # from the copies, since those are what it is known by
+            # from the copies, since later calls compare with those
             made = make([term._replace(lam=c.lam, gamma=c.gamma) for term, c in zip(terms, copies, strict=True)])
             self._held = _Held(copies, made)
         return made
 
     def release(self) -> None:
-        """Lets the update go."""
+        """Release the update."""
         self._held, self._spent = None, (None, 0.0)
 
     def __deepcopy__(self, memo: dict[int, object]) -> HeldUpdate:
@@ -163,7 +163,7 @@ class HeldUpdate:
 
 
 def can_compare(term: Term) -> bool:
-    """Whether the bits of λ and γ can be read: plain parameters in the memory of the host."""
+    """Return whether the bits of λ and γ can be read: plain parameters in the memory of the host."""
     return all(type(t) is nn.Parameter and t.device.type == "cpu" and t.is_contiguous() for t in (term.lam, term.gamma))
 
 
@@ -176,7 +176,7 @@ _memcmp.argtypes, _memcmp.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_
 
 
 def _same_bits(first: Tensor, second: Tensor) -> bool:
-    """Bit for bit, NaN included; ``torch.equal`` takes several times longer."""
+    """Return whether two tensors are equal bit for bit, NaN included; ``torch.equal`` takes several times longer."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
     return _memcmp(first.data_ptr(), second.data_ptr(), first.nbytes) == 0
