@@ -1,1 +1,1 @@
-"""The method itself: tensors in, tensors out. Knows nothing of peft or transformers."""
+"""The method itself: tensors in, tensors out. Nothing here knows peft or transformers."""

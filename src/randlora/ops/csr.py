@@ -42,17 +42,17 @@ class Csr(NamedTuple):
         return Csr(*self[3:], *self[:3])
 
     def matmul(self, matrix: Tensor, base: Tensor | None = None) -> Tensor:
-        """``self @ matrix (+ base)``."""
+        """Return ``self @ matrix (+ base)``."""
         return call(_CsrMM, torch.ops.randlora.csr_mm, *self, matrix, base)
 
 
 def compress(matrix: Tensor) -> Csr:
-    """CSR form of a dense matrix and of its transpose."""
+    """Return the CSR form of a dense matrix and of its transpose."""
     return Csr(*_compressed(matrix), *_compressed(matrix.T))
 
 
 def padded_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns (r, P) and values (r, P) of the non-zeros of each row, P ≥ 1 the most that a row has."""
+    """Return columns (r, P) and values (r, P) of the non-zeros of each row, P ≥ 1 the most that a row has."""
     present = matrix != 0
     width = max(int(present.sum(1).max()), 1) if matrix.numel() else 1
     # the columns of non-zeros first, in their order
@@ -61,7 +61,7 @@ def padded_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def places_of(columns: Tensor, dtype: torch.dtype, min_dim: int) -> Csr:
-    """The matrix (m, r·P) with a one at (columns[j], j) for each j."""
+    """Return the matrix (m, r·P) with a one at (columns[j], j) for each j."""
     flat = columns.flatten()
     offsets = torch.cat([flat.new_zeros(1), torch.bincount(flat, minlength=min_dim).cumsum(0)])
     order, every = torch.argsort(flat, stable=True), torch.arange(flat.numel() + 1, device=flat.device)
@@ -120,14 +120,14 @@ def _(rows: Tensor, *inputs: Any) -> Tensor:
 
 
 def _start(rows: Tensor, matrix: Tensor, base: Tensor | None) -> Tensor:
-    """What the product is written or added to."""
+    """Return the matrix to which the product is written or added."""
     if base is None:
         return _padded(matrix, rows.shape[0] - 1, matrix.shape[1])
     return base.clone() if base.stride(1) == 1 else base.T.clone().T
 
 
 def _padded(like: Tensor, rows: int, columns: int) -> Tensor:
-    """An empty matrix, no block of whose columns falls into a few cache lines, as it would at multiples of 64."""
+    """Return an empty matrix whose blocks of columns do not fall into a few cache lines, as at multiples of 64."""
     step = columns + 8 if columns > BLOCK and columns % 64 == 0 else columns
     return like.new_empty_strided((rows, columns), (max(step, 1), 1))
 

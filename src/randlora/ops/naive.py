@@ -14,7 +14,7 @@ def delta_weight(
     out_features: int,
     in_features: int,
 ) -> torch.Tensor:  # (out, in)
-    """ΔW = scaling · Σ_b B_b diag(λ_b) A diag(γ_b), transposed where out < in (paper, section 4.2).
+    """Return ΔW = scaling · Σ_b B_b diag(λ_b) A diag(γ_b), transposed where out < in (paper, section 4.2).
 
     PEFT flattens B over (n, r) and the scaled A over (r, n) before it multiplies them, so that column k of B_b is
     column k·n + b of the flattened B. Files mean the same to both only if this pairing is kept.
@@ -34,6 +34,6 @@ def linear(
     bias: torch.Tensor | None,  # (out,)
     update: torch.Tensor,  # (out, in)
 ) -> torch.Tensor:  # (..., out)
-    """Output of the adapted layer: x (W + ΔW)ᵀ + bias."""
+    """Return the output of the adapted layer: x (W + ΔW)ᵀ + bias."""
     y = x @ weight.T + x @ update.T
     return y if bias is None else y + bias

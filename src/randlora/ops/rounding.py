@@ -16,7 +16,7 @@ _stochastic = False
 
 
 def set_stochastic_rounding(enabled: bool) -> None:
-    """Whether training on a bfloat16 base may form W + ΔW, rounded stochastically, where that is cheaper.
+    """Set whether training on a bfloat16 base may form W + ΔW, rounded stochastically, where that is cheaper.
 
     Off unless set, for the process. Off, W and ΔW are separate products whose sum is rounded once.
     """
@@ -30,17 +30,17 @@ def is_enabled() -> bool:
 
 
 def is_stochastic(compute: torch.dtype, weight: torch.dtype) -> bool:
-    """Whether W + ΔW is to be rounded stochastically."""
+    """Return whether W + ΔW is to be rounded stochastically."""
     return _stochastic and compute == weight == torch.bfloat16
 
 
 def new_seed(device: torch.device) -> Tensor:
-    """A seed of shape (1,), int32, drawn where it is used, so that replayed CUDA graphs draw new ones."""
+    """Return a seed of shape (1,), int32, drawn where it is used, so that replayed CUDA graphs draw new ones."""
     return torch.randint(2**31 - 1, (1,), dtype=torch.int32, device=device)
 
 
 def stochastic_sum(update: Tensor, base: Tensor, seed: Tensor) -> Tensor:
-    """``update + base`` (i, j), rounded stochastically to bfloat16."""
+    """Return ``update + base`` (i, j), rounded stochastically to bfloat16."""
     kernels = availability.kernels(torch.bfloat16, update, base, seed)
     if kernels is not None:
         return kernels.stochastic_sum(update, base, seed)
@@ -48,7 +48,7 @@ def stochastic_sum(update: Tensor, base: Tensor, seed: Tensor) -> Tensor:
 
 
 def stochastic(total: Tensor, seed: Tensor) -> Tensor:
-    """The float32 ``total`` (i, j) in bfloat16, each entry one of its two neighbours and right on average.
+    """Return the float32 ``total`` (i, j) in bfloat16, each entry one of its two neighbours and right on average.
 
     Random bits are a hash of the entry's number in row-major order and of the ``seed``; added to the bits that
     bfloat16 lacks, they carry into those that it has just as often as the value's place asks for.
@@ -60,7 +60,7 @@ def stochastic(total: Tensor, seed: Tensor) -> Tensor:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """The finaliser of MurmurHash3 on 32-bit numbers in int64, where products wrap around alike."""
+    """Return MurmurHash3's finaliser of 32-bit numbers, in int64, where products wrap around alike."""
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
     return x ^ (x >> 16)

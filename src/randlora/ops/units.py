@@ -15,10 +15,10 @@ _FLOAT16 = 2.0**-6
 
 
 def unit(dtype: torch.dtype) -> float:
-    """What B is multiplied with in products of ``dtype``, and Ã divided by: 1 but in float16."""
+    """Return the factor of B in products of ``dtype``, by which Ã is divided: 1, but in float16."""
     return _FLOAT16 if dtype == torch.float16 else 1.0
 
 
 def in_units(B: Tensor, dtype: torch.dtype) -> Tensor:
-    """B times its unit in ``dtype``, rounded once."""
+    """Return B times its unit in ``dtype``, rounded once."""
     return B.to(dtype) if unit(dtype) == 1 else (B.float() * unit(dtype)).to(dtype)

@@ -329,7 +329,7 @@ class RandLoraModel(BaseTuner):
             weights: one for each.
             adapter_name: name of the new one, which is not made active.
             combination_type: ``"linear"`` refuses a sum that is not a RandLoRA adapter; ``"nearest"`` takes the adapter
-                whose coefficients λ[:, b] ⊗ γ[b, :] are nearest, and warns of its error. Its update need not be the nearest.
+                whose coefficients λ[:, b] ⊗ γ[b, :] are nearest, and warns of its error. The update need not be.
 
         Returns:
             By how much the new update of each layer misses the sum, relative to it.

@@ -15,7 +15,7 @@ _WORDS_PER_CHUNK = 1 << 22  # bounds the scratch memory of a draw to about 100 M
 
 
 def words(key: int, counts: Iterator[int]) -> Iterator[np.ndarray]:
-    """Arrays of 24-bit integers (uint32), the low bits of successive MT19937 words."""
+    """Yield arrays of 24-bit integers (uint32), the low bits of successive MT19937 words."""
     generator = np.random.RandomState(key % 2**32)
     for count in counts:
         yield generator.randint(0, 2**32, size=count, dtype=np.uint32) & np.uint32(0xFFFFFF)
@@ -28,13 +28,13 @@ def chunks(total: int) -> Iterator[int]:
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Bit patterns (uint16) of float32 values rounded to nearest, ties to even."""
+    """Return bit patterns (uint16) of float32 values rounded to nearest, ties to even."""
     bits = values.view(np.uint32)
     return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
 
 def std(values: list[float], counts: list[int]) -> float:
-    """Sample standard deviation of ``values`` occurring ``counts`` times; 1 where there is none to divide by."""
+    """Return the sample standard deviation of ``values`` that occur ``counts`` times; 1 where there is none."""
     total = sum(counts)
     if total < 2:
         return 1.0

@@ -66,7 +66,8 @@ class _Conv(AdaptedModule, RandLoraLayer):
             if not torch.allclose(twice, 2 * result, rtol=1e-3, atol=1e-3 * float(result.detach().abs().max())):
                 raise UnsupportedLayerError(
                     f"{self._where()} has a `_conv_forward` of its own, which is not a convolution with the weight "
-                    f"that it is given, so that an update has none: add {self.path or 'the module'!r} to `exclude_modules`"
+                    f"that it is given, so that an update has none: add {self.path or 'the module'!r} to "
+                    "`exclude_modules`"
                 )
         return result
 
