@@ -20,6 +20,7 @@ from randlora.convert import to_lora
 from tuner.helpers import (
     LLAMA_TARGETS,
     STACK_TARGETS,
+    adapted,
     assert_close,
     bert,
     conv_stack,
@@ -38,11 +39,6 @@ KINDS = {
     "gpt2": (gpt2, ["c_attn", "c_proj"]),
     "bert": (bert, "all-linear"),
 }
-
-
-def adapted(build=stack, targets=STACK_TARGETS, name="default", **config):
-    values = {"r": 4, "randlora_alpha": 8, "target_modules": targets, **config}
-    return randomise(get_peft_model(build(), RandLoraConfig(**values), adapter_name=name), name).eval()
 
 
 def loaded(folder, build=stack):

@@ -23,6 +23,7 @@ from randlora import ConfigError, MergeError, RandLoraConfig, RandLoraLayer, get
 from randlora.convert import save_merged
 from tuner.helpers import (
     LLAMA_TARGETS,
+    adapted,
     assert_close,
     assert_same_tensors,
     bert,
@@ -40,11 +41,6 @@ MODELS = {
     "gpt2": (gpt2, ["c_attn", "c_proj", "c_fc"]),
     "bert": (bert, ["query", "value", "dense"]),
 }
-
-
-def adapted(build=llama, targets=LLAMA_TARGETS, **config):
-    values = {"r": 4, "randlora_alpha": 8, "target_modules": targets, **config}
-    return randomise(get_peft_model(build(), RandLoraConfig(**values))).eval()
 
 
 def reloaded(folder, build=llama):
@@ -96,7 +92,7 @@ def content(folder):
 class TestMemory:
     def test_never_more_than_a_shard_of_merged_weights(self, tmp_path, monkeypatch):
         """A second copy of the adapted weights would be 14 of them."""
-        model = adapted()
+        model = adapted(llama)
         largest = max(layer.weight.nbytes for layer in layers_of(model).values())
         alive, most = weakref.WeakSet(), []
         merged_weight = RandLoraLayer.merged_weight
@@ -148,7 +144,7 @@ except OSError:
 
 class TestWhichAdapters:
     def test_the_active_ones(self, tmp_path):
-        model = adapted()
+        model = adapted(llama)
         model.add_adapter("y", RandLoraConfig(r=3, target_modules=["q_proj", "lm_head"]))
         randomise(model, "y", seed=8)
         model.base_model.set_adapter(["default", "y"])
@@ -156,7 +152,7 @@ class TestWhichAdapters:
         assert_close(output(reloaded(tmp_path / "merged")).detach(), output(model).detach(), 1e-5)
 
     def test_chosen_ones(self, tmp_path):
-        model = adapted()
+        model = adapted(llama)
         model.add_adapter("y", RandLoraConfig(r=3, target_modules=["q_proj", "lm_head"]))
         randomise(model, "y", seed=8)
         save_merged(model, tmp_path / "merged", adapter_names=["y"])
@@ -186,7 +182,7 @@ def tied(**changes):
 class TestTiedEmbeddings:
     @pytest.mark.parametrize("shard", ["5GB", 1], ids=str)
     def test_they_are_saved_once(self, tmp_path, shard):
-        model = adapted(tied)
+        model = adapted(tied, LLAMA_TARGETS)
         save_merged(model, tmp_path / "merged", max_shard_size=shard)
         assert "lm_head.weight" not in content(tmp_path / "merged")
         found = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
@@ -249,7 +245,7 @@ class TestFromFolders:
 
 class TestAllOrNothing:
     def test_a_failure_half_way_leaves_nothing(self, tmp_path):
-        model = adapted()
+        model = adapted(llama)
         model.base_model.model.model.layers[1].mlp.down_proj.randlora_gamma["default"].data.fill_(float("nan"))
         with pytest.raises(MergeError, match="not finite"):
             save_merged(model, tmp_path / "merged", max_shard_size=1)
@@ -258,12 +254,12 @@ class TestAllOrNothing:
     def test_what_is_there_is_not_touched(self, tmp_path):
         (tmp_path / "notes.txt").write_text("mine")
         with pytest.raises(ConfigError, match="something in"):
-            save_merged(adapted(), tmp_path)
+            save_merged(adapted(llama), tmp_path)
         assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
     def test_an_empty_folder_is_filled(self, tmp_path):
         (tmp_path / "merged").mkdir()
-        save_merged(adapted(), tmp_path / "merged")
+        save_merged(adapted(llama), tmp_path / "merged")
         assert (tmp_path / "merged" / "model.safetensors").stat().st_mode & 0o044
         assert (tmp_path / "merged").stat().st_mode & 0o055
         assert [file.name for file in tmp_path.iterdir()] == ["merged"]
@@ -276,31 +272,31 @@ class TestRefused:
             save_merged(model, tmp_path / "merged")
 
     def test_what_is_merged_already(self, tmp_path):
-        model = adapted()
+        model = adapted(llama)
         model.merge_adapter()
         with pytest.raises(MergeError, match="unmerge_adapter"):
             save_merged(model, tmp_path / "merged")
 
     def test_nothing_to_merge(self, tmp_path):
         with pytest.raises(ConfigError, match="nothing to merge"):
-            save_merged(adapted(), tmp_path / "merged", adapter_names=["z"])
+            save_merged(adapted(llama), tmp_path / "merged", adapter_names=["z"])
         with pytest.raises(ConfigError, match="nothing to merge"):
             save_merged(llama(), tmp_path / "merged")
 
     @pytest.mark.parametrize("size", [0, -1, "5", "GB", "0GB", True, "5 apples"], ids=str)
     def test_sizes_that_are_none(self, size, tmp_path):
         with pytest.raises(ConfigError, match="max_shard_size"):
-            save_merged(adapted(), tmp_path / "merged", max_shard_size=size)
+            save_merged(adapted(llama), tmp_path / "merged", max_shard_size=size)
 
     def test_offloaded_tensors(self, tmp_path):
-        model = adapted()
+        model = adapted(llama)
         model.base_model.model.model.embed_tokens.to("meta")
         with pytest.raises(MergeError, match="embed_tokens"):
             save_merged(model, tmp_path / "merged")
 
 
 def test_bfloat16(tmp_path):
-    model = adapted().to(torch.bfloat16)
+    model = adapted(llama).to(torch.bfloat16)
     save_merged(model, tmp_path / "merged")
     found = reloaded(tmp_path / "merged")
     assert found.dtype == torch.bfloat16
@@ -308,7 +304,7 @@ def test_bfloat16(tmp_path):
 
 
 def test_it_is_no_adapter_any_more(tmp_path):
-    save_merged(adapted(), tmp_path / "merged")
+    save_merged(adapted(llama), tmp_path / "merged")
     assert not list((tmp_path / "merged").glob("adapter*"))
     with pytest.raises(ValueError, match="adapter_config"):
         PeftModel.from_pretrained(llama(), tmp_path / "merged")
@@ -337,7 +333,7 @@ def test_experts_are_merged_too(targets, parameters, tmp_path):
 
 
 def test_what_merging_would_change_is_refused(tmp_path):
-    model = adapted()
+    model = adapted(llama)
     layer = model.base_model.model.model.layers[1].mlp.up_proj.get_base_layer()
     plain = layer.forward
     layer.forward = lambda x: plain(x) / 2

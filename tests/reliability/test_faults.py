@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cli.conftest import save_adapter
-from randlora import PeftModel, RandLoraConfig, RandLoraError, get_peft_model
+from randlora import PeftModel, RandLoraError
 from randlora.convert import compact_adapter, convert_folder_to_lora, save_merged
 from randlora.train import run
 from randlora.train.settings import load_settings
-from tuner.helpers import STACK_TARGETS, output, randomise, stack
+from tuner.helpers import adapted, output, stack
 
 from .children import SLOW, ended_well, killed, seconds_of, start, without_rights, without_space
 
@@ -46,11 +46,6 @@ def place() -> Iterator[Path]:
         yield Path(name)
 
 
-def trained(seed: int, **config) -> PeftModel:
-    values = {"r": 4, "randlora_alpha": 8, "target_modules": STACK_TARGETS, **config}
-    return randomise(get_peft_model(stack(), RandLoraConfig(**values)), seed=seed).eval()
-
-
 def loaded(folder: Path) -> bytes:
     return output(PeftModel.from_pretrained(stack(), folder)).detach().numpy().tobytes()
 
@@ -75,7 +70,7 @@ def count(kind: str, midway: bool) -> None:
 
 class TestKilled:
     def test_saving(self, tmp_path):
-        models = [trained(3), trained(4)]
+        models = [adapted(seed=3), adapted(seed=4)]
         models[0].save_pretrained(tmp_path)
         within = seconds_of(lambda _: models[0].save_pretrained(tmp_path))
         for number in range(KILLS):
@@ -149,10 +144,10 @@ def refused(work, *kinds: type[Exception]):
 class TestNoSpace:
     @pytest.mark.parametrize("bytes_left", [0, 100, 1000])
     def test_saving(self, tmp_path, bytes_left):
-        old = trained(3)
+        old = adapted(seed=3)
         old.save_pretrained(tmp_path)
         before = bytes_of(tmp_path)
-        save = refused(lambda: trained(4).save_pretrained(tmp_path), OSError)
+        save = refused(lambda: adapted(seed=4).save_pretrained(tmp_path), OSError)
         assert ended_well(start(without_space(save, bytes_left)))
         after = bytes_of(tmp_path)
         assert after.keys() == before.keys()
@@ -176,19 +171,19 @@ class TestNoSpace:
 class TestNoRights:
     def test_a_folder_that_may_not_be_written(self, place):
         for _ in range(2):  # what that imports may not be readable afterwards
-            trained(3, target_modules=["tall", "square"]).save_pretrained(place / "adapter")
+            adapted(seed=3, target_modules=["tall", "square"]).save_pretrained(place / "adapter")
         loaded(place / "adapter")
         before = bytes_of(place / "adapter")
         for path in (*(place / "adapter").iterdir(), place / "adapter"):
             path.chmod(0o555 if path.is_dir() else 0o444)
-        save = refused(lambda: trained(4).save_pretrained(place / "adapter"), PermissionError)
+        save = refused(lambda: adapted(seed=4).save_pretrained(place / "adapter"), PermissionError)
         assert ended_well(start(without_rights(save)))
         assert ended_well(start(without_rights(refused(lambda: compact_adapter(place / "adapter"), PermissionError))))
         assert bytes_of(place / "adapter") == before
         assert ended_well(start(without_rights(lambda: loaded(place / "adapter"))))
 
     def test_a_file_that_may_not_be_read(self, place):
-        trained(3).save_pretrained(place / "adapter")
+        adapted(seed=3).save_pretrained(place / "adapter")
         (place / "adapter" / WEIGHTS).chmod(0)
         load = refused(lambda: loaded(place / "adapter"), PermissionError)
         assert ended_well(start(without_rights(load)))
@@ -196,7 +191,7 @@ class TestNoRights:
 
 class TestTwoWriters:
     def test_of_one_kind_leave_one_whole_winner(self, tmp_path):
-        models = [trained(3), trained(4)]
+        models = [adapted(seed=3), adapted(seed=4)]
         models[0].save_pretrained(tmp_path)
 
         def save(model):
@@ -211,7 +206,7 @@ class TestTwoWriters:
         assert loaded(tmp_path) in outputs(*models)
 
     def test_of_two_kinds_leave_a_winner_or_an_error_that_says_so(self, tmp_path):
-        models = [trained(3), trained(4, r=5, projection_prng_key=1)]
+        models = [adapted(seed=3), adapted(seed=4, r=5, projection_prng_key=1)]
         for _ in range(20 if SLOW else 3):
             writers = [start(lambda model=model: model.save_pretrained(tmp_path)) for model in models]
             assert all([ended_well(writer) for writer in writers])

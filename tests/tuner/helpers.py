@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from peft import PeftType
@@ -21,7 +22,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from randlora import RandLoraConfig, RandLoraLayer, RandLoraModel
+from randlora import PeftModel, RandLoraConfig, RandLoraLayer, RandLoraModel, get_peft_model
 from randlora.tuner.register import register
 
 STACK_TARGETS = ["tall", "wide", "square"]
@@ -80,6 +81,36 @@ def gpt2(**changes) -> GPT2LMHeadModel:
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     special = {"bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(**{**sizes, **dropout, **special, **changes}))
+
+
+MODELS = {
+    "stack": (stack, STACK_TARGETS),
+    "conv1d": (conv_stack, STACK_TARGETS),
+    "llama": (llama, LLAMA_TARGETS),
+    "bert": (bert, ["query", "key", "value", "dense"]),
+    "gpt2": (gpt2, ["c_attn", "c_proj", "c_fc"]),
+}
+"""Every tiny model, with all its layers as targets."""
+
+
+def adapted(
+    build: Callable[[], nn.Module] = stack,
+    targets: list[str] | str | None = None,
+    name: str = "default",
+    seed: int = 3,
+    **config,
+) -> PeftModel:
+    """A model with a trained adapter, in evaluation mode; by default of all layers, r=4 and α=8."""
+    targets = dict(MODELS.values()).get(build) if targets is None else targets
+    values = {"r": 4, "randlora_alpha": 8, "target_modules": targets, **config}
+    return randomise(get_peft_model(build(), RandLoraConfig(**values), adapter_name=name), name, seed).eval()
+
+
+def saved(folder: Path, build: Callable[[], nn.Module] = stack, **config) -> PeftModel:
+    """``adapted``, and saved in ``folder``."""
+    model = adapted(build, **config)
+    model.save_pretrained(folder)
+    return model
 
 
 def tokens(count: int = 8, batch: int = 3) -> torch.Tensor:

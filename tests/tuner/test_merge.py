@@ -10,50 +10,39 @@ from torch import nn
 from randlora import MergeError, RandLoraConfig, get_peft_model
 
 from .helpers import (
-    LLAMA_TARGETS,
+    MODELS,
     STACK_TARGETS,
     Stack,
+    adapted,
     assert_close,
     assert_same_tensors,
-    bert,
-    conv_stack,
-    gpt2,
     layers_of,
-    llama,
     output,
     randomise,
     snapshot,
     stack,
 )
 
-MODELS = {
-    "stack": (stack, STACK_TARGETS),
-    "conv1d": (conv_stack, STACK_TARGETS),
-    "llama": (llama, LLAMA_TARGETS),
-    "bert": (bert, ["query", "key", "value", "dense"]),
-    "gpt2": (gpt2, ["c_attn", "c_proj", "c_fc"]),
-}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 
 
-def adapted(name="stack", dtype=torch.float32, second=False):
+def trained(name="stack", dtype=torch.float32, second=False):
     build, targets = MODELS[name]
-    config = RandLoraConfig(r=4, randlora_alpha=8, target_modules=targets)
-    model = get_peft_model(build().to(dtype), config)
+    model = adapted(lambda: build().to(dtype), targets)
     if second:
         model.add_adapter(
             "second", RandLoraConfig(r=3, randlora_alpha=4, sparse=True, projection_prng_key=2, target_modules=targets)
         )
-        randomise(model, "second", seed=7)
-    return randomise(model).eval()
+        randomise(model, "second", seed=7).eval()
+    return model
 
 
 @pytest.mark.parametrize("name", MODELS)
 @DTYPES
 class TestWholeModels:
     def test_merged_output_and_bit_exact_unmerge(self, name, dtype):
-        model = adapted(name, dtype)
+        model = trained(name, dtype)
         before, state = output(model, dtype).detach(), snapshot(model)
         model.merge_adapter()
         assert_close(output(model, dtype).detach(), before, TOLERANCE[dtype])
@@ -64,7 +53,7 @@ class TestWholeModels:
         assert torch.equal(output(model, dtype), before)
 
     def test_merge_and_unload(self, name, dtype):
-        model = adapted(name, dtype)
+        model = trained(name, dtype)
         plain, before = MODELS[name][0]().to(dtype), output(model, dtype).detach()
         merged = model.merge_and_unload(safe_merge=True)
         assert type(merged) is type(plain)
@@ -76,7 +65,7 @@ class TestWholeModels:
 @DTYPES
 class TestSeveralAdapters:
     def test_all_at_once(self, dtype):
-        model = adapted(dtype=dtype, second=True)
+        model = trained(dtype=dtype, second=True)
         state = snapshot(model)
         model.base_model.set_adapter(["default", "second"])
         before = output(model, dtype).detach()
@@ -87,7 +76,7 @@ class TestSeveralAdapters:
         assert_same_tensors(model.state_dict(), state)
 
     def test_one_after_the_other(self, dtype):
-        model = adapted(dtype=dtype, second=True)
+        model = trained(dtype=dtype, second=True)
         state = snapshot(model)
         model.base_model.set_adapter(["default", "second"])
         before = output(model, dtype).detach()
@@ -100,7 +89,7 @@ class TestSeveralAdapters:
         assert_same_tensors(model.state_dict(), state)
 
     def test_a_chosen_one(self, dtype):
-        model = adapted(dtype=dtype, second=True)
+        model = trained(dtype=dtype, second=True)
         model.set_adapter("second")
         expected = output(model, dtype).detach()
         model.set_adapter("default")
@@ -108,7 +97,7 @@ class TestSeveralAdapters:
         assert_close(output(model, dtype).detach(), expected, TOLERANCE[dtype])
 
     def test_merge_and_unload_of_a_chosen_one(self, dtype):
-        model = adapted(dtype=dtype, second=True)
+        model = trained(dtype=dtype, second=True)
         model.set_adapter("second")
         expected = output(model, dtype).detach()
         model.set_adapter("default")
@@ -117,7 +106,7 @@ class TestSeveralAdapters:
         )
 
     def test_many_times(self, dtype):
-        model = adapted(dtype=dtype, second=True)
+        model = trained(dtype=dtype, second=True)
         state = snapshot(model)
         for _ in range(20):
             model.merge_adapter()
@@ -129,7 +118,7 @@ class TestSafeMerge:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     @pytest.mark.parametrize("where", ["tall", "wide", "square"])
     def test_refused_in_one_layer_is_refused_in_all(self, value, where):
-        model = adapted()
+        model = trained()
         getattr(model.base_model.model, where).randlora_gamma["default"].data[0, 0] = value
         state = snapshot(model)
         with pytest.raises(MergeError, match="default"):
@@ -142,14 +131,14 @@ class TestSafeMerge:
             assert torch.equal(output(model), output(stack()))
 
     def test_overflow_of_half_precision_is_refused(self):
-        model = adapted(dtype=torch.float16)
+        model = trained(dtype=torch.float16)
         model.base_model.model.wide.randlora_gamma["default"].data.fill_(1e6)
         with pytest.raises(MergeError, match="not finite"):
             model.merge_adapter(safe_merge=True)
         assert not any(layer.merged for layer in layers_of(model).values())
 
     def test_merge_and_unload_is_refused_too_and_leaves_a_model_that_works(self):
-        model = adapted()
+        model = trained()
         model.base_model.model.square.randlora_gamma["default"].data[0, 0] = float("nan")
         as_peft_says_it = "NaNs detected in the merged weights. The adapter default seems to be broken"
         with pytest.raises(ValueError, match=as_peft_says_it):
@@ -158,7 +147,7 @@ class TestSafeMerge:
             assert torch.equal(output(model), output(stack()))
 
     def test_an_earlier_merge_survives_a_refused_one(self):
-        model = adapted(second=True)
+        model = trained(second=True)
         model.merge_adapter(["default"])
         before = output(model)
         model.base_model.model.square.randlora_gamma["second"].data[0, 0] = float("nan")
@@ -174,7 +163,7 @@ class TestSafeMerge:
 class TestInBetween:
     @pytest.mark.parametrize("to", [torch.bfloat16, torch.float16, torch.float64])
     def test_cast_while_merged(self, to):
-        model = adapted()
+        model = trained()
         plain = stack().to(to)
         model.merge_adapter()
         model.to(to)
@@ -185,7 +174,7 @@ class TestInBetween:
             assert torch.equal(weight, getattr(plain, name).weight)
 
     def test_disable_while_merged(self):
-        model = adapted()
+        model = trained()
         before = output(model)
         model.merge_adapter()
         with model.disable_adapter():
@@ -194,14 +183,14 @@ class TestInBetween:
         assert not any(layer.merged for layer in layers_of(model).values())
 
     def test_unmerge_when_not_merged_warns_and_changes_nothing(self):
-        model = adapted()
+        model = trained()
         state = snapshot(model)
         with pytest.warns(UserWarning, match="Already unmerged"):
             model.unmerge_adapter()
         assert_same_tensors(model.state_dict(), state)
 
     def test_training_after_unmerge(self):
-        model = adapted()
+        model = trained()
         expected = copy.deepcopy(model)
         model.merge_adapter()
         model.unmerge_adapter()
@@ -212,7 +201,7 @@ class TestInBetween:
             assert p.grad is None or torch.equal(p.grad, q.grad), name
 
     def test_deleting_a_merged_adapter_leaves_the_base(self):
-        model = adapted(second=True)
+        model = trained(second=True)
         model.merge_adapter(["default"])
         model.unmerge_adapter()
         model.set_adapter("second")
@@ -221,7 +210,7 @@ class TestInBetween:
             assert torch.equal(output(model), output(stack()))
 
     def test_a_deep_copy_of_a_merged_model_unmerges_exactly(self):
-        model = adapted()
+        model = trained()
         state = snapshot(model)
         model.merge_adapter()
         twin = copy.deepcopy(model)
@@ -232,7 +221,7 @@ class TestInBetween:
         assert_same_tensors(model.state_dict(), state)
 
     def test_the_state_dict_of_a_merged_model_saves_the_adapter(self, tmp_path):
-        model = adapted()
+        model = trained()
         before = output(model)
         model.merge_adapter()
         model.save_pretrained(tmp_path)
@@ -241,7 +230,7 @@ class TestInBetween:
         assert torch.equal(output(PeftModel.from_pretrained(stack(), tmp_path)), before)
 
     def test_the_kept_weight_is_freed_by_unmerging(self):
-        model = adapted()
+        model = trained()
         model.merge_adapter()
         model.unmerge_adapter()
         held = [v for layer in layers_of(model).values() for v in vars(layer).values() if isinstance(v, torch.Tensor)]

@@ -5,11 +5,9 @@ import torch
 
 from .helpers import (
     LLAMA_TARGETS,
+    MODELS,
     STACK_TARGETS,
     assert_close,
-    bert,
-    conv_stack,
-    gpt2,
     gradients,
     layers_of,
     llama,
@@ -18,13 +16,6 @@ from .helpers import (
     stack,
 )
 
-MODELS = {
-    "stack": (stack, STACK_TARGETS),
-    "conv1d": (conv_stack, STACK_TARGETS),
-    "llama": (llama, LLAMA_TARGETS),
-    "bert": (bert, ["query", "key", "value", "dense"]),
-    "gpt2": (gpt2, ["c_attn", "c_proj", "c_fc"]),
-}
 BASES = {"dense": {}, "sparse": {"sparse": True}, "very_sparse": {"very_sparse": True}}
 PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
 

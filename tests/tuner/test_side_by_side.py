@@ -14,7 +14,7 @@ from peft import PeftModel
 from randlora import RandLoraConfig, get_peft_model
 from randlora.ops.bases import basis as bases
 
-from .helpers import STACK_TARGETS, layers_of, output, randomise, stack
+from .helpers import STACK_TARGETS, adapted, layers_of, output, randomise, stack
 
 ADAPTERS = {
     "u": {"r": 4, "randlora_alpha": 8, "target_modules": STACK_TARGETS},
@@ -34,8 +34,7 @@ ADAPTERS = {
 
 
 def alone(name):
-    model = get_peft_model(stack(), RandLoraConfig(**ADAPTERS[name]), adapter_name=name)
-    return randomise(model, name, seed=ord(name)).eval()
+    return adapted(name=name, seed=ord(name), **ADAPTERS[name])
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,14 @@ from randlora.convert.lora import to_lora
 from randlora.errors import BasisMismatchError, CheckpointError, CombinationError, ConfigError
 from randlora.tuner.files.adapter_folder import read_adapter
 
-from .helpers import LLAMA_TARGETS, STACK_TARGETS, assert_close, layers_of, llama, output, randomise, stack
+from .helpers import LLAMA_TARGETS, STACK_TARGETS, adapted, assert_close, layers_of, llama, output, randomise, stack
 
 STRUCTURED = {"r": 4, "randlora_alpha": 3, "structured": True, "groups": 2, "target_modules": STACK_TARGETS}
 WEIGHTS = "adapter_model.safetensors"
 
 
-def adapted(seed=3, name="default", **changes):
-    model = get_peft_model(stack(), RandLoraConfig(**STRUCTURED | changes), adapter_name=name)
-    return randomise(model, name, seed=seed).eval()
+def structured(seed=3, name="default", **changes):
+    return adapted(name=name, seed=seed, **STRUCTURED | changes)
 
 
 class TestConfig:
@@ -46,7 +45,7 @@ class TestConfig:
             get_peft_model(stack(), RandLoraConfig(r=30, structured=True, target_modules=["tall"]))
 
     def test_a_file_that_contradicts_itself(self, tmp_path):
-        adapted().save_pretrained(tmp_path)
+        structured().save_pretrained(tmp_path)
         file = tmp_path / "adapter_config.json"
         content = json.loads(file.read_text())
         file.write_text(json.dumps(content | {"structured": False, "groups": 8}))
@@ -56,7 +55,7 @@ class TestConfig:
 
 class TestFile:
     def test_it_holds_lambda_and_gamma_only_and_gives_the_same(self, tmp_path):
-        model = adapted()
+        model = structured()
         model.save_pretrained(tmp_path)
         names = set(load_file(tmp_path / WEIGHTS))
         assert all(name.endswith(("randlora_lambda", "randlora_gamma")) for name in names)
@@ -76,7 +75,7 @@ class TestFile:
         assert "KeyError: 'RANDLORA_STRUCTURED'" in found.stderr
 
     def test_bases_in_it_are_refused(self, tmp_path):
-        model = adapted()
+        model = structured()
         model.save_pretrained(tmp_path)
         A, B = layers_of(model)["base_model.model.tall"].basis("default").projections()
         bases = {"base_model.randlora_A": A.float(), "base_model.randlora_B": B.float().contiguous()}
@@ -88,32 +87,32 @@ class TestFile:
 
     @pytest.mark.parametrize("change", [{"groups": 4}, {"projection_prng_key": 1}])
     def test_other_bases_are_an_error(self, change, tmp_path):
-        adapted().save_pretrained(tmp_path)
+        structured().save_pretrained(tmp_path)
         file = tmp_path / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
         with pytest.raises(BasisMismatchError):
             PeftModel.from_pretrained(stack(), tmp_path)
 
     def test_it_is_read_without_its_model(self, tmp_path):
-        adapted().save_pretrained(tmp_path)
+        structured().save_pretrained(tmp_path)
         found = inspect_adapter(tmp_path)
-        assert found.parameters == sum(p.numel() for p in adapted().parameters() if p.requires_grad)
+        assert found.parameters == sum(p.numel() for p in structured().parameters() if p.requires_grad)
         assert found.bases_in_file == 0
 
 
 class TestSideBySide:
     def test_beside_dense_and_of_another_number_of_groups(self):
-        model = adapted()
+        model = structured()
         alone = output(model)
         model.add_adapter("dense", RandLoraConfig(r=3, target_modules=STACK_TARGETS))
         model.add_adapter("finer", RandLoraConfig(**STRUCTURED | {"groups": 4}))
         randomise(model, "finer", seed=8)
         assert torch.equal(output(model), alone)
         model.set_adapter("finer")
-        assert_close(output(model.eval()), output(adapted(8, groups=4)), 1e-6)
+        assert_close(output(model.eval()), output(structured(8, groups=4)), 1e-6)
 
     def test_a_batch_of_several(self):
-        model = adapted()
+        model = structured()
         model.add_adapter("finer", RandLoraConfig(**STRUCTURED | {"groups": 4}))
         randomise(model, "finer", seed=8).eval()
         x = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
@@ -127,15 +126,15 @@ class TestSideBySide:
             torch.testing.assert_close(found[row], expected)
 
     def test_hotswap(self, tmp_path):
-        adapted(seed=9).save_pretrained(tmp_path)
-        model = adapted()
+        structured(seed=9).save_pretrained(tmp_path)
+        model = structured()
         hotswap_adapter(model, tmp_path, "default")
-        assert torch.equal(output(model), output(adapted(seed=9)))
+        assert torch.equal(output(model), output(structured(seed=9)))
 
     @pytest.mark.parametrize("targets", [STACK_TARGETS, ["tall", "wide"]])
     def test_sums_of_adapters_on_any_layers(self, targets, tmp_path):
         """A layer reads the same numbers whatever the other layers are."""
-        model = adapted()
+        model = structured()
         model.add_adapter("other", RandLoraConfig(**STRUCTURED | {"target_modules": targets}))
         with torch.no_grad():
             for layer in layers_of(model).values():
@@ -154,13 +153,13 @@ class TestSideBySide:
         assert_close(output(again.eval()), output(model.eval()), 1e-6)
 
     def test_sums_with_other_bases_are_refused(self):
-        model = adapted()
+        model = structured()
         model.add_adapter("finer", RandLoraConfig(**STRUCTURED | {"groups": 4}))
         with pytest.raises(CombinationError, match="different bases"):
             model.base_model.add_weighted_adapter(["default", "finer"], [1.0, 1.0], "sum", "linear")
 
     def test_as_lora_of_full_rank(self, tmp_path):
-        model = adapted()
+        model = structured()
         to_lora(model, energy=1.0).save(tmp_path)
         found = PeftModel.from_pretrained(stack(), tmp_path).eval()
         assert_close(output(found), output(model), 1e-4)

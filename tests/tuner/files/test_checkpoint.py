@@ -29,6 +29,7 @@ from ..helpers import (
     output,
     peft_itself,
     randomise,
+    saved,
     snapshot,
     stack,
 )
@@ -37,13 +38,6 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KINDS = {"dense": {}, "sparse": {"sparse": True}, "very_sparse": {"very_sparse": True}}
 CUT = STACK_TARGETS  # a tall and a wide layer: PEFT draws 17×17, no layer reads all of it
 WHOLE = ["tall", "square"]  # the largest layer reads all
-
-
-def saved(folder, build=stack, **config):
-    """A trained adapter of ours in ``folder``, and the model."""
-    model = randomise(get_peft_model(build(), RandLoraConfig(**{"r": 4, "randlora_alpha": 8, **config}))).eval()
-    model.save_pretrained(folder)
-    return model
 
 
 def saved_by_peft(folder, build=stack, change=None, **config):

@@ -12,15 +12,14 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from randlora import CheckpointError, PeftModel, RandLoraConfig, get_peft_model
 
-from ..helpers import STACK_TARGETS, assert_same_tensors, output, randomise, snapshot, stack
+from ..helpers import STACK_TARGETS, adapted, assert_same_tensors, output, randomise, snapshot, stack
 
 WEIGHTS = "adapter_model.safetensors"
 LAMBDA, HEAD = "base_model.model.tall.randlora_lambda", "base_model.model.head.weight"
 
 
 def saved(folder, **config):
-    values = {"r": 4, "randlora_alpha": 8, "target_modules": STACK_TARGETS, **config}
-    model = randomise(get_peft_model(stack(), RandLoraConfig(**values))).eval()
+    model = adapted(**config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") and parameter.requires_grad:

@@ -19,16 +19,10 @@ from randlora import (
     hotswap_adapter,
 )
 
-from ..helpers import STACK_TARGETS, assert_same_tensors, layers_of, output, randomise, snapshot, stack
+from ..helpers import STACK_TARGETS, assert_same_tensors, layers_of, output, randomise, saved, snapshot, stack
 
 FIRST = {"r": 4, "randlora_alpha": 8, "target_modules": STACK_TARGETS}
 WEIGHTS = "adapter_model.safetensors"
-
-
-def saved(folder, seed=3, **config):
-    model = randomise(get_peft_model(stack(), RandLoraConfig(**{**FIRST, **config})), seed=seed).eval()
-    model.save_pretrained(folder)
-    return model
 
 
 def loaded(tmp_path):

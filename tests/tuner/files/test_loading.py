@@ -17,18 +17,12 @@ from ..helpers import (
     llama,
     output,
     randomise,
+    saved,
     snapshot,
     stack,
 )
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-def saved(folder, build=stack, **config):
-    values = {"r": 4, "randlora_alpha": 8, "target_modules": STACK_TARGETS, **config}
-    model = randomise(get_peft_model(build(), RandLoraConfig(**values))).eval()
-    model.save_pretrained(folder)
-    return model
 
 
 def another_fingerprint(folder):
