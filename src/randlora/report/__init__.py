@@ -1,1 +1,1 @@
-"""What runs look like to people: tables and pictures."""
+"""Views of runs for people: tables and pictures."""

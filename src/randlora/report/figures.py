@@ -26,7 +26,7 @@ _SMOOTHING = 0.9  # share of the running mean in each smoothed loss
 def demo_figure(
     path: Path, losses: Mapping[str, Sequence[float]], spectra: Mapping[str, Sequence[float]], module: str
 ) -> None:
-    """Loss curves beside the singular values of one layer's update, as a PNG of 1,600 pixels' width.
+    """Write loss curves beside the singular values of one layer's update, as a PNG of 1,600 pixels' width.
 
     Args:
         path: where to write it.
@@ -79,7 +79,7 @@ def _draw_spectra(axes: Axes, spectra: Mapping[str, Sequence[float]], module: st
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential running mean without the pull of its start."""
+    """Return the exponential running mean, without the bias of its start."""
     mean, smoothed = 0.0, []
     for count, value in enumerate(values, start=1):
         mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value

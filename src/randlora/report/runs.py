@@ -21,7 +21,7 @@ _STATE, _ADAPTER = "trainer_state.json", "adapter_config.json"
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a run; everything but name and folder may be missing.
+    """The known facts about a run; all but name and folder may be missing.
 
     Attributes:
         name: tells it from the others of a report.
@@ -77,7 +77,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Reads runs and gives them names that differ; a folder that is named twice counts once.
+    """Return runs, under names that differ; a folder that is named twice counts once.
 
     Raises:
         ConfigError: naming a folder that is no run.
@@ -87,7 +87,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def number(value: object) -> float:
-    """A number as float, infinities and whatever is none as NaN."""
+    """Return a number as float, infinities and non-numbers as NaN."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return math.nan
     try:
@@ -127,13 +127,13 @@ def _read(folder: Path, name: str) -> Run:
 
 
 class _Reader:
-    """Reads files of which any may be missing, cut off or broken, and remembers which were."""
+    """A reader of files, any of which may be missing, cut off or broken; it remembers which were."""
 
     def __init__(self) -> None:
         self.remarks: list[str] = []
 
     def mapping(self, path: Path) -> Entry:
-        """The object in a JSON or YAML file."""
+        """Return the object in a JSON or YAML file."""
         text = self._text(path)
         try:
             content = (yaml.safe_load if path.suffix == ".yaml" else json.loads)(text) if text.strip() else {}
@@ -143,7 +143,7 @@ class _Reader:
         return content if isinstance(content, dict) else {}
 
     def lines(self, path: Path) -> list[Entry]:
-        """The objects in the lines of a file; a last line that was cut off is passed over."""
+        """Return the objects in the lines of a file, without a last line that was cut off."""
         found, broken = [], 0
         *lines, rest = self._text(path).split("\n")  # not splitlines: JSON may hold other ends of lines
         for line in filter(str.strip, lines):
@@ -168,7 +168,7 @@ class _Reader:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Newest first; those that the Trainer has not finished writing are left out."""
+    """Return the checkpoints, newest first, without those that the Trainer has not finished writing."""
     found = [path.parent for where in ("checkpoints/", "") for path in folder.glob(f"{where}checkpoint-*/{_STATE}")]
     numbered = [path for path in found if path.name.rpartition("-")[2].isdecimal()]
     return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
@@ -183,7 +183,7 @@ def _no_run(folder: Path, traces: Iterable[str]) -> str:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart."""
+    """Return the last parts of the paths, as many as tell them apart."""
     parts = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(own[-count:]) for own in parts]

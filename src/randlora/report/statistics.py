@@ -1,4 +1,4 @@
-"""How sure a measured number is."""
+"""Confidence intervals of measured numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def wilson_interval(successes: float, trials: float, z: float = 1.959964) -> tuple[float, float]:
-    """Confidence interval of a proportion (Wilson 1927), 95% by default.
+    """Return the confidence interval of a proportion (Wilson 1927), 95% by default.
 
     Args:
         successes: number of successes, 0 to ``trials``; not whole where ``trials`` is not.
@@ -30,7 +30,7 @@ def wilson_interval(successes: float, trials: float, z: float = 1.959964) -> tup
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, and what it may be for other seeds and examples of the same kind.
+    """A mean, and its interval for other seeds and examples of the same kind.
 
     Attributes:
         mean: as measured.
@@ -46,7 +46,7 @@ class Interval:
 def crossed_interval(
     values: np.ndarray, weights: np.ndarray, confidence: float = 0.95, is_share: bool = False
 ) -> Interval:
-    """Confidence interval of a mean over seeds and examples that every seed is tested on.
+    """Return the confidence interval of a mean over seeds and examples that every seed is tested on.
 
     A value is one seed's share, one example's share and a rest. The two-way analysis of variance estimates the
     variance of each, and Satterthwaite's degrees of freedom say how sure that estimate is: with three seeds that differ
@@ -77,7 +77,7 @@ def crossed_interval(
 
 
 def t_quantile(confidence: float, freedom: float) -> float:
-    """The bound that Student's t of so many degrees of freedom keeps within, in absolute value, with that probability.
+    """Return the bound of Student's t, in absolute value, of so many degrees of freedom at that probability.
 
     By the substitution t = √ν·tan θ, under which the density is a power of the cosine.
     """
@@ -89,7 +89,7 @@ def t_quantile(confidence: float, freedom: float) -> float:
 
 
 def _variance_of_mean(deviations: np.ndarray) -> tuple[float, float]:
-    """Variance of the mean of (seeds, examples), and its degrees of freedom."""
+    """Return the variance of the mean of (seeds, examples), and its degrees of freedom."""
     seeds, examples = deviations.shape
     by_example = deviations.mean(0)
     between_examples = seeds * float(by_example.var(ddof=1))

@@ -37,7 +37,7 @@ class Row:
     saved_bytes: int
 
     def cells(self) -> list[str]:
-        """The row as text."""
+        """Return the row as text."""
         low, high = wilson_interval(self.correct, self.tested)
         return [
             self.method,
@@ -50,7 +50,7 @@ class Row:
 
 
 def terminal_table(rows: list[Row], title: str) -> Table:
-    """The table for the terminal."""
+    """Return the table for the terminal."""
     table = Table(title=title, box=box.SIMPLE_HEAVY, title_justify="left", padding=(0, 1, 0, 0))
     for number, column in enumerate(_COLUMNS):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
@@ -60,11 +60,11 @@ def terminal_table(rows: list[Row], title: str) -> Table:
 
 
 def markdown_table(rows: list[Row]) -> str:
-    """The table in Markdown."""
+    """Return the table in Markdown."""
     return markdown(_COLUMNS, [row.cells() for row in rows])
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Any table in Markdown, its first column of words, the others of numbers."""
+    """Return a table in Markdown, its first column of words, the others of numbers."""
     lines = [columns, ("---", *["---:"] * (len(columns) - 1)), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,4 +1,4 @@
-"""What an adapter does to each layer: its update beside LoRA's, and the sizes of λ and γ."""
+"""The updates of an adapter, layer by layer, beside LoRA's, and the sizes of λ and γ."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Updates:
 
 
 def measure_updates(adapter: Path, base: Path | None, tick: Callable[[str], None]) -> Updates:
-    """Reads an adapter folder; no weights of the base model are needed, and one layer at a time is in memory.
+    """Return the updates of an adapter folder; no weights are needed, and one layer at a time is in memory.
 
     Args:
         adapter: the folder.
@@ -68,7 +68,7 @@ def measure_updates(adapter: Path, base: Path | None, tick: Callable[[str], None
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 10 after layer 2."""
+    """Return a key that sorts layer 10 after layer 2."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
@@ -106,7 +106,7 @@ def _of_lora(adapter: Path, tick: Callable[[str], None]) -> Iterator[LayerUpdate
 
 
 def _column_means(values: Tensor) -> tuple[float, ...]:
-    """Means of |values| (..., n, k) for each of the n bases, at most 32 groups of them."""
+    """Return means of |values| (..., n, k) for each of the n bases, or for 32 groups of them."""
     by_basis = values.float().abs().movedim(-2, 0).flatten(1).mean(1)
     width = math.ceil(len(by_basis) / _MOST_COLUMNS)
     return tuple(float(group.mean()) for group in by_basis.split(width))
