@@ -221,6 +221,7 @@ def test_an_r_beyond_all_layers_is_noted(tmp_path):
         ({"r": 4}, {"targets": ["nope"]}, "nope"),
         ({"r": 4}, {"length": 10_000}, "takes at most 2048 tokens"),
         ({"r": 4}, {"batch_size": 0}, "batch_size=0"),
+        ({"r": 4}, {"kind": "sparsity"}, "kind=.sparsity. must be one of dense, sparse, very_sparse, structured"),
         ({"r": 4}, {"model": "nowhere"}, "'nowhere' is neither"),
     ],
 )

@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftType
 from peft.tuners.randlora import RandLoraConfig as TheirConfig
 
 from randlora import ConfigError, RandLoraConfig, get_peft_model
+from randlora.ops.bases import CHOICES, KINDS, Dense, kind_in_words
 
 from .helpers import STACK_TARGETS, layers_of, ours, output, peft_itself, randomise, stack, theirs
 
@@ -298,3 +299,26 @@ class TestUse:
         assert very.model.tall.bases["default"].fingerprint == same.model.tall.bases["default"].fingerprint
         peft = theirs(stack(), very_sparse=True, **config)
         assert very.model.tall.bases["default"].same_numbers(peft.randlora_A["default"], peft.randlora_B["default"])
+
+
+class TestKindsOfBases:
+    def test_every_field_of_a_kind_is_one_of_the_config(self):
+        names = {field.name for field in dataclasses.fields(RandLoraConfig)}
+        wanted = [name for kind in KINDS.values() for name in (*kind.flags, *kind.values, *kind.options)]
+        assert sorted(set(wanted)) == sorted(wanted)
+        assert names.issuperset(wanted)
+
+    def test_dense_without_any(self):
+        config = RandLoraConfig()
+        assert config.basis_kind(16) == Dense()
+        assert kind_in_words(config.to_dict()) == "dense"
+        assert config.peft_draws_bases
+
+    @pytest.mark.parametrize("name", CHOICES)
+    def test_each_choice_makes_its_kind(self, name):
+        config = RandLoraConfig(**{name: True if name in CHOICES[name].flags else 4.5})
+        assert type(config.basis_kind(16)) is CHOICES[name]
+        assert kind_in_words(config.to_dict()) == name.replace("_", " ")
+        theirs = {field.name for field in dataclasses.fields(TheirConfig)}
+        assert config.peft_draws_bases == (name in theirs)
+        assert (config.to_dict()["peft_type"] == PeftType.RANDLORA) == (CHOICES[name].file_type is None)
