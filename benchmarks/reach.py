@@ -62,7 +62,7 @@ def full_updates(task: Task, rate: float, folder: Path) -> dict[str, Tensor]:
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {
-        name: module.weight.detach().double().clone()  # type: ignore[operator, union-attr]
+        name: module.weight.detach().double().clone()
         for name, module in model.named_modules()
         if name.endswith(TARGETS)
     }
