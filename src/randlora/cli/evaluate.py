@@ -33,7 +33,8 @@ def evaluate(
     """Score an adapter on data.
 
     Accuracy with its 95% interval, loss, F1 and the share found of each label for a classifier, and what was found
-    instead; F1 of entities for tags; loss and perplexity for a language model.
+    instead; F1 of entities for tags; loss and perplexity for a language model; of preferences, in how many pairs the
+    chosen answer has the higher reward, and by how much.
 
     [bold]Examples[/]
 
@@ -76,7 +77,8 @@ def _show(name: str, found: Score, out: Console) -> None:
     said = []
     if outcome.correct is not None:
         low, high = wilson_interval(outcome.correct, trials)
-        said.append(f"accuracy {metrics.pop('accuracy'):.1%} ({100 * low:.1f}–{100 * high:.1f} with 95% confidence)")
+        share = next(one for one in ("accuracy", "rewards/accuracies") if one in metrics)
+        said.append(f"{share} {metrics.pop(share):.1%} ({100 * low:.1f}–{100 * high:.1f} with 95% confidence)")
     said += [f"{metric} {value:.4f}" for metric, value in metrics.items()]
     if name == "base" and outcome.by_label:
         name = "base, with an untrained head"

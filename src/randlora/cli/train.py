@@ -17,7 +17,7 @@ from randlora.cli.console import answering, print_json
 from randlora.text import byte_text
 from randlora.train.settings import TrainSettings, load_settings
 
-_SHOWN = ("loss", "accuracy", "macro_f1", "f1", "perplexity")
+_SHOWN = ("loss", "accuracy", "macro_f1", "f1", "perplexity", "rewards/accuracies", "rewards/margins")
 _NO = "no_"
 _SHORT = {"learning_rate": ("--lr",)}
 _PANELS = {

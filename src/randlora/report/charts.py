@@ -15,6 +15,7 @@ MOST_POINTS = 1000  # of one line; more than that are averaged in groups
 _CURVES = (
     # key in the log, title, unit, logarithmic axis, factor
     ("loss", "Training loss", "loss", False, 1.0),
+    ("rewards/margins", "Reward of the chosen answer over the other", "margin", False, 1.0),
     ("learning_rate", "Learning rate", "learning rate", False, 1.0),
     ("grad_norm", "Gradient norm", "norm, before clipping", True, 1.0),
     ("seconds", "Time of a step", "seconds", False, 1.0),

@@ -47,7 +47,7 @@ def summary(run: Run) -> list[Cell]:
         _cell(number(result.get("trainable_parameters")), ",.0f"),
         _cell(_mean_loss(run), ".4f"),
         _cell(number(last.get("eval_loss")), ".4f"),
-        _accuracy(number(last.get("eval_accuracy")), len(run.examples)),
+        _accuracy(number(last.get("eval_accuracy", last.get("eval_rewards/accuracies"))), len(run.examples)),
         _cell(number(last.get("eval_macro_f1")), ".1%"),
         _cell(number(last.get("eval_perplexity")), ",.2f"),
         _cell(_seconds(run), ".3g"),

@@ -15,9 +15,11 @@ from randlora.train.settings import TrainSettings
 from randlora.train.tasks import TASKS
 
 
-def training_arguments(settings: TrainSettings, output: Path) -> TrainingArguments:
-    """Arguments of the Trainer for a run that writes to ``output``."""
-    return TrainingArguments(
+def training_arguments(
+    settings: TrainSettings, output: Path, kind: type[TrainingArguments] = TrainingArguments, **changes: Any
+) -> TrainingArguments:
+    """Arguments of the Trainer for a run that writes to ``output``; of another ``kind``, with ``changes``."""
+    values: dict[str, Any] = dict(
         output_dir=str(output / "checkpoints"),
         learning_rate=settings.peak_learning_rate,
         lr_scheduler_type=settings.schedule,
@@ -42,6 +44,7 @@ def training_arguments(settings: TrainSettings, output: Path) -> TrainingArgumen
         include_num_input_tokens_seen="non_padding" if TASKS[settings.task].counts_tokens else "no",
         **_when(settings),
     )
+    return kind(**{**values, **changes})
 
 
 def trackers(settings: TrainSettings) -> list[TrainerCallback]:

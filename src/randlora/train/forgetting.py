@@ -17,7 +17,7 @@ from randlora.errors import ConfigError
 from randlora.train.data import load_rows
 from randlora.train.infer import predict
 from randlora.train.settings import TrainSettings
-from randlora.train.tasks import TASKS
+from randlora.train.tasks import TASKS, Preference
 from randlora.train.trained import Trained, load_trained
 
 NEAREST = 10
@@ -27,7 +27,8 @@ _MOST = 1000  # rows of the other data
 class Forgetting:
     """What runs forget, from the same rows for all.
 
-    A language model's loss per token on them, less that of the model before training. Of an encoder, the share of each
+    A language model's loss per token on them, less that of the model before training; after preferences on plain text.
+    Of an encoder, the share of each
     text's ten nearest among them that are no longer among its ten nearest, by the mean of the last hidden states.
 
     Args:
@@ -42,10 +43,11 @@ class Forgetting:
         self._language = TASKS[settings.task].model_type == "CAUSAL_LM"
         if not self._language and settings.task != "sequence-classification":
             raise ConfigError(f"other_data={other_data!r}: forgetting is measured on texts, not for {settings.task}")
-        reader = settings if self._language else settings.model_copy(update={"task": "causal-lm"})  # no labels needed
+        plain = not self._language or isinstance(TASKS[settings.task], Preference)  # no labels, no pairs needed
+        reader = settings.model_copy(update={"task": "causal-lm"}) if plain else settings
         rows = load_rows(other_data, reader).shuffle(seed=0)
         self._rows: Dataset = rows.select(range(min(len(rows), _MOST)))
-        self._settings = settings
+        self._settings, self._reader = settings, reader
         if not self._language and len(self._rows) <= NEAREST:
             raise ConfigError(f"other_data={other_data!r} has {len(self._rows)} rows; {NEAREST + 1} are needed")
 
@@ -74,8 +76,8 @@ class Forgetting:
         return self._loss(trained) if self._language else self._neighbours(trained)
 
     def _loss(self, trained: Trained) -> float:
-        task = TASKS[self._settings.task]
-        examples = task.prepare(self._rows, trained.processor, self._settings)
+        task = TASKS[self._reader.task]
+        examples = task.prepare(self._rows, trained.processor, self._reader)
         found = predict(trained.model, examples, task, trained.processor, self._settings.batch_size)
         return task.outcome(np.asarray(found.predictions), np.asarray(found.label_ids), []).metrics["loss"]
 

@@ -16,8 +16,9 @@ from transformers.trainer_utils import PredictionOutput
 
 from randlora.errors import ConfigError
 from randlora.train.data import Source, load_data, load_rows
-from randlora.train.tasks import TASKS, Outcome, Task
-from randlora.train.tasks.chat import end_of_turn, templated, tokens_of
+from randlora.train.rewards import reward_trainer
+from randlora.train.tasks import TASKS, Outcome, Preference, Task
+from randlora.train.tasks.chat import Chat, end_of_turn, templated, tokens_of
 from randlora.train.tasks.language import prompt_tokens
 from randlora.train.tasks.token import first_pieces
 from randlora.train.trained import Trained
@@ -90,10 +91,12 @@ def predict_labels(trained: Trained, given: Sequence[Any], batch_size: int = 32)
     raise ConfigError(f"predict is for classifiers, and the model in {trained.path} is for {trained.task}")
 
 
-def predict(model: Any, examples: Any, task: Task, processor: Any, batch_size: int) -> PredictionOutput:
-    """What a model says of prepared examples, as the Trainer gathers it."""
+def predict(
+    model: Any, examples: Any, task: Task, processor: Any, batch_size: int, kind: type[Trainer] = Trainer
+) -> PredictionOutput:
+    """What a model says of prepared examples, as a ``kind`` of Trainer gathers it."""
     with tempfile.TemporaryDirectory() as nothing:
-        trainer = Trainer(
+        trainer = kind(
             model=model,
             args=TrainingArguments(
                 output_dir=nothing,
@@ -127,7 +130,8 @@ def score(
         label_column: column of the labels, likewise.
 
     Raises:
-        ConfigError: if the data cannot be read, or has labels that the model does not know.
+        ConfigError: if the data cannot be read, or has labels that the model does not know; or if there is no reference
+            for rewards.
     """
     task, labels, settings = TASKS[trained.task], list(trained.labels), trained.run
     if data is not None:
@@ -138,7 +142,8 @@ def score(
     else:
         rows = load_data(settings).evaluation
     examples = task.prepare(rows, trained.processor, settings)
-    found = predict(trained.model, examples, task, trained.processor, batch_size)
+    kind = reward_trainer(task, trained, settings) if isinstance(task, Preference) else Trainer
+    found = predict(trained.model, examples, task, trained.processor, batch_size, kind)
     outcome = task.outcome(np.asarray(found.predictions), np.asarray(found.label_ids), labels)
     return Score(trained.task, len(examples), outcome)
 
@@ -177,7 +182,7 @@ def generate_text(
             "above 0 and up to 1, and at least 1"
         )
     tokenizer: Any = trained.processor
-    if trained.task == "chat" and tokenizer.chat_template and isinstance(prompt, str) and prompt:
+    if isinstance(TASKS[trained.task], Chat) and tokenizer.chat_template and isinstance(prompt, str) and prompt:
         prompt = [{"role": "user", "content": prompt}]
     ends: dict[str, Any] = {}
     if isinstance(prompt, str):

@@ -26,6 +26,15 @@ _PIPELINES = {
     "TOKEN_CLS": "token-classification",
     "IMAGE_CLS": "image-classification",
 }
+_SHOWN = (
+    "eval_accuracy",
+    "eval_f1",
+    "eval_perplexity",
+    "eval_rewards/accuracies",
+    "eval_rewards/margins",
+    "eval_loss",
+    "train_loss",
+)
 _NOT_UPLOADED = ["checkpoint*", "*.bin", "optimizer*", ".*"]
 
 
@@ -168,9 +177,7 @@ def _usage(repo_id: str, base: str, task: str, labels: int | None) -> str:
 
 def _metrics(metrics: dict[str, Any]) -> str:
     found = metrics.get("metrics", {})
-    shown = {
-        n: found[n] for n in ("eval_accuracy", "eval_f1", "eval_perplexity", "eval_loss", "train_loss") if n in found
-    }
+    shown = {name: found[name] for name in _SHOWN if name in found}
     if not shown:
         return ""
     rows = [f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in shown.items()]

@@ -27,10 +27,11 @@ from randlora.train.callbacks import CheckpointOnInterrupt, StopIfDiverged, warn
 from randlora.train.data import Data, load_data
 from randlora.train.measure import StepTimer, peak_memory_bytes
 from randlora.train.methods import prepare
+from randlora.train.preference import preference_trainer, require_trl
 from randlora.train.progress import CostInLines, CostOnBar
 from randlora.train.resume import checkpoint_to_resume, is_finished
 from randlora.train.settings import TrainSettings
-from randlora.train.tasks import TASKS, require_length
+from randlora.train.tasks import TASKS, Preference, require_length
 from randlora.train.weighted_loss import balanced_loss
 from randlora.tuner.files.atomic import disk_errors, write_atomically, write_json, write_text
 
@@ -82,6 +83,8 @@ def resolve(settings: TrainSettings) -> Resolved:
         ConfigError: naming what cannot be used.
     """
     task = TASKS[settings.task]
+    if isinstance(task, Preference):
+        require_trl(settings.task)
     trackers(settings)
     if settings.best_metric not in (None, *task.metric_names):
         raise ConfigError(f"best={settings.best!r}: {settings.task} measures {', '.join(task.metric_names)}")
@@ -164,26 +167,33 @@ def make_trainer(
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         found = task.outcome(np.asarray(prediction.predictions), np.asarray(prediction.label_ids), run.data.labels)
-        return {name: value for name, value in found.metrics.items() if name != "loss"}  # that one is the Trainer's
+        ours = isinstance(task, Preference)  # the loss of others is the Trainer's
+        return {name: value for name, value in found.metrics.items() if ours or name != "loss"}
 
-    weighted = settings.class_weights == "balanced"
-    trainer = Trainer(
-        model=run.model,
-        compute_loss_func=balanced_loss(run.data.train["label"][:], len(run.data.labels)) if weighted else None,
-        args=training_arguments(settings, output),
-        train_dataset=task.prepare(run.data.train, run.processor, settings),
-        eval_dataset=evaluation,
-        data_collator=task.collator(run.processor),
-        compute_metrics=metrics,
-        preprocess_logits_for_metrics=task.reduce,
-        callbacks=[
+    parts: dict[str, Any] = {
+        "model": run.model,
+        "train_dataset": task.prepare(run.data.train, run.processor, settings),
+        "eval_dataset": evaluation,
+        "data_collator": task.collator(run.processor),
+        "compute_metrics": metrics,
+        "callbacks": [
             *callbacks,
             StopIfDiverged(settings.peak_learning_rate),
             CheckpointOnInterrupt(),
             *early_stopping(settings),
             *trackers(settings),
         ],
-    )
+    }
+    if isinstance(task, Preference):
+        trainer = preference_trainer(settings, task, output, {**parts, "processing_class": run.processor})
+    else:
+        weighted = settings.class_weights == "balanced"
+        trainer = Trainer(
+            **parts,
+            compute_loss_func=balanced_loss(run.data.train["label"][:], len(run.data.labels)) if weighted else None,
+            args=training_arguments(settings, output),
+            preprocess_logits_for_metrics=task.reduce,
+        )
     if task.loss_is_mean:
         trainer.model_accepts_loss_kwargs = False  # accumulated losses are to be averaged, not summed
     if trainer.pop_callback(ProgressCallback) is not None:

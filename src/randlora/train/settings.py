@@ -14,11 +14,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from randlora.errors import ConfigError
 
 Method = Literal["randlora", "lora", "vera", "full", "head"]
-TaskName = Literal["sequence-classification", "token-classification", "causal-lm", "chat", "image-classification"]
+TaskName = Literal[
+    "sequence-classification",
+    "token-classification",
+    "causal-lm",
+    "chat",
+    "dpo",
+    "kto",
+    "orpo",
+    "image-classification",
+]
+PREFERENCES = ("dpo", "kto", "orpo")
 Quantization = Literal["none", "4bit", "8bit"]
 
 LEARNING_RATES: dict[str, float] = {"randlora": 3e-4, "lora": 1e-3, "vera": 1e-2, "full": 1e-4, "head": 3e-3}
 """Where none is given. Measured on the demo's data, see ``docs/choosing.md``; VeRA's is that of its paper."""
+_LOWER = 20
+"""Of the rate of a preference task, where none is given: TRL's default for DPO is a twentieth of that for SFT."""
 ALPHAS = {"randlora": 20, "lora": 2}
 """Where none is given, times r. Other methods have none."""
 
@@ -49,7 +61,8 @@ class TrainSettings(BaseModel):
     eval_fraction: float = Field(0.1, gt=0, lt=1, description="Part of the training data held out for evaluation.")
     task: TaskName = Field(
         "sequence-classification",
-        description="sequence-classification, token-classification, causal-lm, chat or image-classification.",
+        description="sequence-classification, token-classification, causal-lm, chat, dpo, kto, orpo or "
+        "image-classification.",
     )
     input_column: str | None = Field(
         None, description="Column of the input; by default text, tokens, messages or image, as the task has it."
@@ -67,7 +80,13 @@ class TrainSettings(BaseModel):
         "by default for causal-lm, not for chat.",
     )
     chat_template: str | None = Field(
-        None, description="chat: a file with a Jinja template, in place of the tokenizer's own."
+        None, description="chat, dpo, kto, orpo: a file with a Jinja template, in place of the tokenizer's own."
+    )
+    beta: float | None = Field(
+        None,
+        gt=0,
+        description="dpo, kto: how strongly the model is held near its reference; orpo: how much the preference counts "
+        "beside the likelihood. By default 0.1.",
     )
 
     method: Method = Field(
@@ -148,7 +167,12 @@ class TrainSettings(BaseModel):
             raise ConfigError(
                 "learning_rate='auto' is found by `randlora.train.search.with_found_rate`, before the run"
             )
-        return LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
+        return default_rate(self.method, self.task) if self.learning_rate is None else self.learning_rate
+
+    @property
+    def preference_beta(self) -> float | None:
+        """The β given, or that of the papers; ``None`` where the task has none."""
+        return 0.1 if self.beta is None and self.task in PREFERENCES else self.beta
 
     @property
     def scaling_alpha(self) -> float | None:
@@ -158,7 +182,7 @@ class TrainSettings(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """Every setting by name, learning rate and alpha as the numbers that the method takes."""
         rate = "auto" if self.learning_rate == "auto" else self.peak_learning_rate
-        return self.model_dump() | {"learning_rate": rate, "alpha": self.scaling_alpha}
+        return self.model_dump() | {"learning_rate": rate, "alpha": self.scaling_alpha, "beta": self.preference_beta}
 
     @property
     def best_metric(self) -> str | None:
@@ -197,8 +221,9 @@ class TrainSettings(BaseModel):
             raise ValueError(f"alpha={self.alpha}: VeRA has none; leave it out")
         if self.class_weights != "none" and self.task not in ("sequence-classification", "image-classification"):
             raise ValueError(f"class_weights={self.class_weights!r} is for one label of an example, not {self.task!r}")
-        if self.chat_template is not None and self.task != "chat":
-            raise ValueError(f"chat_template={self.chat_template!r} is for task='chat', not {self.task!r}")
+        if self.chat_template is not None and self.task not in ("chat", *PREFERENCES):
+            raise ValueError(f"chat_template={self.chat_template!r} is for chat, dpo, kto and orpo, not {self.task!r}")
+        self._require_preference()
         if self.packing is not None and self.task not in ("causal-lm", "chat"):
             raise ValueError(f"packing={self.packing} is for causal-lm and chat, not {self.task!r}")
         if self.best_metric and self.save_steps and self.eval_steps and self.save_steps % self.eval_steps:
@@ -210,11 +235,30 @@ class TrainSettings(BaseModel):
             raise ValueError(f"save_steps={self.save_steps} with best={self.best_metric!r} needs eval_steps")
         return self
 
+    def _require_preference(self) -> None:
+        """What preference tasks need, and what is theirs alone."""
+        if self.task not in PREFERENCES:
+            if self.beta is not None:
+                raise ValueError(f"beta={self.beta} is for dpo, kto and orpo, not {self.task!r}")
+            return
+        if self.dropout:
+            raise ValueError(
+                f"dropout={self.dropout}: {self.task} trains without any, so that differences are the adapter's; "
+                "leave it out"
+            )
+        if self.task == "kto" and self.batch_size < 2:
+            raise ValueError("batch_size=1: kto compares answers of one batch; take at least 2")
+
     @property
     def targets(self) -> str | list[str]:
         """Modules to adapt as PEFT takes them."""
         given = self.target_modules
         return _names(given) if isinstance(given, str) and (given.isidentifier() or "," in given) else given
+
+
+def default_rate(method: str, task: str) -> float:
+    """The peak learning rate where none is given."""
+    return LEARNING_RATES[method] / (_LOWER if task in PREFERENCES else 1)
 
 
 Settings = TypeVar("Settings", bound=TrainSettings)

@@ -5,11 +5,21 @@ from randlora.train.tasks.chat import Chat
 from randlora.train.tasks.classification import SequenceClassification
 from randlora.train.tasks.image import ImageClassification
 from randlora.train.tasks.language import CausalLanguage
+from randlora.train.tasks.preference import DirectPreference, OddsRatioPreference, Preference, UnpairedPreference
 from randlora.train.tasks.token import TokenClassification
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (SequenceClassification(), TokenClassification(), CausalLanguage(), Chat(), ImageClassification())
+    for task in (
+        SequenceClassification(),
+        TokenClassification(),
+        CausalLanguage(),
+        Chat(),
+        DirectPreference(),
+        UnpairedPreference(),
+        OddsRatioPreference(),
+        ImageClassification(),
+    )
 }
 
-__all__ = ["TASKS", "Outcome", "Task", "require_length"]
+__all__ = ["TASKS", "Outcome", "Preference", "Task", "require_length"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset
 
@@ -17,6 +17,13 @@ from randlora.train.tasks.classification import renamed
 from randlora.train.tasks.language import Language, as_dataset, packed, prompt_tokens
 
 _PAIR = ("prompt", "completion")
+_REWRITES = (
+    "the chat template writes earlier turns anew when a conversation goes on, so that it cannot be said which tokens "
+    "are the answer's: give each answer as an example of its own (prompt, completion), or another chat_template"
+)
+
+Said: TypeAlias = str | list[dict[str, Any]]
+"""Text, or messages with ``role`` and ``content``."""
 
 
 class Chat(Language):
@@ -85,9 +92,7 @@ def _tokens(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
         return _conversation(row["messages"], tokenizer)
     prompt, completion = (row[name] for name in _PAIR)
     if isinstance(prompt, str) and isinstance(completion, str):
-        asked = prompt_tokens(tokenizer, prompt)
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        answer = [*tokenizer(completion, add_special_tokens=False)["input_ids"], *end]
+        asked, answer = _text_tokens(prompt, completion, tokenizer)
         return [*asked, *answer], [IGNORED] * len(asked) + answer
     both = [
         *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt),
@@ -96,13 +101,41 @@ def _tokens(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
     return _conversation(both, tokenizer)
 
 
-def _conversation(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Labels are the tokens that an assistant's turn adds to the conversation before it."""
+def prompt_and_answer(prompt: Said, answer: Said, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt and of an answer to it, both text or both messages, as a model is trained on them.
+
+    Raises:
+        ConfigError: if there is no chat template for messages, or it writes the prompt anew when the answer is there.
+    """
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return _text_tokens(prompt, answer, tokenizer)
+    _require_template(tokenizer)
+    before = templated(prompt, tokenizer, add_generation_prompt=True)
+    after = templated([*prompt, *answer], tokenizer)
+    if not after.startswith(before):
+        raise ConfigError(_REWRITES)
+    ids = tokens_of(after, tokenizer)
+    start = _shared(ids, tokens_of(before, tokenizer))
+    return ids[:start], ids[start:]
+
+
+def _text_tokens(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The completion is closed by the end-of-text token."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return prompt_tokens(tokenizer, prompt), [*tokenizer(completion, add_special_tokens=False)["input_ids"], *end]
+
+
+def _require_template(tokenizer: Any) -> None:
     if not tokenizer.chat_template:
         raise ConfigError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: name a file with one by chat_template, "
-            "or give the data as text in the columns prompt and completion"
+            "or give prompts and answers as text"
         )
+
+
+def _conversation(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Labels are the tokens that an assistant's turn adds to the conversation before it."""
+    _require_template(tokenizer)
     text = templated(messages, tokenizer)
     ids = tokens_of(text, tokenizer)
     labels = [IGNORED] * len(ids)
@@ -112,18 +145,14 @@ def _conversation(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[
         before = templated(messages[:turn], tokenizer, add_generation_prompt=True)
         after = templated(messages[: turn + 1], tokenizer)
         if not (text.startswith(after) and after.startswith(before)):
-            raise ConfigError(
-                "the chat template writes earlier turns anew when a conversation goes on, so that it cannot be said "
-                "which tokens are the answer's: give each answer as an example of its own (prompt, completion), or "
-                "another chat_template"
-            )
+            raise ConfigError(_REWRITES)
         # a blank at the end of the prompt may be one token with the first word of the answer
         start, end = (_shared(ids, tokens_of(one, tokenizer)) for one in (before, after))
         labels[start:end] = ids[start:end]
     return ids, labels
 
 
-def templated(messages: list[dict[str, Any]], tokenizer: Any, **arguments: Any) -> str:
+def templated(messages: Said, tokenizer: Any, **arguments: Any) -> str:
     """Messages as the tokenizer's chat template writes them.
 
     Raises:

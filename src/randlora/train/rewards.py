@@ -1,0 +1,74 @@
+"""A Trainer that evaluates by rewards: what the model gives to answers, beside what the reference gives."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import Trainer
+
+from randlora.errors import ConfigError
+from randlora.train.settings import TrainSettings
+from randlora.train.tasks.preference import Preference, log_probs
+from randlora.train.trained import Trained
+from randlora.tuner.base_model import load_base
+
+
+class Rewards:
+    """What is mixed into a class of Trainers.
+
+    Attributes:
+        preference: the task.
+        beta: its β.
+        ref_model: the reference; ``None`` where it is the model without its adapter.
+    """
+
+    preference: Preference
+    beta: float
+    ref_model: Any = None
+
+    def prediction_step(
+        self: Any, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, Tensor, Tensor]:
+        """Return what ``Preference.measure`` keeps, and labels; the loss is a matter of ``outcome``."""
+        batch = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            kept = self.preference.measure(batch, partial(log_probs, model), partial(self._reference, model), self.beta)
+            targets = batch["label"] if "label" in batch else torch.ones_like(kept[:, 0])
+        return None, kept.float(), targets
+
+    def _reference(self: Any, model: Any, ids: Tensor, attention: Tensor) -> Tensor:
+        if self.ref_model is not None:
+            return log_probs(self.ref_model, ids, attention)
+        with self.accelerator.unwrap_model(self.model).disable_adapter():
+            return log_probs(model, ids, attention)
+
+
+def reward_trainer(task: Preference, trained: Trained, settings: TrainSettings) -> type[Trainer]:
+    """Return a class of Trainers that evaluate what a run has left; it needs no TRL.
+
+    Raises:
+        ConfigError: if there is no reference to compare it with.
+    """
+    reference = _reference_of(task, trained) if task.compares else None
+
+    class RewardTrainer(Rewards, Trainer):
+        preference, beta, ref_model = task, settings.preference_beta or 0.0, reference
+
+    return RewardTrainer
+
+
+def _reference_of(task: Preference, trained: Trained) -> Any:
+    """The model that a model trained in full started from; ``None`` where it is the model without its adapter."""
+    if isinstance(trained.model, PeftModel):
+        return None
+    if trained.run is None or trained.run.method != "full":
+        raise ConfigError(
+            f"{trained.task} gives rewards beside a reference, the model without its adapter, and {trained.path} is "
+            "loaded without one: name a run or an adapter"
+        )
+    reference: Any = load_base(trained.run.model, task.model_type, dtype="float32")
+    return reference.to(trained.model.device).eval()
