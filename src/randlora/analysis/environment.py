@@ -27,7 +27,7 @@ _OPTIONAL = {
     "bitsandbytes": "4- and 8-bit base models",
     "torchao": "quantised base models",
     "hqq": "quantised base models",
-    "trl": "SFTTrainer",
+    "trl": "SFTTrainer, randlora train on preferences",
     "datasets": "randlora train",
     "typer": "the randlora command",
     "matplotlib": "pictures",

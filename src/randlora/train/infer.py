@@ -102,7 +102,7 @@ def predict(
                 output_dir=nothing,
                 per_device_eval_batch_size=batch_size,
                 use_cpu=not torch.accelerator.is_available(),
-                remove_unused_columns=task.counts_tokens,
+                remove_unused_columns=task.counts_tokens and not isinstance(task, Preference),
                 dataloader_pin_memory=False,
                 disable_tqdm=True,
                 report_to=[],

@@ -57,6 +57,7 @@ def preference_trainer(settings: TrainSettings, task: Preference, output: Path, 
                 beta=settings.preference_beta,
                 max_length=settings.max_length,
                 per_device_eval_batch_size=settings.batch_size,  # of a pair, two answers
+                remove_unused_columns=False,  # the model takes none: they are put together by the collator
             ),
         )
     except ValueError as error:

@@ -33,6 +33,7 @@ from randlora.train.resume import checkpoint_to_resume, is_finished
 from randlora.train.settings import TrainSettings
 from randlora.train.tasks import TASKS, Preference, require_length
 from randlora.train.weighted_loss import balanced_loss
+from randlora.tuner.files.adapter_folder import CONFIG
 from randlora.tuner.files.atomic import disk_errors, write_atomically, write_json, write_text
 
 
@@ -85,6 +86,8 @@ def resolve(settings: TrainSettings) -> Resolved:
     task = TASKS[settings.task]
     if isinstance(task, Preference):
         require_trl(settings.task)
+    if any((Path(settings.model) / inner / CONFIG).is_file() for inner in ("", "adapter")):
+        _refuse_adapter(settings.model)
     trackers(settings)
     if settings.best_metric not in (None, *task.metric_names):
         raise ConfigError(f"best={settings.best!r}: {settings.task} measures {', '.join(task.metric_names)}")
@@ -92,6 +95,8 @@ def resolve(settings: TrainSettings) -> Resolved:
     processor = task.load_processor(settings)
     set_seed(settings.seed)  # the head's initial weights
     model = task.load_model(settings, data.labels, processor)
+    if getattr(model, "_hf_peft_config_loaded", False):  # one of the hub
+        _refuse_adapter(settings.model)
     if task.counts_tokens:
         require_length(model, settings)
     return Resolved(settings, data, processor, prepare(model, settings))
@@ -145,6 +150,14 @@ def _train(run: Resolved, checkpoint: Path | None, output: Path) -> TrainResult:
         history.write(trainer.state.log_history)
         write_json(asdict(result), output, "metrics.json")
     return result
+
+
+def _refuse_adapter(model: str) -> None:
+    """Transformers would put it into its base model, where it would neither train nor be saved."""
+    raise ConfigError(
+        f"model={model!r} is an adapter: merge it first, `randlora merge {model} merged`, and train on the merged model, "
+        "which is then the reference of preferences"
+    )
 
 
 def is_main_process() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ class Language(Task):
     """What language models share."""
 
     model_type = "CAUSAL_LM"
-    metric_names = ("loss", "perplexity")
+    metric_names: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
 
     def load_model(self, settings: TrainSettings, labels: list[str], processor: Any) -> PreTrainedModel:
         """With the head that it has.
