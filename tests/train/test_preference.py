@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -13,10 +14,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cli.helpers import answer, invoke
 from fixtures import BAD, GOOD
 from randlora.errors import ConfigError
+from randlora.report.page import write_report
 from randlora.train.infer import generate_text, score
 from randlora.train.preference import require_trl
+from randlora.train.publish import publish
 from randlora.train.rewards import Rewards
 from randlora.train.run import make_trainer, resolve, train
 from randlora.train.settings import load_settings
@@ -38,7 +42,7 @@ def files(tmp_path_factory):
     """Training and held-out pairs in conversations, and a chat template."""
     folder = tmp_path_factory.mktemp("preferences")
     (folder / "template.jinja").write_text(TEMPLATE)
-    for name, numbers in (("train", range(24)), ("held_out", range(24, 31))):
+    for name, numbers in (("train", range(23)), ("held_out", range(23, 30))):
         rows = [
             {
                 "prompt": [{"role": "user", "content": f"how was film {n}"}],
@@ -106,7 +110,7 @@ class TestEveryTask:
         assert not [path for path in (folder / "adapter").iterdir() if path.is_dir()]
         rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
         assert len(rows) == (14 if task == "kto" else 7)
-        assert all(0 < row["confidence"] < 1 and "film 2" in row["text"] for row in rows)
+        assert all(0 < row["confidence"] < 1 and "how was film 2" in row["text"] for row in rows)
         if task != "orpo":
             assert np.mean([row["loss"] for row in rows]) == pytest.approx(runs[task].metrics["eval_loss"], rel=1e-5)
 
@@ -271,7 +275,7 @@ class TestReference:
 
 class TestSteps:
     def test_accumulated_batches_are_one(self, settings):
-        values = {"batch_size": 8, "max_steps": 3}
+        values = {"batch_size": 8, "max_steps": 2}
         whole = losses(folder_of(train(settings("dpo", **values))))
         parts = losses(folder_of(train(settings("dpo", **{**values, "batch_size": 4, "gradient_accumulation": 2}))))
         assert parts == pytest.approx(whole, abs=1e-4)
@@ -296,7 +300,7 @@ class TestSteps:
         run = resolve(settings("kto"))
         prepared = TASKS["kto"].prepare(run.data.train, run.processor, run.settings)
         ordered = TASKS["kto"].training(prepared, run.settings)
-        assert prepared["label"][:24] == [True] * 24
+        assert prepared["label"][:23] == [True] * 23
         assert 0 < sum(ordered["label"][:8]) < 8
         answers = ordered["completion_ids"][:]
         assert ordered["KL_completion_ids"][:9] == [answers[7], *answers[:7], answers[15]]
@@ -306,7 +310,7 @@ class TestSteps:
         short = run.settings.model_copy(update={"max_length": 14})
         prepared = TASKS["dpo"].prepare(run.data.train, run.processor, short)
         assert {len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in prepared} <= {13, 14}
-        with pytest.raises(ConfigError, match="none of the 24 examples has an answer within max_length=8"):
+        with pytest.raises(ConfigError, match="none of the 23 examples has an answer within max_length=8"):
             TASKS["dpo"].prepare(run.data.train, run.processor, run.settings.model_copy(update={"max_length": 8}))
 
     def test_no_prompt_is_on_both_sides(self, settings):
@@ -365,3 +369,32 @@ def test_text_is_closed_by_the_end_of_text_token(tiny_llama, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama, eos_token="[SEP]", pad_token="[PAD]")
     (row,) = TASKS["dpo"].prepare(run.data.train.select([0]), tokenizer, run.settings)
     assert [tokenizer.decode(row[f"{name}_ids"]) for name in ("chosen", "rejected")] == ["good [SEP]", "bad film [SEP]"]
+
+
+class TestCommands:
+    def test_eval_says_how_sure_it_is(self, runs, files):
+        said = invoke("eval", folder_of(runs["dpo"]), "--data", files / "train.jsonl").stdout
+        assert re.search(
+            r"adapter: rewards/accuracies \d+\.\d% \(.* with 95% confidence\), loss .*, on 23 examples", said
+        )
+        found = answer("eval", folder_of(runs["kto"]))["adapter"]
+        assert found["examples"] == 14
+        assert found["rewards/margins"] == pytest.approx(runs["kto"].metrics["eval_rewards/margins"], abs=1e-5)
+
+    def test_the_report_shows_accuracy_and_margins(self, runs, tmp_path):
+        page = write_report([folder_of(runs["dpo"])], tmp_path / "report.html").read_text()
+        assert "Reward of the chosen answer over the other" in page
+        assert "Evaluation: rewards/margins" in page
+        assert f"{runs['dpo'].metrics['eval_rewards/accuracies']:.1%} (" in page
+
+    def test_the_card_has_both(self, runs):
+        card = publish(folder_of(runs["dpo"]), "user/name", upload=False).card
+        assert f"| eval rewards/margins | {runs['dpo'].metrics['eval_rewards/margins']:.4f} |" in card
+        assert "pipeline_tag: text-generation" in card
+
+    def test_merged_it_is_a_model_that_answers(self, runs, tmp_path):
+        invoke("merge", folder_of(runs["dpo"]), tmp_path / "merged")
+        folders = (folder_of(runs["dpo"]), tmp_path / "merged")
+        asked = ("--prompt", "how was film 3", "--temperature", 0, "--max-new-tokens", 3)
+        tuned, merged = (answer("generate", folder, *asked) for folder in folders)
+        assert tuned["prompt"] == merged["prompt"] == "how was film 3"

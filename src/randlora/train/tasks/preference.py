@@ -60,6 +60,10 @@ class Preference(Chat):
         """Prepared examples as the trainer is to meet them."""
         return prepared
 
+    def reduce(self, logits: Any, labels: Any) -> Any:
+        """What ``measure`` gave."""
+        return logits
+
     @abstractmethod
     def _prepared(self, row: dict[str, Any], processor: Any, length: int) -> dict[str, Any] | None:
         """One example; ``None`` where no token of an answer is left to predict."""
