@@ -141,8 +141,8 @@ def score(
         raise ConfigError(f"{trained.path} belongs to no run that would say on what to score it: name data")
     else:
         rows = load_data(settings).evaluation
-    examples = task.prepare(rows, trained.processor, settings)
     kind = reward_trainer(task, trained, settings) if isinstance(task, Preference) else Trainer
+    examples = task.prepare(rows, trained.processor, settings)
     found = predict(trained.model, examples, task, trained.processor, batch_size, kind)
     outcome = task.outcome(np.asarray(found.predictions), np.asarray(found.label_ids), labels)
     return Score(trained.task, len(examples), outcome)
