@@ -299,11 +299,23 @@ class TestSteps:
     def test_kto_meets_its_examples_in_an_order_that_is_drawn(self, settings):
         run = resolve(settings("kto"))
         prepared = TASKS["kto"].prepare(run.data.train, run.processor, run.settings)
-        ordered = TASKS["kto"].training(prepared, run.settings)
+        ordered, weights = TASKS["kto"].training(prepared, run.settings)
+        assert not weights
         assert prepared["label"][:23] == [True] * 23
         assert 0 < sum(ordered["label"][:8]) < 8
         answers = ordered["completion_ids"][:]
         assert ordered["KL_completion_ids"][:9] == [answers[7], *answers[:7], answers[15]]
+
+    def test_kto_of_few_good_answers(self, settings):
+        run = resolve(settings("kto"))
+        prepared = TASKS["kto"].prepare(run.data.train, run.processor, run.settings).select(range(15, 46))
+        with pytest.warns(UserWarning, match="8 answers are good and 23 bad.*class_weights=balanced"):
+            TASKS["kto"].training(prepared, run.settings)
+        balanced = run.settings.model_copy(update={"class_weights": "balanced"})
+        _, weights = TASKS["kto"].training(prepared, balanced)
+        assert weights["desirable_weight"] * 8 == weights["undesirable_weight"] * 23 == 15.5
+        with pytest.raises(ConfigError, match="all 23 are bad"):
+            TASKS["kto"].training(prepared.select(range(8, 31)), run.settings)
 
     def test_answers_are_cut_off_and_left_out_beyond_max_length(self, settings):
         run = resolve(settings("dpo"))

@@ -44,18 +44,21 @@ def preference_trainer(settings: TrainSettings, task: Preference, output: Path, 
     """
     kind, arguments = _classes(task.name)
     model = parts["model"]
-    trained = {name: p.data.clone() for name, p in model.named_parameters() if p.requires_grad}
-    if task.compares and not isinstance(model, PeftModel):
+    adapted = isinstance(model, PeftModel)
+    trained = {name: p.data.clone() for name, p in model.named_parameters() if adapted and p.requires_grad}
+    if task.compares and not adapted:
         parts = {**parts, "ref_model": copy.deepcopy(model)}
+    rows, weights = task.training(parts["train_dataset"], settings)
     try:
         trainer = kind(
-            **{**parts, "train_dataset": task.training(parts["train_dataset"], settings)},
+            **{**parts, "train_dataset": rows},
             args=training_arguments(
                 settings,
                 output,
                 arguments,
                 beta=settings.preference_beta,
                 max_length=settings.max_length,
+                **weights,
                 per_device_eval_batch_size=settings.batch_size,  # of a pair, two answers
                 remove_unused_columns=False,  # the model takes none: they are put together by the collator
             ),
@@ -63,11 +66,10 @@ def preference_trainer(settings: TrainSettings, task: Preference, output: Path, 
     except ValueError as error:
         raise ConfigError(f"task={task.name!r}: {error}") from error
     trainer.preference = task
-    if isinstance(model, PeftModel):
-        if _COPY in model.peft_config:  # of an adapter that has learned nothing: the base model is the same, exactly
-            model.delete_adapter(_COPY)
-        for name, values in trained.items():  # TRL rounds them to bfloat16 where the base model is in codes
-            model.get_parameter(name).data = values
+    if adapted and _COPY in model.peft_config:  # of an adapter that has learned nothing: the base model is the same
+        model.delete_adapter(_COPY)
+    for name, values in trained.items():  # TRL rounds them to bfloat16 where the base model is in codes
+        model.get_parameter(name).data = values
     return trainer
 
 

@@ -219,7 +219,7 @@ class TrainSettings(BaseModel):
             )
         if self.method == "vera" and self.alpha is not None:
             raise ValueError(f"alpha={self.alpha}: VeRA has none; leave it out")
-        if self.class_weights != "none" and self.task not in ("sequence-classification", "image-classification"):
+        if self.class_weights != "none" and self.task not in ("sequence-classification", "image-classification", "kto"):
             raise ValueError(f"class_weights={self.class_weights!r} is for one label of an example, not {self.task!r}")
         if self.chat_template is not None and self.task not in ("chat", *PREFERENCES):
             raise ValueError(f"chat_template={self.chat_template!r} is for chat, dpo, kto and orpo, not {self.task!r}")

@@ -56,9 +56,9 @@ class Preference(Chat):
             warnings.warn(f"{left_out} have no answer {limit} and are left out", stacklevel=2)
         return Dataset.from_list(kept)
 
-    def training(self, prepared: Dataset, settings: TrainSettings) -> Dataset:
-        """Prepared examples as the trainer is to meet them."""
-        return prepared
+    def training(self, prepared: Dataset, settings: TrainSettings) -> tuple[Dataset, dict[str, float]]:
+        """Prepared examples as the trainer is to meet them, and weights among its arguments."""
+        return prepared, {}
 
     def reduce(self, logits: Any, labels: Any) -> Any:
         """What ``measure`` gave."""
@@ -201,9 +201,28 @@ class UnpairedPreference(Preference):
         found = super().prepare(rows, processor, settings)
         return _with_neighbours(found, len(found), settings.max_length)
 
-    def training(self, prepared: Dataset, settings: TrainSettings) -> Dataset:
-        """In an order drawn once, since TRL takes them as they come; neighbours are of the same batch."""
-        return _with_neighbours(prepared.shuffle(seed=settings.seed), settings.batch_size, settings.max_length)
+    def training(self, prepared: Dataset, settings: TrainSettings) -> tuple[Dataset, dict[str, float]]:
+        """In an order drawn once, since TRL takes them as they come; neighbours are of the same batch.
+
+        Raises:
+            ConfigError: if all answers are good, or all bad.
+        """
+        rows = _with_neighbours(prepared.shuffle(seed=settings.seed), settings.batch_size, settings.max_length)
+        good = sum(rows["label"][:])
+        bad = len(rows) - good
+        if not good or not bad:
+            raise ConfigError(
+                f"kto learns from good and bad answers, and all {len(rows)} are {'good' if good else 'bad'}"
+            )
+        if settings.class_weights == "balanced":
+            return rows, {"desirable_weight": len(rows) / (2 * good), "undesirable_weight": len(rows) / (2 * bad)}
+        if not 3 / 4 <= good / bad <= 4 / 3:  # what the paper of KTO advises
+            warnings.warn(
+                f"{good} answers are good and {bad} bad, and each counts the same: class_weights=balanced lets both kinds "
+                "count the same",
+                stacklevel=2,
+            )
+        return rows, {}
 
     def collator(self, processor: Any) -> Callable[[Any], Any]:
         """Answers, and answers of neighbours."""
