@@ -211,15 +211,14 @@ class UnpairedPreference(Preference):
         good = sum(rows["label"][:])
         bad = len(rows) - good
         if not good or not bad:
-            raise ConfigError(
-                f"kto learns from good and bad answers, and all {len(rows)} are {'good' if good else 'bad'}"
-            )
+            kind = "good" if good else "bad"
+            raise ConfigError(f"kto learns from good answers and from bad ones, and all {len(rows)} are {kind}")
         if settings.class_weights == "balanced":
             return rows, {"desirable_weight": len(rows) / (2 * good), "undesirable_weight": len(rows) / (2 * bad)}
         if not 3 / 4 <= good / bad <= 4 / 3:  # what the paper of KTO advises
             warnings.warn(
-                f"{good} answers are good and {bad} bad, and each counts the same: class_weights=balanced lets both kinds "
-                "count the same",
+                f"{good} answers are good and {bad} bad, and each of them counts the same; class_weights=balanced lets "
+                "both kinds count the same",
                 stacklevel=2,
             )
         return rows, {}
