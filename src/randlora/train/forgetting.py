@@ -27,9 +27,9 @@ _MOST = 1000  # rows of the other data
 class Forgetting:
     """What runs forget, from the same rows for all.
 
-    A language model's loss per token on them, less that of the model before training; after preferences on plain text.
-    Of an encoder, the share of each
-    text's ten nearest among them that are no longer among its ten nearest, by the mean of the last hidden states.
+    A language model's loss per token on them, less that of the model before training; after preferences, of plain
+    text. Of an encoder, the share of each text's ten nearest among them that are no longer among its ten nearest, by
+    the mean of the last hidden states.
 
     Args:
         settings: of the runs.

@@ -58,9 +58,9 @@ def preference_trainer(settings: TrainSettings, task: Preference, output: Path, 
                 arguments,
                 beta=settings.preference_beta,
                 max_length=settings.max_length,
-                **weights,
                 per_device_eval_batch_size=settings.batch_size,  # of a pair, two answers
                 remove_unused_columns=False,  # the model takes none: they are put together by the collator
+                **weights,
             ),
         )
     except ValueError as error:

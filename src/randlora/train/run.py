@@ -153,7 +153,7 @@ def _train(run: Resolved, checkpoint: Path | None, output: Path) -> TrainResult:
 
 
 def _refuse_adapter(model: str) -> None:
-    """Transformers would put it into its base model, where it would neither train nor be saved."""
+    """Says what to do instead: Transformers would put it into its base model, where it would not train nor be saved."""
     raise ConfigError(
         f"model={model!r} is an adapter: merge it first, `randlora merge {model} merged`, and train on the "
         "merged model, which is then the reference of preferences"
