@@ -267,7 +267,7 @@ class TestReference:
         assert found["rewards/margins"] != 0
 
     def test_a_model_alone_has_none(self, runs, tiny_llama, files):
-        with pytest.raises(ConfigError, match=r"beside a reference.*name a run or an adapter"):
+        with pytest.raises(ConfigError, match=r"beside a reference.*name a run, or an adapter"):
             score(load_trained(tiny_llama, task="dpo"), str(files / "held_out.jsonl"))
         with pytest.raises(ConfigError, match="beside a reference"):
             score(load_trained(folder_of(runs["dpo"]), adapter=False))
