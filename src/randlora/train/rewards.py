@@ -67,9 +67,9 @@ def _reference_of(task: Preference, trained: Trained) -> Any:
         return None
     if trained.run is None or trained.run.method != "full":
         raise ConfigError(
-            f"{trained.task} gives rewards beside a reference, the model without its adapter; a model alone has none, and "
-            f"the base model is the reference itself. {trained.path} is loaded without an adapter: name a run, or an "
-            "adapter, and leave out --base"
+            f"{trained.task} gives rewards beside a reference, the model without its adapter; a model alone has none, "
+            f"and the base model is the reference itself. {trained.path} is loaded without an adapter: name a run, or "
+            "an adapter, and leave out --base"
         )
     reference: Any = load_base(trained.run.model, task.model_type, dtype="float32")
     return reference.to(trained.model.device).eval()
