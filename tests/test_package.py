@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DEPENDENCIES = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["dependencies"])}
 EXTRAS = [
-    Requirement(line) for name in ("train", "preferences", "demo", "quant", "dev") for line in PROJECT["optional-dependencies"][name]
+    Requirement(line)
+    for name in ("train", "preferences", "demo", "quant", "dev")
+    for line in PROJECT["optional-dependencies"][name]
 ]
 PINS = {
     canonicalize_name(name): pin

@@ -139,6 +139,7 @@ def test_products_within_30_percent_of_those_counted(name, tmp_path, monkeypatch
 
     base = counted(build(config, task, "full", 0).requires_grad_(False))
     structured = plan_training(setup_of(config, tmp_path, task=task, kind="structured"), Budget(r=8)).chosen
+    assert plan.structured_cost == structured.cost  # told beside that of dense bases
     options = {"RandLoRA": plan.chosen, "LoRA": plan.lora, "full": plan.full, "structured": structured}
     for method, option in options.items():
         found = counted(build(config, task, method, option.r)) / base

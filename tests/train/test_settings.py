@@ -82,6 +82,15 @@ def test_each_method_has_a_learning_rate_of_its_own():
     assert load_settings(None, {**NEEDED, "learning_rate": 0.5}).peak_learning_rate == 0.5
 
 
+def test_the_papers_scaling_has_an_alpha_and_a_learning_rate_of_its_own():
+    paper = load_settings(None, {**NEEDED, "scaling": "paper", "r": 8})
+    assert (paper.peak_learning_rate, paper.scaling_alpha) == (3e-3, 16)
+    given = load_settings(None, {**NEEDED, "scaling": "paper", "alpha": 5, "learning_rate": 0.5})
+    assert (given.peak_learning_rate, given.scaling_alpha) == (0.5, 5)
+    other = load_settings(None, {**NEEDED, "scaling": "paper", "method": "lora", "r": 8})
+    assert (other.peak_learning_rate, other.scaling_alpha) == (LEARNING_RATES["lora"], 16)
+
+
 def test_resolved_settings_have_the_numbers_that_are_taken():
     found = load_settings(None, {**NEEDED, "r": 8}).resolved()
     assert (found["learning_rate"], found["alpha"]) == (3e-4, 160)

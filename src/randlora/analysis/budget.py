@@ -7,6 +7,7 @@ tensors without memory (``trace.py``); the cost of RandLoRA's products comes fro
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from randlora.analysis.counts import count_lora, count_trainable, lora_rank_of
 from randlora.analysis.trace import Trace, trace_step
 from randlora.errors import ConfigError
-from randlora.ops.bases import CHOICES, KINDS, BasisKind, BasisSpec, Dense, num_bases
+from randlora.ops.bases import CHOICES, KINDS, BasisKind, BasisSpec, Dense, Structured, num_bases
 from randlora.ops.linear import fuses
 from randlora.ops.operands import Sizes
 from randlora.ops.plan import Problem, step_cost
@@ -137,6 +138,7 @@ class TrainingPlan:
         options: RandLoRA for other r, smallest r first; the chosen one among them.
         lora: LoRA of the rank whose count is nearest.
         full: full fine-tuning.
+        structured_cost: of the chosen r with structured bases, as ``Option.cost``; ``None`` where these are planned.
         remark: why memory and cost are unknown, if they are.
     """
 
@@ -148,6 +150,7 @@ class TrainingPlan:
     options: tuple[Option, ...]
     lora: Option
     full: Option
+    structured_cost: float | None
     remark: str
 
 
@@ -220,6 +223,7 @@ class _Planner:
             options=tuple(self._option(other, r, traces) for other in sorted({*near, r})),
             lora=self._lora(chosen, traces),
             full=self._full(traces),
+            structured_cost=self._structured_cost(chosen, traces),
             remark=remark,
         )
 
@@ -260,7 +264,7 @@ class _Planner:
             # the rest is the same: parameter, gradient and two moments, and the bases, traced in another form
             peak = traces["RandLoRA"].peak_bytes + 16 * (count - chosen)
             peak += spec.nbytes - _traced_bytes(self._specs(traced)[0])
-            cost = self._cost(r, count, traces["frozen"])
+            cost = self._cost(r, count, spec.kind, traces["frozen"])
         return Option(
             method="RandLoRA",
             r=r,
@@ -274,8 +278,12 @@ class _Planner:
             cost=cost,
         )
 
-    def _cost(self, r: int, trainable: int, frozen: Trace) -> float:
-        kind = self._specs(r)[0].kind
+    def _structured_cost(self, chosen: Option, traces: dict[str, Trace]) -> float | None:
+        if not traces or chosen.r is None or self.setup.kind in Structured.flags:
+            return None
+        return self._cost(chosen.r, chosen.trainable, Structured(math.gcd(chosen.r, Setup.groups)), traces["frozen"])
+
+    def _cost(self, r: int, trainable: int, kind: BasisKind, frozen: Trace) -> float:
         extra = sum(
             layer.num_matrices * step_cost(problem_for(layer, r, self._tokens, self.setup.dtype, kind))
             for layer in self.kept

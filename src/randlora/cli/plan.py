@@ -105,7 +105,14 @@ def _show(found: TrainingPlan, out: Console) -> None:
     if found.remark:
         out.print(found.remark, markup=False)
     r, trainable = found.chosen.r, found.chosen.trainable
-    out.print(f"[bold]r = {r}[/] trains {trainable:,} parameters: randlora train --model {setup.model} --r {r} …")
+    flags = f"--r {r} --scaling paper"
+    if found.structured_cost and found.chosen.cost and found.structured_cost < found.chosen.cost:
+        flags += " --structured"
+        out.print(
+            f"structured bases: {found.structured_cost:.2f} × the frozen step instead of {found.chosen.cost:.2f}, "
+            "and a little less accurate (docs/structured.md)"
+        )
+    out.print(f"[bold]r = {r}[/] trains {trainable:,} parameters: randlora train --model {setup.model} {flags} …")
 
 
 def _row(option: Option, chosen: bool = False) -> list[str]:

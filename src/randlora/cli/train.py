@@ -73,8 +73,11 @@ def given(flags: dict[str, Any], settings: type[TrainSettings] = TrainSettings) 
 
 
 def _train(settings: TrainSettings, out: Console) -> dict[str, Any]:
+    from randlora.train.advice import advice
     from randlora.train.run import train as run
 
+    for line in advice(settings):
+        out.print(line, markup=False)
     if settings.learning_rate == "auto":
         from randlora.train.search import with_found_rate
 

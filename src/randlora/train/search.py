@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from randlora.errors import ConfigError, RandLoraError
-from randlora.train.settings import TrainSettings, default_rate
+from randlora.train.settings import TrainSettings
 from randlora.train.short_run import short_run, shortened, whole_examples
 from randlora.train.split import keep_split
 
@@ -71,7 +71,7 @@ class Search:
     @property
     def next(self) -> float | None:
         """The rate to try next; ``None`` at the end."""
-        return next_rate(_tried(self._study), default_rate(self._short.method, self._short.task))
+        return next_rate(_tried(self._study), self._short.default_rate)
 
     def go_on(self) -> str:
         """Try the next rate; return what came of it."""

@@ -33,6 +33,8 @@ _LOWER = 20
 """Of the rate of a preference task, where none is given: TRL's default for DPO is a twentieth of that for SFT."""
 ALPHAS = {"randlora": 20, "lora": 2}
 """Where none is given, times r. Other methods have none."""
+PAPER_LEARNING_RATE, PAPER_ALPHA = 3e-3, 2
+"""The same for RandLoRA with the paper's scaling."""
 
 
 class TrainSettings(BaseModel):
@@ -94,7 +96,9 @@ class TrainSettings(BaseModel):
     )
     r: int = Field(32, ge=1, description="Rank. RandLoRA: a smaller r means more trainable parameters.")
     alpha: float | None = Field(
-        None, gt=0, description="Scaling numerator; by default 20·r for randlora, 2·r for lora."
+        None,
+        gt=0,
+        description="Scaling numerator; by default 20·r for randlora, 2·r for lora and the paper's scaling.",
     )
     scaling: Literal["peft", "paper"] = Field("peft", description="RandLoRA: alpha/r, or the paper's alpha/(r·√n).")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
@@ -167,7 +171,18 @@ class TrainSettings(BaseModel):
             raise ConfigError(
                 "learning_rate='auto' is found by `randlora.train.search.with_found_rate`, before the run"
             )
-        return default_rate(self.method, self.task) if self.learning_rate is None else self.learning_rate
+        return self.default_rate if self.learning_rate is None else self.learning_rate
+
+    @property
+    def default_rate(self) -> float:
+        """The peak learning rate where none is given."""
+        rate = PAPER_LEARNING_RATE if self.as_in_the_paper else LEARNING_RATES[self.method]
+        return rate / (_LOWER if self.task in PREFERENCES else 1)
+
+    @property
+    def as_in_the_paper(self) -> bool:
+        """Whether the method is RandLoRA with the paper's scaling, which asks for another alpha and another rate."""
+        return self.method == "randlora" and self.scaling == "paper"
 
     @property
     def preference_beta(self) -> float | None:
@@ -177,7 +192,9 @@ class TrainSettings(BaseModel):
     @property
     def scaling_alpha(self) -> float | None:
         """The alpha given, or the method's; ``None`` where the method has none."""
-        return ALPHAS[self.method] * self.r if self.alpha is None and self.method in ALPHAS else self.alpha
+        if self.alpha is not None or self.method not in ALPHAS:
+            return self.alpha
+        return (PAPER_ALPHA if self.as_in_the_paper else ALPHAS[self.method]) * self.r
 
     def resolved(self) -> dict[str, Any]:
         """Every setting by name, learning rate and alpha as the numbers that the method takes."""
@@ -254,11 +271,6 @@ class TrainSettings(BaseModel):
         """Modules to adapt as PEFT takes them."""
         given = self.target_modules
         return _names(given) if isinstance(given, str) and (given.isidentifier() or "," in given) else given
-
-
-def default_rate(method: str, task: str) -> float:
-    """The peak learning rate where none is given."""
-    return LEARNING_RATES[method] / (_LOWER if task in PREFERENCES else 1)
 
 
 Settings = TypeVar("Settings", bound=TrainSettings)
