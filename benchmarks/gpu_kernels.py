@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randlora.ops import codes, rounding
+from randlora.ops import rounding
 from randlora.ops.bases.dense import DenseBases
 from randlora.ops.bf16 import sum_of_products
 from randlora.ops.gpu import availability
@@ -65,7 +65,6 @@ def trials(device: torch.device, M: int, m: int, T: int, r: int) -> list[Trial]:
     A, B, W, x, h = draw(r, 1, m), draw(M, q) / q**0.5, draw(M, m), draw(T, m), draw(T, q)
     lam, gamma = torch.randn(r, n, device=device), torch.randn(n, m, device=device)
     bases, factors = DenseBases(A, B, dtype), (lam, gamma)
-    packed = codes.pack(torch.randint(-1, 2, (M, q), dtype=torch.int8, device=device))
     scaled, d_weight = bases.scaled(*factors), draw(M, m)
     d_scaled, update = B.T @ d_weight, bases.weight(scaled)
     seed = torch.ones(1, dtype=torch.int32, device=device)
@@ -89,7 +88,6 @@ def trials(device: torch.device, M: int, m: int, T: int, r: int) -> list[Trial]:
             2 * small + entry * T * (m + q),
         ),
         Trial("W + ΔW, stochastic", lambda: rounding.stochastic_sum(update, W, seed), 0, 3 * entry * M * m),
-        Trial("B of codes", lambda: codes.unpack(packed, q, dtype), 0, packed.numel() + entry * M * q),
     ]
 
 

@@ -22,7 +22,6 @@ ARCHITECTURES = (80, 90)
 SUM = "sum of products"
 KERNELS: dict[str, tuple[Any, list[dict[str, int]], dict[str, Any]]] = {
     "Ã": (elementwise._scaled, [elementwise.SCALED], {}),
-    "codes as numbers": (elementwise._unpacked, [elementwise.ROW], {}),
     "W + ΔW, stochastic": (elementwise._stochastic_sum, [elementwise.ROW], {"update_1": 1, "base_1": 1}),
     "dλ, dγ": (gradients._scaling_gradients, [gradients.BLOCK], {"d_2": 1}),
     SUM: (
@@ -33,7 +32,7 @@ KERNELS: dict[str, tuple[Any, list[dict[str, int]], dict[str, Any]]] = {
 }
 """By name: the kernel, its block sizes, and constants. Strides are those of x Wᵀ + h Bᵀ."""
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_TYPES = {"lam": "*fp32", "gamma": "*fp32", "d_lam": "*fp32", "d_gamma": "*fp32", "seed": "*i32", "packed": "*u8"}
+_TYPES = {"lam": "*fp32", "gamma": "*fp32", "d_lam": "*fp32", "d_gamma": "*fp32", "seed": "*i32"}
 _TYPES |= dict.fromkeys(("out", "A", "a", "b", "c", "d", "addend", "update", "base", "d_scaled"), "*bf16")
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from randlora.ops.gpu import availability
 from randlora.ops.units import in_units
 
 _PER_BYTE = 4
@@ -33,9 +32,6 @@ def pack(codes: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """The first ``columns`` numbers of each row of ``packed`` (..., bytes), in ``dtype`` and its unit."""
-    kernels = availability.kernels(dtype, packed) if packed.dim() == 2 else None
-    if kernels is not None:
-        return kernels.unpacked(packed[:, : bytes_of(columns)], dtype)[:, :columns]
     return torch.ops.randlora.unpack(packed, columns, dtype)
 
 
@@ -44,18 +40,6 @@ torch.library.define("randlora::unpack", "(Tensor packed, int columns, ScalarTyp
 
 @torch.library.impl("randlora::unpack", "CompositeExplicitAutograd")
 def _unpack(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    return _by_table(packed, columns, dtype)
-
-
-@torch.library.impl("randlora::unpack", "CUDA")
-def _unpack_on_gpu(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """For compiled code."""
-    if packed.dim() != 2 or availability.why_not(packed.device, dtype) is not None:
-        return _by_table(packed, columns, dtype)
-    return availability.loaded().unpacked(packed[:, : bytes_of(columns)], dtype)[:, :columns]
-
-
-def _by_table(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     used = packed[..., : bytes_of(columns)]
     numbers = _table(dtype, packed.device).index_select(0, used.flatten().int()).view(dtype)
     return numbers.view(*used.shape[:-1], used.shape[-1] * _PER_BYTE)[..., :columns]

@@ -104,11 +104,26 @@ class TestWhereTheyMayBeCalled:
         assert found == [None] * 5
 
 
-@pytest.mark.parametrize("kind", [Dense(), Ternary(3.0)], ids=["dense", "codes"])
-def test_operands_are_those_of_other_devices(monkeypatch, kind):
-    basis = get_basis(BasisSpec(4, 11, 17, 5, kind, 11, 17))
+def test_operands_are_those_of_other_devices(monkeypatch):
+    basis = get_basis(BasisSpec(4, 11, 17, 5, Dense(), 11, 17))
     without = basis.operands(CPU, torch.bfloat16, Sizes(9, 6, 2))
     monkeypatch.setattr(availability, "why_not", lambda _device, _dtype: None)
     found = basis.operands(CPU, torch.bfloat16, Sizes(9, 6, 2))
     assert type(found) is DenseBases
     assert [t.data_ptr() for t in found.tensors()] == [t.data_ptr() for t in without.tensors()]
+
+
+@pytest.mark.parametrize("sparsity", [3.0, 40.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_codes_are_kept_as_numbers_once_for_all_layers(monkeypatch, sparsity, dtype):
+    """As dense bases are, so that a call of theirs launches no more; on a CPU each call makes them."""
+    basis = get_basis(BasisSpec(4, 11, 17, 5, Ternary(sparsity), 11, 17))
+    without, stored = basis.operands(CPU, dtype, Sizes(9, 6, 2)).ready(), basis.nbytes
+    monkeypatch.setattr(availability, "why_not", lambda _device, _dtype: None)
+    large, found = (basis.operands(CPU, dtype, sizes) for sizes in (Sizes(17, 11, 3), Sizes(9, 6, 2)))
+    assert type(found) is DenseBases
+    assert found.ready() is found
+    assert torch.equal(found.B, without.B)
+    assert torch.equal(found.A, without.A.to(dtype))
+    assert [t.data_ptr() for t in found.tensors()] == [t.data_ptr() for t in large.tensors()]
+    assert basis.nbytes == stored + 2 * (4 * 11 + 17 * 12)

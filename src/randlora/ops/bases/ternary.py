@@ -1,7 +1,9 @@
 """Ternary bases, sparse and very sparse ones, and the products that skip their zeros on a CPU.
 
-Kept are codes of two bits (``codes.py``). Where a third is not zero, products take a copy of the codes as matrices.
-Where few are, B is multiplied as a CSR matrix. A keeps, for each of its rows, the columns that are not zero: Ã has its
+Kept are codes of two bits (``codes.py``). Dense products read them as numbers: on a CPU, in a copy that lasts for one
+call; elsewhere, where a launch for each call costs more than memory, in one that is kept, as dense bases have it.
+On a CPU, where few are not zero, B is multiplied as a CSR matrix. A keeps, for each of its rows, the columns that are
+not zero: Ã has its
 non-zeros in the same columns for all bases, so that everything on the A side is a batch of small dense products over
 the rows of A. Tokens pass in blocks, since a block's activations stay in a core's cache while the non-zeros wander
 over them.
@@ -138,9 +140,16 @@ class TernaryStored:
     def operands(
         self, device: torch.device, dtype: torch.dtype, sizes: Sizes, tokens: int | None
     ) -> DenseBases | SparseBases:
-        """Return a layer's slices: codes, or compressed rows, which are made once for each size of layer."""
+        """Return a layer's slices.
+
+        On a CPU these are codes, or compressed rows, which are made once for each size of layer; elsewhere numbers,
+        made once for a device and dtype.
+        """
         if not self.kind.skips_zeros(device, dtype, tokens):
-            return self.lookup(device, dtype, sizes)
+            if device.type == "meta" or not keeps_numbers(device, dtype):
+                return self.lookup(device, dtype, sizes)
+            A, B = self._numbers_on(device, dtype)
+            return DenseBases(A[:, None, : sizes.min_dim], B[: sizes.max_dim, : sizes.num_bases * self.rank], dtype)
         wide = at_least_float32(dtype)
 
         def make() -> SparseBases:
@@ -158,6 +167,15 @@ class TernaryStored:
         meta = device.type == "meta"
         a, b = (on_meta(self.a, None), on_meta(self.packed, None)) if meta else self.forms.get((device,), make)
         return DenseBases(a[:, None, : sizes.min_dim], b[: sizes.max_dim], dtype)
+
+    def _numbers_on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B whole, without their factors."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            columns = self.num_bases * self.rank
+            return self.a.to(device, dtype), codes.unpack(self.packed.to(device), columns, dtype)
+
+        return self.forms.get((device, dtype), make)
 
     def numbers(self) -> tuple[Tensor, Tensor]:
         """Return the codes in int8."""
@@ -305,6 +323,11 @@ def _joined(blocks: list[Tensor]) -> Tensor:  # (k, t) each -> (T, k)
     # each turned by itself: torch turns a whole contiguous matrix several times faster than a part of one
     turned = [block.T.contiguous() for block in blocks]
     return turned[0] if len(turned) == 1 else torch.cat(turned)
+
+
+def keeps_numbers(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether the numbers of codes are kept for products in ``dtype``: not on a CPU, which makes them fast."""
+    return device.type != "cpu" or availability.why_not(device, dtype) is None
 
 
 def sparse_bases(A: Tensor, B: Tensor, dtype: torch.dtype) -> SparseBases:

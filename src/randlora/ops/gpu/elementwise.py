@@ -1,4 +1,4 @@
-"""Kernels that read and write each entry once: Ã, codes as numbers, mixed groups, and W + ΔW rounded by chance.
+"""Kernels that read and write each entry once: Ã, mixed groups, and W + ΔW rounded by chance.
 
 Memory sets their pace. So blocks are constants, and nothing is tuned.
 """
@@ -12,12 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from randlora.ops.gpu.launch import block, in_units, launch, rounded
+from randlora.ops.gpu.launch import block, launch, rounded
 
 SCALED = block({"ROWS": 16, "COLUMNS": 256}, {"ROWS": 4, "COLUMNS": 16})
 ROW = block({"COLUMNS": 1024}, {"COLUMNS": 32})
 MIXED = block({"COLUMNS": 256}, {"COLUMNS": 16})
-_PER_BYTE = 4
 
 
 def scaled(
@@ -33,15 +32,6 @@ def scaled(
     out = torch.empty((rho * n, m), dtype=dtype, device=A.device)
     grid = (n, groups * triton.cdiv(group, SCALED["COLUMNS"]), triton.cdiv(rho, SCALED["ROWS"]))
     launch(_scaled, grid, out, A, lam.contiguous(), gamma.contiguous(), rho, n, m, group, A.stride(0), **SCALED)
-    return out
-
-
-def unpacked(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """All numbers of ``packed`` (rows, bytes), four to a byte (``codes.py``), in ``dtype`` and its unit."""
-    rows, columns = packed.shape[0], packed.shape[1] * _PER_BYTE
-    out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
-    grid = (rows, triton.cdiv(columns, ROW["COLUMNS"]))
-    launch(_unpacked, grid, out, packed, columns, packed.stride(0), **ROW)
     return out
 
 
@@ -93,15 +83,6 @@ def _scaled(out, A, lam, gamma, r, n, m, group, A_0, ROWS: tl.constexpr, COLUMNS
     values = scale[:, None] * values * across[None, :]
     at = out + (k[:, None].to(tl.int64) * n + b) * m + j[None, :]
     tl.store(at, rounded(values, out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _unpacked(out, packed, columns, packed_0, COLUMNS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    byte = tl.load(packed + row * packed_0 + j // 4, mask=j < columns, other=0).to(tl.int32)
-    codes = ((byte >> (j % 4 * 2)) & 3) - 1
-    tl.store(out + row * columns + j, in_units(codes.to(tl.float32), out.dtype.element_ty), mask=j < columns)
 
 
 @triton.jit

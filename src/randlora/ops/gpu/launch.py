@@ -1,4 +1,4 @@
-"""What the kernels share: how they are launched, and numbers in the dtype of a result."""
+"""What the kernels share: how they are launched, and how they round."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -10,13 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from randlora.ops.units import unit
-
 interpreting: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, on tensors of the CPU: TRITON_INTERPRET=1 before the first import."""
 
 INTERPRETING = tl.constexpr(interpreting)
-_UNIT = tl.constexpr(unit(torch.float16))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], out: torch.Tensor, *arguments: Any, **constants: Any) -> None:
@@ -40,11 +37,3 @@ def rounded(values, dtype: tl.constexpr):
         bits = values.to(tl.uint32, bitcast=True)
         values = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return values.to(dtype)
-
-
-@triton.jit
-def in_units(values, dtype: tl.constexpr):
-    """float32 ``values`` in ``dtype`` and the unit of B in it."""
-    if dtype == tl.float16:
-        values *= _UNIT
-    return rounded(values, dtype)
