@@ -1,8 +1,9 @@
-"""Host time: layers and a model so small that nothing but Python and launches takes time, on one thread.
+"""Host time: layers and a model so small that nothing but Python and launches takes time: CPU time of one thread.
 
 It decides every step with few tokens, on any device, and can be measured without one.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -44,7 +45,7 @@ def compare(what: str, calls: dict[str, Callable[[], Tensor]], repeats: int, rou
     named = {
         f"{name} {both}": partial(repeat, call, repeats, both) for name, call in calls.items() for both in (False, True)
     }
-    _, *history = interleave(named, 1 + rounds)
+    _, *history = interleave(named, 1 + rounds, clock=time.process_time)
     for name in calls:
         forward, both = (f"{name} {flag}" for flag in (False, True))
         yield {

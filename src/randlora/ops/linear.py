@@ -19,6 +19,7 @@ from randlora.ops import rounding
 from randlora.ops.operands import Beside, Operands
 from randlora.ops.plan import Plan, Problem, choose
 from randlora.ops.precision import WIDE, autocasts, without_autocast
+from randlora.ops.prepared import Prepared
 
 
 def adapted_linear(
@@ -43,15 +44,33 @@ def adapted_linear(
         fusible = weight is not None and fuses(x.dtype, weight.dtype)
         tokens = x.numel() // max(x.shape[-1], 1)
         plan = choose(problem_of(operands, tokens, out_features, x.shape[-1], fusible, x.requires_grad))
-    stochastic = weight is not None and rounding.is_stochastic(x.dtype, weight.dtype)
+    prepared = Prepared(operands.scaled_by(scaling), plan, out_features)
+    return prepared_linear(x, prepared, lam, gamma, weight, bias, update)
+
+
+def prepared_linear(
+    x: Tensor,  # (..., in)
+    prepared: Prepared,
+    lam: Tensor,  # (r, n)
+    gamma: Tensor,  # (n, m)
+    weight: Tensor | None = None,  # (out, in)
+    bias: Tensor | None = None,  # (out,)
+    update: Tensor | None = None,  # (out, in)
+) -> Tensor:  # (..., out)
+    """Return what :func:`adapted_linear` does, for a call of which all else is prepared."""
+    stochastic = rounding._stochastic and weight is not None and rounding.is_stochastic(x.dtype, weight.dtype)
     seed = rounding.new_seed(x.device) if stochastic else None
-    call = _Call(scaling / operands.unit, out_features, plan)
-    if not _is_watched(x, lam, gamma, bias):
-        return _output(x, operands, lam, gamma, weight, bias, call, update, seed)
-    if _is_plain_autograd():
-        return _Adapted.apply(x, lam, gamma, weight, bias, update, seed, call, operands)
-    shape = _Shape(call, type(operands), operands.static())
-    return _Transformable.apply(x, lam, gamma, weight, bias, update, seed, shape, *operands.tensors())
+    plain = _is_plain_autograd()
+    if torch.is_grad_enabled() and (
+        x.requires_grad or lam.requires_grad or gamma.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        if plain:
+            return _apply(unwrap_if_dead(x), lam, gamma, weight, bias, seed, (prepared, update))
+    elif plain or torch.compiler.is_compiling():  # nobody differentiates or maps: the bookkeeping is spared
+        return _output(x, prepared, lam, gamma, weight, bias, update, seed)
+    operands, *rest = prepared
+    shape = _Shape(type(operands), operands.static(), *rest)
+    return _Transformable.apply(x, lam, gamma, weight, bias, seed, update, shape, *operands.tensors())
 
 
 def problem_of(
@@ -80,10 +99,9 @@ def delta_weight(
     operands: Operands, lam: Tensor, gamma: Tensor, scaling: float, wide: bool, base: Tensor | None = None
 ) -> Tensor:
     """Return ΔW (+ base) of shape (out, in) in the dtype of the operands; ``wide`` says that out < in."""
-    operands = operands.ready()
+    operands = operands.ready().scaled_by(scaling)
     base = None if base is None else _oriented(base, wide)
-    scaled = operands.scaled(lam * (scaling / operands.unit), gamma)
-    return _oriented(operands.weight(scaled, base), wide)
+    return _oriented(operands.weight(operands.scaled(lam, gamma), base), wide)
 
 
 def with_update(
@@ -106,13 +124,6 @@ def _undifferentiated(update: Tensor | None) -> Tensor | None:
     return None if torch.is_grad_enabled() else update
 
 
-def _is_watched(*inputs: Tensor | None) -> bool:
-    """Whether anybody differentiates or maps what is computed from ``inputs``; else the bookkeeping is spared."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return True
-    return not (torch.compiler.is_compiling() or _is_plain_autograd())
-
-
 def _is_plain_autograd() -> bool:
     """Whether nothing but eager autograd may be at work: no compiler, no transform, no forward mode."""
     if torch.compiler.is_compiling():
@@ -120,20 +131,17 @@ def _is_plain_autograd() -> bool:
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
-class _Call(NamedTuple):
-    """What a call is besides its tensors; ``scaling`` makes up for the unit of B."""
-
-    scaling: float
-    out_features: int
-    plan: Plan
-
-
 class _Shape(NamedTuple):
-    """A call whose operands are given tensor by tensor."""
+    """A prepared call whose operands are given tensor by tensor."""
 
-    call: _Call
     kind: type[Operands]
     static: tuple[Any, ...]
+    plan: Plan
+    out_features: int
+
+    def prepared(self, tensors: tuple[Tensor, ...]) -> Prepared:
+        """Return the call with the operands of these tensors."""
+        return Prepared(self.kind.of(tensors, self.static), self.plan, self.out_features)
 
 
 class _Adapted(torch.autograd.Function):
@@ -147,23 +155,27 @@ class _Adapted(torch.autograd.Function):
         gamma: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        update: Tensor | None,
         seed: Tensor | None,
-        call: _Call,
-        operands: Operands,
+        rest: tuple[Prepared, Tensor | None],
     ) -> Tensor:
         ctx.save_for_backward(x, lam, gamma, weight, seed)
         # checkpointing counts what is saved above, and finds an update held when it computes again that was not before
-        ctx.update = update
-        ctx.call, ctx.operands, ctx.bias_dtype = call, operands, None if bias is None else bias.dtype
-        return _output(x, operands, lam, gamma, weight, bias, call, update, seed)
+        ctx.rest, ctx.bias_dtype = rest, None if bias is None else bias.dtype
+        prepared, update = rest
+        return _output(x, prepared, lam, gamma, weight, bias, update, seed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, lam, gamma, weight, seed = ctx.saved_tensors
-        saved = (grads[0], x, lam, gamma, weight, _undifferentiated(ctx.update), seed)
-        found = _gradients(*saved, ctx.call, ctx.operands, ctx.bias_dtype, ctx.needs_input_grad)
-        return *found, None, None, None, None
+        prepared, update = ctx.rest
+        saved = (grads[0], x, lam, gamma, weight, _undifferentiated(update), seed)
+        return *_gradients(*saved, prepared, ctx.bias_dtype, ctx.needs_input_grad), None, None
+
+
+_apply = super(torch.autograd.Function, _Adapted).apply
+"""``_Adapted.apply`` as it goes on where nothing transforms: after it has looked for that and at each argument."""
+unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+"""What a transform has let out of it, as a plain tensor."""
 
 
 class _Transformable(torch.autograd.Function):
@@ -178,17 +190,16 @@ class _Transformable(torch.autograd.Function):
         gamma: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        update: Tensor | None,
         seed: Tensor | None,
+        update: Tensor | None,
         shape: _Shape,
         *tensors: Tensor,
     ) -> Tensor:
-        operands = shape.kind.of(tensors, shape.static)
-        return _output(x, operands, lam, gamma, weight, bias, shape.call, update, seed)
+        return _output(x, shape.prepared(tensors), lam, gamma, weight, bias, update, seed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, lam, gamma, weight, bias, update, seed, shape, *tensors = inputs
+        x, lam, gamma, weight, bias, seed, update, shape, *tensors = inputs
         ctx.save_for_backward(x, lam, gamma, weight, seed, *tensors)
         ctx.update = update
         ctx.shape, ctx.bias_dtype = shape, None if bias is None else bias.dtype
@@ -196,20 +207,18 @@ class _Transformable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, lam, gamma, weight, seed, *tensors = ctx.saved_tensors
-        operands = ctx.shape.kind.of(tuple(tensors), ctx.shape.static)
         saved = (grads[0], x, lam, gamma, weight, _undifferentiated(ctx.update), seed)
-        found = _gradients(*saved, ctx.shape.call, operands, ctx.bias_dtype, ctx.needs_input_grad)
+        found = _gradients(*saved, ctx.shape.prepared(tuple(tensors)), ctx.bias_dtype, ctx.needs_input_grad)
         return *found, None, None, None, *(None for _ in tensors)
 
 
 def _output(
     x: Tensor,
-    operands: Operands,
+    prepared: Prepared,
     lam: Tensor,
     gamma: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    call: _Call,
     update: Tensor | None,
     seed: Tensor | None,
 ) -> Tensor:
@@ -217,16 +226,17 @@ def _output(
         return with_update(x, weight, update, bias)
     if autocasts(x.device.type):
         with without_autocast(x.device.type):
-            return _output(x, operands, lam, gamma, weight, bias, call, update, seed)
-    scaling, out_features, plan = call
+            return _output(x, prepared, lam, gamma, weight, bias, update, seed)
+    operands, plan, out_features = prepared
     wide = out_features < x.shape[-1]
     operands = operands.ready()
     x2 = _rows(x)
-    scaled = operands.scaled(lam * scaling, gamma)
+    scaled = operands.scaled(lam, gamma)
     if plan.output == "fused" and weight is not None:
         y = F.linear(x2, _oriented(operands.weight(scaled, _oriented(weight, wide), seed), wide), bias)
     else:
-        y = _times_update(x2, operands, scaled, wide, plan.output, _beside(x2, weight, bias))
+        beside = None if weight is None else _beside(x2, weight.T, bias)
+        y = _times_update(x2, operands, scaled, wide, plan.output, beside)
     return y if x2 is x else y.reshape(*x.shape[:-1], out_features)
 
 
@@ -238,8 +248,7 @@ def _gradients(
     weight: Tensor | None,
     update: Tensor | None,
     seed: Tensor | None,
-    call: _Call,
-    operands: Operands,
+    prepared: Prepared,
     bias_dtype: torch.dtype | None,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
@@ -247,33 +256,32 @@ def _gradients(
     if autocasts(grad.device.type):
         with without_autocast(grad.device.type):
             saved = (x, lam, gamma, weight, update, seed)
-            return _gradients(grad, *saved, call, operands, bias_dtype, needed)
-    scaling, out_features, plan = call
+            return _gradients(grad, *saved, prepared, bias_dtype, needed)
+    operands, plan, out_features = prepared
     wide = out_features < x.shape[-1]
     operands = operands.ready()
     g2, x2 = _rows(grad), _rows(x)
     u, v = (x2, g2) if wide else (g2, x2)
     by_plan = needed[0] and update is None
-    factors = (lam * scaling, gamma)
-    scaled = operands.scaled(*factors) if by_plan else None
+    scaled = operands.scaled(lam, gamma) if by_plan else None
     projected = None
     if plan.grad_basis == "weight":
-        d_lam, d_gamma = operands.from_weight(u.T @ v, *factors)
+        d_lam, d_gamma = operands.from_weight(u.T @ v, lam, gamma)
     else:  # where dy is projected, dx needs the same
         shares = by_plan and not wide and plan.grad_input == "token"
-        projected, d_lam, d_gamma = operands.from_tokens(u, v, *factors, scaled if shares else None)
+        projected, d_lam, d_gamma = operands.from_tokens(u, v, lam, gamma, scaled if shares else None)
         projected = projected if shares else None
     dx = None
     if by_plan and plan.grad_input == "fused" and weight is not None:
         dx = g2 @ _oriented(operands.weight(scaled, _oriented(weight, wide), seed), wide)
     elif by_plan:
-        beside = _beside(g2, None if weight is None else weight.T, None)
+        beside = None if weight is None else _beside(g2, weight, None)
         dx = _times_update(g2, operands, scaled, not wide, plan.grad_input, beside, projected)
     elif needed[0] and update is not None and weight is not None:
         dx = with_update(g2, weight.T, update.T)
     dx = dx if dx is None or x2 is x else dx.reshape(x.shape)
     d_bias = g2.sum(0).to(bias_dtype) if needed[4] else None
-    return dx, _in(d_lam * scaling, lam.dtype), _in(d_gamma, gamma.dtype), None, d_bias
+    return dx, _in(d_lam, lam.dtype), _in(d_gamma, gamma.dtype), None, d_bias
 
 
 def _rows(x: Tensor) -> Tensor:  # (..., k) -> (T, k)
@@ -289,11 +297,9 @@ def _oriented(update: Tensor, wide: bool) -> Tensor:  # (M, m) <-> (out, in)
     return update.T if wide else update
 
 
-def _beside(rows: Tensor, weight: Tensor | None, bias: Tensor | None) -> Beside | None:
-    """The product of ``rows`` with the transpose of ``weight``, in the dtype of the rows."""
-    if weight is None:
-        return None
-    return Beside(rows, _in(weight, rows.dtype), None if bias is None else _in(bias, rows.dtype))
+def _beside(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Beside:
+    """The product of ``rows`` with the base layer's matrix, in the dtype of the rows."""
+    return Beside(rows, _in(matrix, rows.dtype), None if bias is None else _in(bias, rows.dtype))
 
 
 def _times_update(

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from randlora.ops import bf16
 from randlora.ops.bf16 import sum_of_products
@@ -34,17 +33,23 @@ class Sizes(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """The base layer's product, ``rows @ weight.T + bias``, which is added to that of the update.
+    """The base layer's product, which is added to that of the update.
 
     Attributes:
         rows: (T, k).
-        weight: (j, k), in the dtype of the rows.
+        matrix: (k, j), in the dtype of the rows.
         bias: (j,), likewise.
     """
 
     rows: Tensor
-    weight: Tensor
+    matrix: Tensor
     bias: Tensor | None
+
+    def product(self) -> Tensor:
+        """Return ``rows @ matrix + bias``."""
+        if self.bias is None:
+            return torch.mm(self.rows, self.matrix)
+        return torch.addmm(self.bias, self.rows, self.matrix)
 
 
 class Operands(Protocol):
@@ -60,7 +65,10 @@ class Operands(Protocol):
 
     @property
     def unit(self) -> float:
-        """The unit in which B stands: λ is to be divided by it."""
+        """The unit in which B stands: A, or λ, is to be divided by it."""
+
+    def scaled_by(self, scaling: float) -> Operands:
+        """Return the operands of an update that is multiplied by ``scaling``, B's unit made up for: A is, and wide."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return all tensors, for a compiler or a transform that has to see each one."""
@@ -79,7 +87,7 @@ class Operands(Protocol):
         """Return the costs of the products for so many tokens."""
 
     def scaled(self, lam: Tensor, gamma: Tensor) -> Any:
-        """Return Ã = λ·A·γ for λ (r, n) and γ (n, m), the scaling being part of λ here and below."""
+        """Return Ã = λ·A·γ for λ (r, n) and γ (n, m), the scaling being part of A, or of λ, here and below."""
 
     def weight(self, scaled: Any, base: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
         """Return B Ã (+ base), (M, m), in the memory order of the base; with a seed, rounded stochastically."""
@@ -117,8 +125,8 @@ def with_base(a: Tensor, b: Tensor, beside: Beside | None) -> Tensor:
     if beside is None:
         return product(a, b)
     if beside.rows.dtype not in WIDE:
-        return sum_of_products([(beside.rows, beside.weight.T), (a, b)], beside.bias)
-    return product(a, b, F.linear(*beside))
+        return sum_of_products([beside[:2], (a, b)], beside.bias)
+    return product(a, b, beside.product())
 
 
 def added(update: Tensor, beside: Beside | None, dtype: torch.dtype) -> Tensor:
@@ -126,5 +134,5 @@ def added(update: Tensor, beside: Beside | None, dtype: torch.dtype) -> Tensor:
     if beside is None:
         return update.to(dtype)
     if beside.rows.dtype not in WIDE:
-        return sum_of_products([(beside.rows, beside.weight.T)], beside.bias, update)
-    return F.linear(*beside) + update
+        return sum_of_products([beside[:2]], beside.bias, update)
+    return beside.product() + update

@@ -29,7 +29,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def autocasts(device_type: str) -> bool:
     """Return whether autocast is on for devices of that type."""
-    return has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+    known = _autocasts.get(device_type)  # one call less where host time decides
+    return (has_autocast(device_type) if known is None else known) and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

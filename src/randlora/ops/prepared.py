@@ -5,14 +5,14 @@ With few tokens, host time decides: slices of the bases, their costs and the pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 from randlora.ops import plan, rounding
-from randlora.ops.bases import Basis
+from randlora.ops.bases import AwaitedBasis, Basis
 from randlora.ops.gpu import availability
 from randlora.ops.operands import Operands
-from randlora.ops.plan import Plan, Problem, choose
+from randlora.ops.plan import Plan
 
 _MOST = 256  # of a layer: lengths of sequences may be many
 
@@ -21,14 +21,14 @@ class Prepared(NamedTuple):
     """A call, prepared.
 
     Attributes:
-        operands: the layer's slices of the bases.
+        operands: the layer's slices of the bases, scaled.
         plan: how output and gradients are computed.
-        factor: what the update of the operands is multiplied with.
+        out_features: of the layer.
     """
 
     operands: Operands
     plan: Plan
-    factor: float
+    out_features: int
 
 
 class PreparedCalls:
@@ -39,19 +39,18 @@ class PreparedCalls:
     """
 
     def __init__(self) -> None:
-        self._calls: dict[Hashable, tuple[Prepared, Basis, tuple[Any, ...]]] = {}
+        self._calls: dict[Hashable, tuple[Prepared, tuple[Any, ...]]] = {}
 
-    def get(self, key: Hashable, basis: Basis, make: Callable[[], tuple[Operands, Problem]]) -> Prepared:
-        """Return the call for ``key``, an adapter and all of an input that counts; ``make`` gives what it needs."""
-        settings = (plan.rates, plan.gpu_rates, plan.forced(), availability.enabled(), rounding.is_enabled())
+    def get(self, key: Hashable, basis: Basis | AwaitedBasis) -> Prepared | None:
+        """Return the call for ``key``, an adapter and all of an input that counts, if it is there."""
         found = self._calls.get(key)
-        if found is not None and found[1] is basis and found[2] == settings:
-            return found[0]
-        operands, problem = make()
-        prepared = Prepared(operands, choose(problem), basis.factor)
+        return found[0] if found is not None and found[1] == _made_from(basis) else None
+
+    def keep(self, key: Hashable, basis: Basis, prepared: Prepared) -> Prepared:
+        """Keep and return the call for ``key``."""
         if len(self._calls) >= _MOST:
             self._calls.clear()
-        self._calls[key] = (prepared, basis, settings)
+        self._calls[key] = (prepared, _made_from(basis))
         return prepared
 
     def clear(self) -> None:
@@ -63,3 +62,8 @@ class PreparedCalls:
 
     def __reduce__(self) -> tuple[type[PreparedCalls], tuple[()]]:
         return PreparedCalls, ()
+
+
+def _made_from(basis: Basis | AwaitedBasis) -> tuple[Any, ...]:
+    """All that a call is prepared from besides its key: the basis and the settings of the process."""
+    return basis, plan.rates, plan.gpu_rates, plan._forced, availability._enabled, rounding._stochastic

@@ -80,7 +80,7 @@ class KindContract:
         scaled = layer.scaled(operands)
         u, v = layer.u.to(dtype), layer.v.to(dtype)
         W = torch.ones(layer.M, layer.m, dtype=dtype) / 8
-        wide, narrow = (Beside(v, W, None), Beside(u, W.T, None)) if beside else (None, None)
+        wide, narrow = (Beside(v, W.T, None), Beside(u, W, None)) if beside else (None, None)
         base = W.double() if beside else torch.zeros_like(layer.update)
         found = operands.widen(v, scaled, wide)
         assert found.dtype == dtype
@@ -106,6 +106,28 @@ class KindContract:
             layer.close(d_lam * layer.factor, expected[0], f"dλ from {name}")
             layer.close(d_gamma, expected[1], f"dγ from {name}")
         layer.close(operands.narrow(projected, scaled, None), layer.u @ layer.update, "shared with dx")
+
+    @DTYPES
+    def test_layers_that_are_scaled_alike_share_operands_of_the_scaled_update(self, dtype):
+        layer = self.layer(dtype)
+        before = layer.basis.nbytes
+
+        def scaled_by(scaling):
+            return layer.basis.scaled_operands(CPU, dtype, layer.sizes, layer.tokens, scaling)
+
+        operands = scaled_by(3.0)
+        assert scaled_by(3.0) is operands
+        assert scaled_by(2.0) is not operands
+        assert layer.basis.nbytes > before
+        lam, gamma = (t.to(torch.promote_types(dtype, torch.float32)) for t in (layer.lam, layer.gamma))
+        operands = operands.ready()
+        layer.close(operands.weight(operands.scaled(lam, gamma)), 3 * layer.update)
+
+    def test_scalings_that_are_long_past_are_let_go(self):
+        layer = self.layer()
+        for scaling in range(1, 200):
+            layer.basis.scaled_operands(CPU, torch.float32, layer.sizes, layer.tokens, scaling / 8)
+        assert len(list(layer.basis._scaled)) <= 64
 
     def test_operands_are_their_tensors_and_plain_values(self):
         operands = self.layer().operands

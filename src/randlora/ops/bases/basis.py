@@ -12,10 +12,11 @@ from torch import Tensor
 
 from randlora.errors import BasisMismatchError
 from randlora.ops.bases.dense import DenseStored
-from randlora.ops.bases.spec import BasisSpec, RowOperands, Stored
+from randlora.ops.bases.spec import BasisSpec, Forms, RowOperands, Stored, nbytes_of
 from randlora.ops.operands import Operands, Sizes
 
 _SHORT_DTYPES = (torch.bfloat16, torch.float16)
+_MOST_SCALED = 64  # copies of A, each as small as γ of a layer
 
 
 class Basis:
@@ -32,6 +33,7 @@ class Basis:
     def __init__(self, stored: Stored, spec: BasisSpec | None = None) -> None:
         self.stored = stored
         self.spec = spec
+        self._scaled = Forms(_MOST_SCALED)
         self._fingerprint: str | None = None
 
     @property
@@ -72,6 +74,20 @@ class Basis:
         """
         return self.stored.operands(device, dtype, sizes, tokens)
 
+    def scaled_operands(
+        self, device: torch.device, dtype: torch.dtype, sizes: Sizes, tokens: int, scaling: float
+    ) -> Operands:
+        """Return ``operands`` for an update multiplied by ``scaling`` and ``factor``, of which A has taken over both.
+
+        Layers that are scaled alike share it.
+        """
+        operands, scaling = self.operands(device, dtype, sizes, tokens), scaling * self.factor
+        # compilers may have a symbol in the place of a scaling, and fuse the product into others
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return operands.scaled_by(scaling)
+        key = (device, dtype, sizes, type(operands), scaling)
+        return self._scaled.get(key, lambda: operands.scaled_by(scaling))
+
     def lookup(self, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> RowOperands:
         """Return a layer's slices as they are stored, for layers that read a few rows of ΔW, without ``factor``."""
         return self.stored.lookup(device, dtype, sizes)
@@ -91,7 +107,8 @@ class Basis:
     @property
     def nbytes(self) -> int:
         """Bytes of all forms in which the bases are held."""
-        return self.stored.nbytes
+        scaled = (tensor for operands in self._scaled for tensor in operands.tensors())
+        return nbytes_of([*self.stored.held(), *scaled])
 
     @property
     def fingerprint(self) -> str:

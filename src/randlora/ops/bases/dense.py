@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from randlora.ops import bf16, codes, plan, rounding
 from randlora.ops.bases.drawing import round_to_bfloat16, std, words
-from randlora.ops.bases.spec import BasisSpec, Forms, nbytes_of, on_meta
+from randlora.ops.bases.spec import BasisSpec, Forms, on_meta
 from randlora.ops.gpu import availability
 from randlora.ops.operands import Beside, Sizes, product, with_base
 from randlora.ops.plan import Costs, Rates
+from randlora.ops.precision import at_least_float32
 from randlora.ops.units import in_units, unit
 
 _IN_CACHE = 1 << 17  # numbers of a temporary that stays in a core's cache
@@ -125,10 +126,9 @@ class DenseStored:
         """Return A and B without the factors."""
         return self.a, self.b
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all forms that are held."""
-        return nbytes_of([self.a, self.b, *(tensor for form in self.forms for tensor in form)])
+    def held(self) -> list[Tensor]:
+        """Return the tensors of all forms."""
+        return [self.a, self.b, *(tensor for form in self.forms for tensor in form)]
 
     def _on(self, device: torch.device, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         """A and B whole, cast or, for ``None``, as they are stored."""
@@ -177,6 +177,10 @@ class DenseBases(NamedTuple):
     def unit(self) -> float:
         """The unit in which B stands."""
         return unit(self.dtype)
+
+    def scaled_by(self, scaling: float) -> DenseBases:
+        """Return the operands with A multiplied by ``scaling`` and divided by B's unit."""
+        return self._replace(A=self.A.to(at_least_float32(self.dtype)) * (scaling / self.unit))
 
     def ready(self) -> DenseBases:
         """Return the operands with B unpacked."""

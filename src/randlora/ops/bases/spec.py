@@ -169,9 +169,8 @@ class Stored(Protocol):
     def numbers(self) -> tuple[Tensor, ...]:
         """Return everything that was drawn, which the fingerprint covers."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all forms that are held."""
+    def held(self) -> list[Tensor]:
+        """Return the tensors of all forms."""
 
 
 class RowOperands(Operands, Protocol):
@@ -185,9 +184,14 @@ class RowOperands(Operands, Protocol):
 
 
 class Forms:
-    """The forms of a pair of bases that have been made for products, by what they are for."""
+    """The forms of a pair of bases that have been made for products, by what they are for.
 
-    def __init__(self) -> None:
+    Args:
+        most: how many may be held; beyond that all are let go. ``None`` stands for any number.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most
         self._made: dict[tuple[Any, ...], Any] = {}
         self._lock = threading.Lock()
 
@@ -203,6 +207,8 @@ class Forms:
             with self._lock, torch.inference_mode(False), torch.no_grad():
                 found = self._made.get(key)
                 if found is None:
+                    if self._most is not None and len(self._made) >= self._most:
+                        self._made.clear()
                     found = self._made[key] = make()
         return found
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from randlora.ops import plan, rounding
 from randlora.ops.bases.drawing import words
-from randlora.ops.bases.spec import BasisSpec, Forms, nbytes_of
+from randlora.ops.bases.spec import BasisSpec, Forms
 from randlora.ops.gpu import availability
 from randlora.ops.operands import Beside, Sizes, added, with_base
 from randlora.ops.plan import Costs, Rates
@@ -170,10 +170,9 @@ class StructuredStored:
         """Return everything that was drawn."""
         return self.a, self.mix_signs, self.row_signs
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all forms that are held."""
-        return nbytes_of([*self.numbers(), *(tensor for form in self.forms for tensor in form)])
+    def held(self) -> list[Tensor]:
+        """Return the tensors of all forms."""
+        return [*self.numbers(), *(tensor for form in self.forms for tensor in form)]
 
 
 class Scaled(NamedTuple):
@@ -221,6 +220,10 @@ class StructuredBases(NamedTuple):
         """The unit in which Q_b stands."""
         return unit(self.B.dtype)
 
+    def scaled_by(self, scaling: float) -> StructuredBases:
+        """Return the operands with A multiplied by ``scaling`` and divided by Q_b's unit."""
+        return self._replace(A=self.A.to(at_least_float32(self.dtype)) * (scaling / self.unit))
+
     def ready(self) -> StructuredBases:
         """Return the operands, which are."""
         return self
@@ -266,7 +269,7 @@ class StructuredBases(NamedTuple):
         blocks = mixed.flatten(0, 1)  # (T·g, k)
         if beside is None or beside.rows.dtype not in WIDE or self.max_dim % self.groups:
             return self._plus((blocks @ self.B.T).unflatten(0, (tokens, self.groups)).flatten(1), beside, self.max_dim)
-        base = F.linear(*beside)
+        base = beside.product()
         return torch.addmm(base.view(blocks.shape[0], self.B.shape[0]), blocks, self.B.T).view_as(base)
 
     def project(self, u: Tensor, scaled: Scaled | None = None) -> Tensor:

@@ -3,10 +3,9 @@
 Kept are codes of two bits (``codes.py``). Dense products read them as numbers: on a CPU, in a copy that lasts for one
 call; elsewhere, where a launch for each call costs more than memory, in one that is kept, as dense bases have it.
 On a CPU, where few are not zero, B is multiplied as a CSR matrix. A keeps, for each of its rows, the columns that are
-not zero: Ã has its
-non-zeros in the same columns for all bases, so that everything on the A side is a batch of small dense products over
-the rows of A. Tokens pass in blocks, since a block's activations stay in a core's cache while the non-zeros wander
-over them.
+not zero: Ã has its non-zeros in the same columns for all bases, so that everything on the A side is a batch of small
+dense products over the rows of A. Tokens pass in blocks, since a block's activations stay in a core's cache while the
+non-zeros wander over them.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch import Tensor
 from randlora.ops import bf16, codes, plan
 from randlora.ops.bases.dense import DenseBases, DenseStored, dense_costs, sliced, unfilled_matrices
 from randlora.ops.bases.drawing import chunks, std, words
-from randlora.ops.bases.spec import BasisSpec, Forms, nbytes_of, on_meta
+from randlora.ops.bases.spec import BasisSpec, Forms, on_meta
 from randlora.ops.csr import BLOCK, Csr, compress, padded_rows, places_of
 from randlora.ops.gpu import availability
 from randlora.ops.operands import Beside, Sizes, added, with_base
@@ -190,13 +189,12 @@ class TernaryStored:
         """Return A (r, m) and B (M, n·r) in float32."""
         return self.tensors(torch.device("cpu"), torch.float32)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all forms that are held."""
+    def held(self) -> list[Tensor]:
+        """Return the tensors of all forms."""
         held = [self.a, self.packed]
         for form in self.forms:
             held += form.tensors() if isinstance(form, SparseBases) else form
-        return nbytes_of(held)
+        return held
 
 
 class SparseBases(NamedTuple):
@@ -239,6 +237,10 @@ class SparseBases(NamedTuple):
     def unit(self) -> float:
         """The unit in which B stands."""
         return 1.0  # products are in float32 or wider
+
+    def scaled_by(self, scaling: float) -> SparseBases:
+        """Return the operands with A's non-zeros multiplied by ``scaling``."""
+        return self._replace(values=self.values * scaling)
 
     def ready(self) -> SparseBases:
         """Return the operands, which are."""

@@ -60,10 +60,13 @@ class AdaptedModule(nn.Module):
             *args: passed on to the base layer.
             **kwargs: likewise.
         """
-        if self.disable_adapters and self.merged:
+        if self._disable_adapters and self.merged_adapters:  # attributes, since properties take longer
             self.unmerge()
         mixed = mixed_forward(self, x, *args, **kwargs) if calls.running else None
-        return self.forward_with(self.active_adapters, x, *args, **kwargs) if mixed is None else mixed
+        if mixed is not None:
+            return mixed
+        active = self._active_adapter
+        return self.forward_with([active] if isinstance(active, str) else active, x, *args, **kwargs)
 
     def forward_with(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output as if ``adapters`` were the active ones."""
@@ -347,7 +350,8 @@ class RandLoraLayer(ScaledLayer):
 
     def drops(self, adapter_name: str) -> bool:
         """Return whether the adapter's dropout is active."""
-        return adapter_name in self.randlora_dropout and self.randlora_dropout[adapter_name].training
+        dropouts: Dropouts = cast("Any", self)._modules["randlora_dropout"]
+        return adapter_name in dropouts and dropouts[adapter_name].training
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates of the adapters to the base weight.
@@ -505,12 +509,10 @@ class RandLoraLayer(ScaledLayer):
         ``None`` where the base layer must be called (:func:`is_plain`), for a quantised or sharded weight, and with
         active dropout.
         """
-        base = self.base_layer
-        if not (has_plain_product(base) and is_plain(base)):
+        base: Any = cast("Any", self)._modules["base_layer"]
+        if not (has_plain_product(base) and is_plain(base)) or self.drops(adapter_name):
             return None
-        if self.drops(adapter_name):
-            return None
-        weight = cast("Tensor", base.weight)
+        weight = base.weight
         plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOATING and weight.device == x.device
         return weight if plain else None
 
@@ -544,7 +546,8 @@ class RandLoraLayer(ScaledLayer):
 
     def _own_input(self, adapter_name: str, x: Tensor) -> Tensor:
         """Return the layer's input as the adapter sees it."""
-        return self.randlora_dropout[adapter_name](x) if adapter_name in self.randlora_dropout else x
+        dropouts: Dropouts = cast("Any", self)._modules["randlora_dropout"]
+        return dropouts[adapter_name](x) if adapter_name in dropouts else x
 
     def _to_weight_layout(self, update: Tensor) -> Tensor:
         """Return an update (out, in) in the layout in which the base layer stores its weight."""
@@ -576,10 +579,10 @@ class RandLoraLayer(ScaledLayer):
         """Return λ and γ; as attributes they would take longer to look up than a small product."""
         modules = cast("Any", self)._modules
         try:  # by `[]`, which DeepSpeed watches, to gather tensors in shares
-            lam, gamma = (modules[group]._parameters[adapter_name] for group in self.adapter_layer_names)
+            lam = modules["randlora_lambda"]._parameters[adapter_name]
+            return lam, modules["randlora_gamma"]._parameters[adapter_name]
         except KeyError:  # below FSDP they are not parameters
             return self.randlora_lambda[adapter_name], self.randlora_gamma[adapter_name]
-        return lam, gamma
 
     def _scaling(self, adapter_name: str) -> float:
         """Return the factor of the operands' update."""

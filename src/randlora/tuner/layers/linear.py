@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from randlora.ops import linear as ops
 from randlora.ops.bases import AwaitedBasis, Basis
-from randlora.ops.operands import Operands
 from randlora.ops.plan import Plan, Problem, call_cost, choose, sum_cost
 from randlora.ops.precision import compute_dtype
 from randlora.ops.prepared import Prepared, PreparedCalls
@@ -45,7 +44,7 @@ class Linear(AdaptedModule, RandLoraLayer):
     def forward_with(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output as if ``adapters`` were the active ones."""
         names = [name for name in adapters if name in self.r]
-        if self.disable_adapters or self.merged or not names:
+        if self._disable_adapters or self.merged_adapters or not names:
             return self.base_layer(x, *args, **kwargs)
 
         dtype = compute_dtype(x)
@@ -53,8 +52,8 @@ class Linear(AdaptedModule, RandLoraLayer):
         if weight is None:
             result = self._call_base(x, args, kwargs)
         else:
-            bias = cast("Tensor | None", self.base_layer.bias)
-            oriented = weight.T if self.fan_in_fan_out else weight
+            base: Any = self._modules["base_layer"]
+            bias, oriented = base.bias, weight.T if self.fan_in_fan_out else weight
             kept = self._kept_update(names, x, dtype, weight)
             if kept is not None and not torch.is_grad_enabled():
                 return ops.with_update(x, oriented, kept, bias)
@@ -159,25 +158,25 @@ class Linear(AdaptedModule, RandLoraLayer):
     ) -> Tensor:
         x = self._own_input(name, x)
         x = x if x.dtype == dtype else x.to(dtype)
-        operands, plan, factor = self._prepared_call(name, x, weight)
         lam, gamma = self._scalings(name)
-        scaling = self.scaling[name] * factor
-        return ops.adapted_linear(x, operands, lam, gamma, scaling, self.out_features, weight, bias, kept, plan)
+        return ops.prepared_linear(x, self._prepared_call(name, x, weight), lam, gamma, weight, bias, kept)
 
     def _prepared_call(self, name: str, x: Tensor, weight: Tensor | None) -> Prepared:
-        tokens, basis = x.numel() // max(x.shape[-1], 1), self.basis(name)
-
-        def make() -> tuple[Operands, Problem]:
-            operands = self._operands(name, x.device, x.dtype, tokens)
-            fusible = weight is not None and ops.fuses(x.dtype, weight.dtype)
-            needs_grad, shape = x.requires_grad, (self.out_features, self.in_features)
-            return operands, ops.problem_of(operands, tokens, *shape, fusible, needs_grad)
-
-        if torch.compiler.is_compiling():  # numbers of tokens are symbols there
-            operands, problem = make()
-            return Prepared(operands, choose(problem), basis.factor)
+        if _traces():  # numbers of tokens may be symbols there
+            return self._prepare(name, x, weight)
+        tokens, basis = x.numel() // (x.shape[-1] or 1), self.bases[name]
         weight_dtype = None if weight is None else weight.dtype
-        return self._prepared.get((name, x.device, x.dtype, tokens, weight_dtype, x.requires_grad), basis, make)
+        key = (name, self.scaling[name], x.device, x.dtype, tokens, weight_dtype, x.requires_grad)
+        found = self._prepared.get(key, basis)
+        return self._prepared.keep(key, self.basis(name), self._prepare(name, x, weight)) if found is None else found
+
+    def _prepare(self, name: str, x: Tensor, weight: Tensor | None) -> Prepared:
+        tokens, sizes = x.numel() // max(x.shape[-1], 1), self.sizes(name)
+        operands = self.basis(name).scaled_operands(x.device, x.dtype, sizes, tokens, self.scaling[name])
+        fusible = weight is not None and ops.fuses(x.dtype, weight.dtype)
+        shape = (self.out_features, self.in_features)
+        problem = ops.problem_of(operands, tokens, *shape, fusible, x.requires_grad)
+        return Prepared(operands, choose(problem), self.out_features)
 
     def _takeable_weight(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The base weight, if the product with it may be done here, together with the update.

@@ -61,7 +61,7 @@ def is_plain(layer: nn.Module) -> bool:
         return False
     if kind.forward not in _FORWARDS or kind.__call__ is not _CALL or kind._call_impl is not _CALL_IMPL:
         return False
-    return not (torch_module._has_any_global_hook() or _has_function_mode())
+    return not (torch_module._has_any_global_hook() or (torch._C._len_torch_function_stack() and _has_function_mode()))
 
 
 def is_only_moved(layer: nn.Module) -> bool:
@@ -75,7 +75,9 @@ def is_only_moved(layer: nn.Module) -> bool:
 def has_plain_product(layer: nn.Module) -> bool:
     """Return whether the forward of a linear layer or convolution, not of a subclass, uses torch's product."""
     product = _PRODUCTS.get(type(layer))
-    return product is not None and getattr(product[0], product[1]) is product[2] and has_plain_convolution(layer)
+    if product is None or getattr(product[0], product[1]) is not product[2]:
+        return False
+    return product[0] is not F or product[1] == "linear" or has_plain_convolution(layer)
 
 
 def has_plain_convolution(layer: nn.Module) -> bool:
@@ -85,8 +87,6 @@ def has_plain_convolution(layer: nn.Module) -> bool:
 
 def _has_function_mode() -> bool:
     """Return whether something watches or changes calls of torch, other than a default device."""
-    if not torch._C._len_torch_function_stack():
-        return False
     return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
