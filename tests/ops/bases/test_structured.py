@@ -43,6 +43,18 @@ class TestMoreTokensThanRows(TestStructured):
         return OfRankEight(self.kind, dtype, 40)
 
 
+class TestOneToken(TestStructured):
+    """It passes A, γ and λ in turn, with as many tokens as a group has rows of A or fewer."""
+
+    def layer(self, dtype=torch.float32, tokens=1):
+        return OfRankEight(self.kind, dtype, 1)
+
+
+class TestTwoTokensOfSizesThatDivide(TestStructured):
+    def layer(self, dtype=torch.float32, tokens=2):
+        return _Even(self.kind, dtype, 2)
+
+
 class TestSizesThatDivide(TestStructured):
     def layer(self, dtype=torch.float32, tokens=9):
         return _Even(self.kind, dtype, tokens)
