@@ -95,6 +95,23 @@ class TestChoiceOfRank:
                 less = next(layer for layer in to_lora(model, rank=fewer).layers if layer.name == converted.name)
                 assert less.relative_error**2 >= 1 - energy - 1e-6
 
+    def test_one_rank_is_that_of_smaller_layers_too(self, tmp_path):
+        """Readers without `alpha_pattern` divide alpha by the rank of the layer, or of all: it must be one number."""
+        model = adapted()
+        conversion = to_lora(model, rank=50)
+        assert len({layer.rank for layer in conversion.layers}) > 1
+        conversion.save(tmp_path)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        largest = max(layer.rank for layer in conversion.layers)
+        assert (config["r"], config["lora_alpha"]) == (largest, largest)
+        assert config["rank_pattern"] == config["alpha_pattern"] == {}
+        for layer in conversion.layers:
+            A, B = (conversion.tensors[f"base_model.model.{layer.name}.lora_{kind}.weight"] for kind in "AB")
+            assert A.shape[0] == B.shape[1] == largest
+            expected = model.base_model.model.get_submodule(layer.name).get_delta_weight("default").detach()
+            assert_close(B @ A, expected, 1e-5)
+        assert_close(output(loaded(tmp_path)).detach(), output(model).detach(), 1e-5)
+
     def test_a_rank_for_each_layer(self, tmp_path):
         model = adapted()
         to_lora(model, rank={"tall": 2, "wide": 3, "square": 3}).save(tmp_path)

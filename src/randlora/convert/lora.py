@@ -87,7 +87,8 @@ def to_lora(
     Args:
         model: a model with the adapter.
         adapter_name: its name, or weights by name for a sum.
-        rank: rank of every layer, or of each by its name. A layer has at most the rank of its smaller dimension.
+        rank: rank of every layer, or of each by its name. A layer has at most the rank of its smaller dimension. With
+            one rank for all, the factors of smaller layers are filled with zeros, so that the file has one rank.
         energy: instead of a rank, which share (above 0, up to 1) of each update's squared singular values to keep.
 
     Raises:
@@ -116,11 +117,14 @@ def to_lora(
         tensors[in_file(f"{name}.lora_A.weight")] = (root.unsqueeze(1) * Vh[:kept]).cpu().contiguous()
         tensors[in_file(f"{name}.lora_B.weight")] = (U[:, :kept] * root).cpu().contiguous()
         found.append(ConvertedLayer(name, kept, _relative_error(S, kept)))
+    if isinstance(rank, int):
+        _fill_to_one_rank(tensors)
     if len(weights) == 1:
         tensors |= _other_tensors(model, next(iter(weights)))
     else:
         _require_updates_only(dict(zip(weights, configs, strict=True)))
-    return LoraConversion(_lora_config(base, configs[0], layers, found), tensors, tuple(found))
+    ranks = {name: len(tensors[in_file(f"{name}.lora_A.weight")]) for name in layers}
+    return LoraConversion(_lora_config(base, configs[0], layers, ranks), tensors, tuple(found))
 
 
 def convert_folder_to_lora(
@@ -207,6 +211,14 @@ def _relative_error(S: Tensor, kept: int) -> float:
     return math.sqrt(float(squares[kept:].sum()) / total) if total else 0.0
 
 
+def _fill_to_one_rank(factors: dict[str, Tensor]) -> None:
+    """Widen all to the widest: readers without patterns scale by alpha over the layer's rank, or over the config's."""
+    widest = max(len(factor) for name, factor in factors.items() if ".lora_A." in name)
+    for name, factor in factors.items():
+        filling = (0, 0, 0, widest - len(factor)) if ".lora_A." in name else (0, widest - factor.shape[1])
+        factors[name] = nn.functional.pad(factor, filling)
+
+
 def _other_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Return the tensors of the adapter's file other than λ, γ and bases."""
     content = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
@@ -230,11 +242,11 @@ def _require_updates_only(configs: Mapping[str, RandLoraConfig]) -> None:
 
 
 def _lora_config(
-    base: nn.Module, config: RandLoraConfig, layers: Mapping[str, RandLoraLayer], found: list[ConvertedLayer]
+    base: nn.Module, config: RandLoraConfig, layers: Mapping[str, RandLoraLayer], ranks: Mapping[str, int]
 ) -> LoraConfig:
-    usual = Counter(layer.rank for layer in found).most_common(1)[0][0]
+    usual = Counter(ranks.values()).most_common(1)[0][0]
     targets, excluded = _targets(base, set(layers))
-    ranks = {f"^{layer.name}": layer.rank for layer in found if layer.rank != usual}
+    unusual = {f"^{name}": rank for name, rank in ranks.items() if rank != usual}
     tokens = {
         name: getattr(config, name)
         for name in ("trainable_token_indices", "ensure_weight_tying")
@@ -243,8 +255,8 @@ def _lora_config(
     return LoraConfig(
         r=usual,
         lora_alpha=usual,
-        rank_pattern=ranks,
-        alpha_pattern=dict(ranks),
+        rank_pattern=unusual,
+        alpha_pattern=dict(unusual),
         target_modules=targets,
         exclude_modules=excluded or None,
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
