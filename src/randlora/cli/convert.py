@@ -75,7 +75,7 @@ def _lora(
     rows = [[layer.name, str(layer.rank), f"{layer.relative_error:.1%}"] for layer in worst]
     out.print(plain_table(["layer", "rank", "lost of ‖ΔW‖"], rows, f"the worst of {len(done.layers)} layers"))
     if done.config.rank_pattern:
-        out.print("its layers differ in rank, as PEFT reads it; llama.cpp would scale them wrongly: for it, give --rank")
+        out.print("its layers differ in rank, as PEFT reads it; llama.cpp would scale them wrongly: it needs --rank")
     parameters = sum(tensor.numel() for tensor in done.tensors.values())
     out.print(f"{output}: a LoRA of {parameters:,} parameters, which PEFT loads without randlora")
     layers = [asdict(layer) for layer in done.layers]
