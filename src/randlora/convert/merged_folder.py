@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from peft import PeftConfig
 from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.utils import cached_file
 
 from randlora.convert.shards import save_merged
 from randlora.errors import ConfigError, MergeError
@@ -19,6 +21,7 @@ from randlora.tuner.config import RandLoraConfig
 from randlora.tuner.files.adapter_folder import adapter_path, read_config
 from randlora.tuner.files.atomic import folder_atomically
 
+_PIECES = "tokenizer.model"  # sentencepiece's own file
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -83,7 +86,10 @@ def merge_folder(
     else:
         _merge_by_peft(config, adapter, target, source, max_shard_size, arguments)
     trusted = bool(base_model_arguments.get("trust_remote_code", False))
-    prepares = [_save_processor(one, (adapter, source), target, trusted) for one in (AutoTokenizer, AutoImageProcessor)]
+    places = (os.fspath(adapter), source)
+    prepares = [_save_processor(one, places, target, trusted) for one in (AutoTokenizer, AutoImageProcessor)]
+    if prepares[0]:
+        _keep_pieces(places, target, trusted)
     files = sorted(target.glob("*.safetensors"))
     with safe_open(files[0], "pt") as file:
         found = file.get_tensor(next(iter(file.keys()))).dtype
@@ -104,12 +110,31 @@ def _merge_by_peft(
         model.merge_and_unload().save_pretrained(temporary, max_shard_size=max_shard_size)
 
 
-def _save_processor(auto_class: Any, places: tuple[str | os.PathLike[str], ...], folder: Path, trusted: bool) -> bool:
+def _save_processor(auto_class: Any, places: tuple[str, ...], folder: Path, trusted: bool) -> bool:
+    """Whether there is one in a place; the first is written."""
     for place in places:
         try:
-            processor = auto_class.from_pretrained(os.fspath(place), trust_remote_code=trusted)
+            processor = auto_class.from_pretrained(place, trust_remote_code=trusted)
         except (OSError, ValueError, KeyError):
             continue
         processor.save_pretrained(str(folder))
         return True
     return False
+
+
+def _keep_pieces(places: tuple[str, ...], folder: Path, trusted: bool) -> None:
+    """Copies sentencepiece's file, which Transformers no longer writes, if the tokenizer still has all its tokens.
+
+    Other programs read it: llama.cpp's converter finds the scores of the pieces there only, and cuts texts into other
+    tokens without them.
+    """
+    written = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trusted).get_vocab()
+    for place in places:
+        try:
+            file = cached_file(place, _PIECES)
+            vocabulary = AutoTokenizer.from_pretrained(place, trust_remote_code=trusted).get_vocab()
+        except (OSError, ValueError, KeyError):
+            continue
+        if file is not None and vocabulary.items() <= written.items():
+            shutil.copyfile(file, folder / _PIECES)
+            return
