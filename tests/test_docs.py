@@ -109,6 +109,8 @@ def complaint(words: list[str]) -> str:
         case ["python" | "python3", "-m", module, *_]:
             here = importlib.util.find_spec(module) or (ROOT / module).exists()
             fault = "" if here else f"no module {module}"
+        case ["python", script, *_] if script.startswith("llama.cpp/convert_"):
+            fault = ""  # of the repository cloned a line before
         case ["bash" | "python" | "python3", script, *_]:
             fault = "" if (ROOT / script).exists() else f"no file {script}"
         case ["cd" | "git" | "source" | "pre-commit", *_]:
