@@ -139,6 +139,48 @@ class TestTrackers:
         logged = [entry["loss"] for entry in history(tmp_path) if "loss" in entry]
         assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged, rel=1e-5)
 
+    def test_tensorboard_gets_the_evaluation_at_the_end(self, tiny_bert, reviews, tmp_path):
+        done = train(settings(tiny_bert, reviews, tmp_path, report_to=None, max_steps=2))
+        (file,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
+        events = EventAccumulator(str(file))
+        events.Reload()
+        (accuracy,) = events.Scalars("eval/accuracy")
+        assert (accuracy.step, accuracy.value) == (2, pytest.approx(done.metrics["eval_accuracy"]))
+
+    def test_one_run_by_the_name_of_the_folder_with_everything_in_it(self, tiny_bert, reviews, tmp_path, monkeypatch):
+        told = []
+
+        class Diary(TrainerCallback):
+            def on_train_begin(self, args, state, control, **more):
+                told.append(f"begin {args.run_name}")
+
+            def on_log(self, args, state, control, logs, **more):
+                told.append("evaluation" if "eval_loss" in logs else "step")
+
+            def on_train_end(self, args, state, control, **more):
+                told.append("end")
+
+        monkeypatch.setattr("randlora.train.trackers.get_reporting_integration_callbacks", lambda names: [Diary] * 2)
+        train(settings(tiny_bert, reviews, tmp_path, report_to=["wandb"], max_steps=1))
+        each = ["begin run", "step", "step", "evaluation", "end"]  # the second has the run's means
+        assert told == [event for event in each for _ in range(2)]
+
+    def test_a_run_that_fails_behind_its_last_step_is_ended(self, tiny_bert, reviews, tmp_path, monkeypatch):
+        ended = []
+
+        class Diary(TrainerCallback):
+            def on_train_end(self, args, state, control, **more):
+                ended.append(True)
+
+        def fail(*_):
+            raise OSError("disk full")
+
+        monkeypatch.setattr("randlora.train.trackers.get_reporting_integration_callbacks", lambda names: [Diary])
+        monkeypatch.setattr("randlora.train.run._save_result", fail)
+        with pytest.raises(OSError, match="disk full"):
+            train(settings(tiny_bert, reviews, tmp_path, report_to=["wandb"], max_steps=1))
+        assert ended == [True]
+
     @pytest.mark.parametrize(("name", "message"), [("nothing", "known are none"), ("comet_ml", "comet")])
     def test_others_are_refused_before_anything_is_loaded(self, tmp_path, name, message):
         with pytest.raises(ConfigError, match=message):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
-from transformers.integrations import INTEGRATION_TO_CALLBACK, get_reporting_integration_callbacks
 
-from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
 from randlora.train.tasks import TASKS
 
@@ -38,6 +35,7 @@ def training_arguments(
         logging_nan_inf_filter=False,
         save_total_limit=2,
         report_to=[],  # the trackers are among the callbacks
+        run_name=output.name,  # in trackers, where each run would have a random name
         disable_tqdm=False,  # which would follow the verbosity of Transformers
         dataloader_pin_memory=False,
         remove_unused_columns=TASKS[settings.task].counts_tokens,  # images are opened from columns that no model takes
@@ -45,25 +43,6 @@ def training_arguments(
         **_when(settings),
     )
     return kind(**{**values, **changes})
-
-
-def trackers(settings: TrainSettings) -> list[TrainerCallback]:
-    """What the run reports to, besides its own files.
-
-    Raises:
-        ConfigError: naming a tracker that Transformers does not know, or that is not installed.
-    """
-    names = settings.report_to
-    if names is None:
-        names = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
-    names = [name for name in names if name != "none"]
-    unknown = sorted(set(names) - set(INTEGRATION_TO_CALLBACK))
-    if unknown:
-        raise ConfigError(f"report_to={unknown}: known are none, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
-    try:
-        return [tracker() for tracker in get_reporting_integration_callbacks(names)]
-    except (RuntimeError, ImportError) as error:
-        raise ConfigError(f"report_to={names}: {error}") from None
 
 
 def early_stopping(settings: TrainSettings) -> list[TrainerCallback]:

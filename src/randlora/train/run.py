@@ -22,7 +22,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from randlora.errors import ConfigError
 from randlora.train import record
-from randlora.train.arguments import early_stopping, trackers, training_arguments
+from randlora.train.arguments import early_stopping, training_arguments
 from randlora.train.callbacks import CheckpointOnInterrupt, StopIfDiverged, warn_unless_learned
 from randlora.train.data import Data, load_data
 from randlora.train.measure import StepTimer, peak_memory_bytes
@@ -32,6 +32,7 @@ from randlora.train.progress import CostInLines, CostOnBar
 from randlora.train.resume import checkpoint_to_resume, is_finished
 from randlora.train.settings import TrainSettings
 from randlora.train.tasks import TASKS, Preference, require_length
+from randlora.train.trackers import close_trackers, trackers
 from randlora.train.weighted_loss import balanced_loss
 from randlora.tuner.files.adapter_folder import CONFIG
 from randlora.tuner.files.atomic import disk_errors, write_atomically, write_json, write_text
@@ -132,10 +133,13 @@ def _train(run: Resolved, checkpoint: Path | None, output: Path) -> TrainResult:
     history = record.HistoryFile(output, timer)
     prepared = TASKS[settings.task].prepare(run.data.evaluation, run.processor, settings)
     trainer = make_trainer(run, output, prepared, [timer, history])
-    _take_steps(trainer, checkpoint)
-    warn_unless_learned(trainer.state, settings.peak_learning_rate)
-    folder = _save_result(trainer, run, output)  # before the evaluation, which may fail for want of memory
-    metrics = _evaluate(trainer, prepared, run, output)
+    try:
+        _take_steps(trainer, checkpoint)
+        warn_unless_learned(trainer.state, settings.peak_learning_rate)
+        folder = _save_result(trainer, run, output)  # before the evaluation, which may fail for want of memory
+        metrics = _evaluate(trainer, prepared, run, output)
+    finally:
+        close_trackers(trainer)
     result = TrainResult(
         method=settings.method,
         trainable_parameters=run.trainable_parameters,
@@ -194,7 +198,7 @@ def make_trainer(
             StopIfDiverged(settings.peak_learning_rate),
             CheckpointOnInterrupt(),
             *early_stopping(settings),
-            *trackers(settings),
+            trackers(settings),
         ],
     }
     if isinstance(task, Preference):
