@@ -43,6 +43,13 @@ def test_every_plot_is_drawn_within_the_page_and_nothing_is_reported(chromium, s
     assert page.console() == []
 
 
+def test_a_short_name_stays_on_its_line_on_a_phone(chromium, small):
+    page = Page(chromium, small, 390)
+    heights = "return [...document.querySelectorAll('#runs tbody th')].map((one) => one.clientHeight)"
+    lines = "return parseFloat(getComputedStyle(document.querySelector('#runs tbody th')).lineHeight)"
+    assert all(height < 2 * page.js(lines) for height in page.js(heights))
+
+
 def test_an_axis_does_not_reach_below_what_there_can_be(chromium, small):
     page = Page(chromium, small)
     page.draw("seconds")  # all the same, around which Plotly would put a range of its own
