@@ -261,7 +261,7 @@ def _lora_config(
         exclude_modules=excluded or None,
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
         bias=_BIAS[config.bias],
-        modules_to_save=config.modules_to_save,
+        modules_to_save=config.modules_to_save and list(dict.fromkeys(config.modules_to_save)),  # PEFT adds twice
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
