@@ -113,6 +113,11 @@ def complaint(words: list[str]) -> str:
             fault = ""  # of the repository cloned a line before
         case ["bash" | "python" | "python3", script, *_]:
             fault = "" if (ROOT / script).exists() else f"no file {script}"
+        case ["docker", "build", *_] if (ROOT / "Dockerfile").exists():
+            fault = ""
+        case ["docker", "run", *arguments]:
+            image = next(place for place, word in enumerate(arguments) if word.partition(":")[0] == "randlora")
+            fault = randlora_complaint(arguments[image + 1 :])
         case ["cd" | "git" | "source" | "pre-commit", *_]:
             fault = ""
         case _:
