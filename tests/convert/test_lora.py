@@ -151,6 +151,9 @@ class TestWhatGoesWithIt:
         to_lora(model, energy=1.0).save(tmp_path)
         assert_close(output(loaded(tmp_path)).detach(), output(model).detach(), 1e-5)
 
+    def test_a_module_is_named_once(self):
+        assert to_lora(adapted(modules_to_save=["head", "head"]), rank=2).config.modules_to_save == ["head"]
+
     @pytest.mark.parametrize("bias", ["all", "randlora_only"])
     def test_biases(self, bias, tmp_path):
         model = adapted(bias=bias)
