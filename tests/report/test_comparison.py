@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.metrics import r2_score
 
 from randlora.errors import ConfigError
 from randlora.report.comparison import Comparison, Method
@@ -154,3 +155,37 @@ def test_the_report_begins_with_the_comparison():
     assert page.index('id="comparison"') < page.index('id="runs"')
     assert "&lt;b&gt;RandLoRA&lt;/b&gt;" in page
     assert "<b>RandLoRA</b>" not in page.partition('id="runs"')[0]
+
+
+def numbers(errors: np.ndarray) -> Run:
+    """A regression's run with these errors."""
+    labels = np.arange(len(errors)) / 10
+    examples = [
+        {"text": f"t {n}", "label": label, "predicted": label + error, "loss": error**2}
+        for n, (label, error) in enumerate(zip(labels.tolist(), errors.tolist(), strict=True))
+    ]
+    return Run("run", Path("run"), result={"result_bytes": 1, "seconds_per_step": 1.0}, examples=examples)
+
+
+def test_numbers_are_compared_by_their_r2():
+    draw = np.random.default_rng(0)
+    small, large = draw.normal(0, 0.3, 90), draw.normal(0, 9, 90)
+    ours = Method("RandLoRA r=8", 1e-3, True, 1, (numbers(small),), lora="LoRA r=2")
+    comparison = Comparison([ours, Method("LoRA r=2", 1e-3, True, 1, (numbers(large),))])
+    labels = np.arange(90) / 10
+    assert comparison.columns[3] == "R² (95%)"
+    assert comparison.score(ours).mean == pytest.approx(r2_score(labels, labels + small))
+    text = " ".join(comparison.answer)
+    assert "of R²" in text
+    assert "Not surely better than always saying the mean, of which R² is 0: LoRA r=2." in text
+    assert "r2" in comparison.as_json()["methods"][0]
+
+
+def test_several_labels_are_compared_by_exact_matches():
+    lists = [(["a", "b"], ["a", "b"]), (["a"], ["a", "b"]), ([], []), (["a"], ["a"])]
+    examples = [{"text": f"{n}", "label": one, "predicted": other, "loss": 0.1} for n, (one, other) in enumerate(lists)]
+    only = Run("run", Path("run"), result={"result_bytes": 1, "seconds_per_step": 1.0}, examples=examples)
+    comparison = Comparison([Method("RandLoRA r=8", 1e-3, True, 1, (only,))])
+    assert comparison.columns[3] == "exact match (95%)"
+    assert comparison.score(comparison.methods[0]).mean == 0.75
+    assert "always saying 'a', which is right in 50.0%" in " ".join(comparison.answer)

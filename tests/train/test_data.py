@@ -121,6 +121,37 @@ def test_a_name_that_is_nowhere():
         load_data(settings("no-such-owner/no-such-dataset"))
 
 
+class TestColumnsOfChat:
+    ROWS = ({"ask": "one?", "more": None, "reply": "1"}, {"ask": "two?", "more": "Say it.", "reply": "2"})
+
+    def read(self, tmp_path, **values):
+        rows = [{**row, "ask": f"{n}: {row['ask']}"} for n in range(5) for row in self.ROWS]
+        data = load_data(settings(write(tmp_path / "d.jsonl", rows), task="chat", **values))
+        return sorted([*data.train.to_list(), *data.evaluation.to_list()], key=str)
+
+    def test_prompts_and_completions(self, tmp_path):
+        found = self.read(tmp_path, input_column="ask", label_column="reply")
+        assert found[:2] == [{"prompt": "0: one?", "completion": "1"}, {"prompt": "0: two?", "completion": "2"}]
+
+    def test_alpaca_s_fields(self, tmp_path):
+        found = self.read(tmp_path, input_column=["ask", "more"], label_column="reply")
+        asked = [row["messages"][0]["content"] for row in found]
+        assert asked[:2] == ["0: one?", "0: two?\n\nSay it."]
+        assert [row["messages"][1]["content"] for row in found][:2] == ["1", "2"]
+
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            ({"input_column": ["ask", "more"]}, "name its output by label_column"),
+            ({"input_column": "ask", "label_column": "answer"}, "has no column 'answer'.*label_column"),
+            ({"input_column": "question", "label_column": "reply"}, "has no column 'question'.*input_column"),
+        ],
+    )
+    def test_columns_that_are_not_there(self, tmp_path, values, expected):
+        with pytest.raises(ConfigError, match=expected):
+            self.read(tmp_path, **values)
+
+
 class TestMoreKinds:
     @pytest.mark.parametrize("name", ["d.tsv", "d.csv.gz", "d.tsv.bz2", "d.jsonl.gz", "d.csv.xz"])
     def test_a_file_is_read_by_its_ending(self, tmp_path, name):

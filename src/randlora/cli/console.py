@@ -93,6 +93,11 @@ def plain_table(
     return table
 
 
+def one_or_several(given: list[str] | None) -> str | list[str] | None:
+    """A flag that was given once as one value, and more often as a list."""
+    return given[0] if given and len(given) == 1 else given or None
+
+
 def number_text(value: float | None, form: str = ".3g") -> str:
     """A number, or a dash where there is none."""
     return "–" if value is None else format(value, form)

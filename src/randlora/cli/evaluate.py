@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from randlora.cli.console import answering, plain_table, print_json
+from randlora.cli.console import answering, one_or_several, plain_table, print_json
 from randlora.train.settings import TaskName
 
 if TYPE_CHECKING:
@@ -25,16 +25,17 @@ def evaluate(
     model: str | None = typer.Option(None, help="Base model, if it is not where the adapter's config says."),
     task: TaskName | None = typer.Option(None, help="If it is not known."),
     base: bool = typer.Option(False, "--base", help="Score the base model too, without the adapter."),
-    input_column: str | None = typer.Option(None, help="Column of the input, as for training."),
-    label_column: str | None = typer.Option(None, help="Column of the labels, as for training."),
+    input_column: list[str] | None = typer.Option(None, help="Column of the input, as for training."),
+    label_column: list[str] | None = typer.Option(None, help="Column of the labels, as for training."),
     batch_size: int = typer.Option(32, min=1, help="Examples at a time."),
     json: bool = typer.Option(False, "--json", help="Print the result as JSON on stdout."),
 ) -> None:
     """Score an adapter on data.
 
     Accuracy with its 95% interval, loss, F1 and the share found of each label for a classifier, and what was found
-    instead; F1 of entities for tags; loss and perplexity for a language model; of preferences, in how many pairs the
-    chosen answer has the higher reward, and by how much.
+    instead; F1 and exact matches for several labels; errors and correlations for a regression; F1 of entities for
+    tags; loss and perplexity for a language model; of preferences, in how many pairs the chosen answer has the higher
+    reward, and by how much.
 
     [bold]Examples[/]
 
@@ -51,8 +52,8 @@ def evaluate(
                 load_trained(adapter, model, task, name == "adapter"),
                 data or None,
                 batch_size,
-                input_column,
-                label_column,
+                one_or_several(input_column),
+                one_or_several(label_column),
             )
             for name in (("base", "adapter") if base else ("adapter",))
         }
@@ -65,7 +66,8 @@ def evaluate(
 
 def _flat(found: Score) -> dict[str, Any]:
     outcome = asdict(found.outcome)
-    return {"task": found.task, "examples": found.examples, **outcome.pop("metrics"), **outcome}
+    intervals = {"intervals": found.intervals} if found.intervals else {}
+    return {"task": found.task, "examples": found.examples, **outcome.pop("metrics"), **outcome, **intervals}
 
 
 def _show(name: str, found: Score, out: Console) -> None:
@@ -79,10 +81,15 @@ def _show(name: str, found: Score, out: Console) -> None:
         low, high = wilson_interval(outcome.correct, trials)
         share = next(one for one in ("accuracy", "rewards/accuracies") if one in metrics)
         said.append(f"{share} {metrics.pop(share):.1%} ({100 * low:.1f}–{100 * high:.1f} with 95% confidence)")
-    said += [f"{metric} {value:.4f}" for metric, value in metrics.items()]
-    if name == "base" and outcome.by_label:
+    said += [f"{metric} {value:.4f}{_interval(found, metric)}" for metric, value in metrics.items()]
+    if name == "base" and (outcome.by_label or outcome.baseline):
         name = "base, with an untrained head"
     out.print(f"{name}: {', '.join(said)}, on {trials:,} {'tokens' if outcome.tokens else 'examples'}")
+    if found.intervals:
+        out.print("(in brackets: 95% intervals, by drawing the examples again)")
+    if outcome.baseline is not None:
+        constant = ", ".join(f"{metric} {value:.4f}" for metric, value in outcome.baseline.metrics.items())
+        out.print(f"{outcome.baseline.answer}: {constant}", markup=False)
     if outcome.by_label:
         rows = [[label, f"{n:,}", f"{hits / n:.1%}" if n else "–"] for label, (n, hits) in outcome.by_label.items()]
         out.print(plain_table(["label", "tokens" if outcome.tokens else "examples", "found"], rows))
@@ -92,3 +99,8 @@ def _show(name: str, found: Score, out: Console) -> None:
         out.print(plain_table(["has ↓ was given →", *labels], rows))
     if outcome.shortfall:
         out.print(outcome.shortfall, markup=False)
+
+
+def _interval(found: Score, metric: str) -> str:
+    low, high = found.intervals.get(metric, (None, None))
+    return "" if low is None else f" ({low:.4f}–{high:.4f})"

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from randlora.cli.console import answering, print_json
+from randlora.cli.console import answering, one_or_several, print_json
 from randlora.errors import ConfigError
 from randlora.train.settings import TaskName
 
 if TYPE_CHECKING:
-    from randlora.train.infer import Prediction, Tagged
-    from randlora.train.trained import Trained
+    from randlora.train.infer import Answer
+    from randlora.train.trained import Columns, Trained
 
 _ENDINGS = (".csv", ".jsonl")
 _FOUND = ("predicted", "confidence")  # as a run's predictions.jsonl has them
@@ -28,7 +28,7 @@ _FOUND = ("predicted", "confidence")  # as a run's predictions.jsonl has them
 def predict(
     adapter: str = typer.Argument(help="Folder of a run, an adapter or a model."),
     text: list[str] | None = typer.Argument(
-        None, help="Texts, or image files; without them and --data, one a line from stdin."
+        None, help="Texts, or image files; without them and --data, one a line from stdin. Pairs: two by two."
     ),
     data: list[str] | None = typer.Option(
         None, help="Texts or images in data, as for training; labels are not needed."
@@ -36,14 +36,18 @@ def predict(
     output: Path | None = typer.Option(None, help="Write here instead of printing: a .csv or a .jsonl file."),
     model: str | None = typer.Option(None, help="Base model, if it is not where the adapter's config says."),
     task: TaskName | None = typer.Option(None, help="If it is not known."),
-    input_column: str | None = typer.Option(None, help="Column of the texts or images; by default the run's."),
+    input_column: list[str] | None = typer.Option(
+        None, help="Column of the texts or images; by default the run's. Twice for pairs of texts."
+    ),
     batch_size: int = typer.Option(32, min=1, help="Texts at a time."),
     json: bool = typer.Option(False, "--json", help="Print the result as JSON on stdout."),
 ) -> None:
-    """Labels for texts or images, with their probabilities.
+    """Labels for texts or images, with their probabilities; numbers of a regression.
 
-    Printed are label, probability and text or file, separated by tabs; of tags one line for each word, and an empty
-    one after each text. Texts are arguments, or come from --data or stdin.
+    Printed are label, probability and text or file, separated by tabs; several labels are parted by ";" and have the
+    probability of the least certain decision; of tags one line for each word, and an empty one after each text.
+
+    Texts are arguments, or come from --data or stdin. Pairs of texts are two arguments each; on stdin a tab parts them.
 
     A .csv file has the columns of the data, and predicted and confidence beside them; a .jsonl file has the
     probabilities of all labels.
@@ -63,16 +67,21 @@ def predict(
         if output is not None:  # before anything is computed
             _require_writable(output)
         given: Sequence[Any] = [] if data else text or _lines()
+        columns = one_or_several(input_column)
         trained = load_trained(adapter, model, task)
-        rows: Sequence[Mapping[str, Any]] = [{"text": one} for one in given]
         if data:
-            rows, given = _read(trained, data, input_column)
+            rows, given = _read(trained, data, columns)
+        elif isinstance(columns, list) or (columns is None and trained.reads_pairs):
+            given = _pairs(given, from_stdin=not text)
+            rows = [dict(zip(("text", "text_pair"), one, strict=True)) for one in given]
+        else:
+            rows = [{"text": one} for one in given]
         found = list(predict_labels(trained, given, batch_size))
         if output is not None:
             _write(output, rows, found)
             out.print(f"{len(found):,} predictions in {output}", markup=False)
     if json:
-        print_json({"predictions": [asdict(one) for one in found]})
+        print_json({"predictions": [_fields(one) for one in found]})
     elif output is None:
         for one in found:
             _show(one)
@@ -88,7 +97,20 @@ def _lines() -> list[str]:
     return given
 
 
-def _read(trained: Trained, data: list[str], column: str | None) -> tuple[Sequence[Mapping[str, Any]], list[Any]]:
+def _pairs(given: Sequence[str], from_stdin: bool) -> list[tuple[str, str]]:
+    """Pairs of texts: lines with a tab between, or arguments two by two."""
+    if not from_stdin:
+        if len(given) % 2:
+            raise ConfigError(f"the model reads pairs of texts, and {len(given)} texts are no pairs: {given[-1]!r}")
+        return list(zip(given[::2], given[1::2], strict=True))
+    parted = [line.split("\t") for line in given]
+    wrong = next((line for line, parts in zip(given, parted, strict=True) if len(parts) != 2), None)
+    if wrong is not None:
+        raise ConfigError(f"the model reads pairs of texts, parted by a tab; this line has no such: {wrong!r}")
+    return [(one, other) for one, other in parted]
+
+
+def _read(trained: Trained, data: list[str], column: Columns) -> tuple[Sequence[Mapping[str, Any]], list[Any]]:
     """The rows without images, labels by their names, and what is to be labelled in them."""
     from datasets import ClassLabel, Image
 
@@ -116,41 +138,55 @@ def _require_writable(output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _write(output: Path, rows: Sequence[Mapping[str, Any]], found: Sequence[Prediction | Tagged]) -> None:
+def _write(output: Path, rows: Sequence[Mapping[str, Any]], found: Sequence[Answer]) -> None:
     from randlora.tuner.files.atomic import write_text
 
     if output.suffix == ".jsonl":
-        write_text(output, "".join(f"{json_format.dumps(asdict(one), ensure_ascii=False)}\n" for one in found))
+        write_text(output, "".join(f"{json_format.dumps(_fields(one), ensure_ascii=False)}\n" for one in found))
         return
-    taken = [name for name in _FOUND if name in rows[0]]
+    names = list(_cells(found[0]))
+    taken = [name for name in names if name in rows[0]]
     if taken:
         raise ConfigError(f"the data has the columns {taken} already: rename them, or write a .jsonl file")
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, [*rows[0], *_FOUND], lineterminator="\n")
+    writer = csv.DictWriter(table, [*rows[0], *names], lineterminator="\n")
     writer.writeheader()
     for row, one in zip(rows, found, strict=True):
         writer.writerow({**row, **_cells(one)})
     write_text(output, table.getvalue())
 
 
-def _cells(one: Prediction | Tagged) -> dict[str, Any]:
-    """Of tags, the confidence is that of the least certain."""
-    from randlora.train.infer import Prediction
+def _fields(one: Answer) -> dict[str, Any]:
+    """All that is known of an answer; texts that are no pairs have no other text."""
+    return {name: value for name, value in asdict(one).items() if (name, value) != ("text_pair", None)}
 
+
+def _cells(one: Answer) -> dict[str, Any]:
+    """Of tags and of several labels, the confidence is that of the least certain; numbers have none."""
+    from randlora.train.infer import Estimate, Labelled, Prediction
+    from randlora.train.tasks.multi_label import BETWEEN
+
+    if isinstance(one, Estimate):
+        return {"predicted": one.value}
     if isinstance(one, Prediction):
         values: tuple[Any, Any] = one.label, one.probabilities[one.label]
+    elif isinstance(one, Labelled):
+        values = BETWEEN.join(one.labels), min(max(share, 1 - share) for share in one.probabilities.values())
     else:
         values = " ".join(one.labels), min(one.probabilities, default=1.0)
     return dict(zip(_FOUND, values, strict=True))
 
 
-def _show(one: Prediction | Tagged) -> None:
+def _show(one: Answer) -> None:
     """With tabs, which rich would expand."""
-    from randlora.train.infer import Prediction
+    from randlora.train.infer import Estimate, Tagged
 
-    if isinstance(one, Prediction):
-        print(f"{one.label}\t{one.probabilities[one.label]:.3f}\t{one.text}")
+    if isinstance(one, Tagged):
+        for word, label, share in zip(one.words, one.labels, one.probabilities, strict=True):
+            print(f"{label}\t{share:.3f}\t{word}")
+        print()
         return
-    for word, label, share in zip(one.words, one.labels, one.probabilities, strict=True):
-        print(f"{label}\t{share:.3f}\t{word}")
-    print()
+    label, *confidence = _cells(one).values()
+    first = f"{label:.6g}" if isinstance(one, Estimate) else label
+    texts = [one.text] if one.text_pair is None else [one.text, one.text_pair]
+    print("\t".join([first, *(f"{share:.3f}" for share in confidence), *texts]))

@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Collection, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import typer
 from pydantic.fields import FieldInfo
@@ -17,7 +17,10 @@ from randlora.cli.console import answering, print_json
 from randlora.text import byte_text
 from randlora.train.settings import TrainSettings, load_settings
 
-_SHOWN = ("loss", "accuracy", "macro_f1", "f1", "perplexity", "rewards/accuracies", "rewards/margins")
+_SHOWN = (
+    *("loss", "accuracy", "micro_f1", "macro_f1", "exact_match", "f1", "perplexity"),
+    *("rmse", "r2", "pearson", "spearman", "rewards/accuracies", "rewards/margins"),
+)
 _NO = "no_"
 _SHORT = {"learning_rate": ("--lr",)}
 _PANELS = {
@@ -96,17 +99,21 @@ def _train(settings: TrainSettings, out: Console) -> dict[str, Any]:
 def _dry_run(settings: TrainSettings, out: Console) -> dict[str, Any]:
     import yaml
 
+    from randlora.train.data import with_task_of_labels
     from randlora.train.resume import checkpoint_to_resume
     from randlora.train.run import resolve
+    from randlora.train.stream import Stream
 
+    settings = with_task_of_labels(settings)
     checkpoint = checkpoint_to_resume(settings)
     run = resolve(settings)
     total = sum(p.numel() for p in run.model.parameters())
+    examples = None if isinstance(run.data.train, Stream) else len(run.data.train)
     found: dict[str, Any] = {
         "settings": settings.resolved(),
         "trainable_parameters": run.trainable_parameters,
         "total_parameters": total,
-        "training_examples": len(run.data.train),
+        "training_examples": examples,
         "evaluation_examples": len(run.data.evaluation),
         "labels": run.data.labels,
         "resumes": None if checkpoint is None else str(checkpoint),
@@ -117,8 +124,8 @@ def _dry_run(settings: TrainSettings, out: Console) -> dict[str, Any]:
     if checkpoint is not None:
         out.print(f"It would go on from {checkpoint}.", markup=False)
     out.print(
-        f"{run.trainable_parameters:,} of {total:,} parameters would train, on {len(run.data.train):,} examples, "
-        f"evaluated on {len(run.data.evaluation):,}."
+        f"{run.trainable_parameters:,} of {total:,} parameters would train, on "
+        f"{'a stream of' if examples is None else f'{examples:,}'} examples, evaluated on {len(run.data.evaluation):,}."
     )
     if "peak_bytes" in found:
         out.print(
@@ -131,9 +138,14 @@ def _dry_run(settings: TrainSettings, out: Console) -> dict[str, Any]:
 
 def _predicted(settings: TrainSettings, labels: int) -> dict[str, Any]:
     """Memory and cost of a step as ``randlora plan`` predicts them; nothing where it does not."""
+    from randlora.train.tasks import TASKS
+
     traced = settings.quantization == "none" and not settings.gradient_checkpointing and not settings.bf16
-    task = "causal-lm" if settings.task == "chat" else settings.task
-    if settings.method != "randlora" or task not in ("causal-lm", "sequence-classification") or not traced:
+    kind = TASKS[settings.task].model_type
+    known: dict[str, Literal["causal-lm", "sequence-classification"]]
+    known = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification"}
+    task = known.get(kind)
+    if settings.method != "randlora" or task is None or not traced:
         return {}
     from randlora.analysis.budget import Budget, Setup, plan_training
     from randlora.ops.bases import choices_of
@@ -146,7 +158,7 @@ def _predicted(settings: TrainSettings, labels: int) -> dict[str, Any]:
         groups=settings.groups,
         batch_size=settings.batch_size,
         length=settings.max_length,
-        num_labels=max(labels, 2),
+        num_labels=labels or 2,
     )
     chosen = plan_training(setup, Budget(r=settings.r)).chosen
     if chosen.peak_bytes is None or chosen.cost is None:

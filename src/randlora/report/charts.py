@@ -55,6 +55,24 @@ def metrics(runs: Sequence[Run]) -> list[Entry]:
     return charts
 
 
+def predicted(runs: Sequence[Run]) -> list[Entry]:
+    """Return a chart of numbers that were predicted against the right ones, of the runs that have such."""
+    lines: list[Entry] = []
+    for index, run in enumerate(runs):
+        pairs = [(number(one.get("label")), number(one.get("predicted"))) for one in run.examples]
+        points = [pair for pair in pairs if not any(map(math.isnan, pair))]
+        width = math.ceil(len(points) / MOST_POINTS) or 1
+        shown = [[short(value) for value in values] for values in zip(*points[::width], strict=True)]
+        if shown:
+            lines.append({"run": index, "x": shown[0], "y": shown[1], "width": width})
+    if not lines:
+        return []
+    most = max(one["width"] for one in lines)
+    note = f"One of {most} evaluation examples is shown." if most > 1 else ""
+    chart = {"id": "predicted", "kind": "points", "title": "Predicted against true", "x": "label", "y": "predicted"}
+    return [{**chart, "lines": lines, "note": note}]
+
+
 def line(run: int, entries: Sequence[Entry], key: str, factor: float = 1.0) -> Entry:
     """One value over the steps, averaged over groups of neighbours where there are more than ``MOST_POINTS``.
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from statistics import fmean, median
+from statistics import fmean, median, pvariance
 from typing import Any
 
 import numpy as np
@@ -72,22 +72,32 @@ class Comparison:
         self._forgotten = forgotten
         first = self.methods[0].runs[0]
         for run in (run for method in self.methods for run in method.runs):
-            if not run.examples or [e.get("text") for e in run.examples] != [e.get("text") for e in first.examples]:
+            if not run.examples or _texts(run) != _texts(first):
                 raise ConfigError(f"{run.folder}: its predictions are not of the examples of {first.folder}")
         self.seeds = len(self.methods[0].runs)
         self.examples = len(first.examples)
         self._weights = np.array([number(one.get("tokens", 1)) for one in first.examples])
-        self._values = {one.label: np.array([_values(run) for run in one.runs]) for one in self.methods}
+        self._values = {one.label: np.array([self._of(run) for run in one.runs]) for one in self.methods}
 
     @cached_property
+    def score_name(self) -> str:
+        """What is compared: right answers are counted, or errors and losses taken."""
+        example = self.methods[0].runs[0].examples[0]
+        if "predicted" not in example:
+            return "loss"
+        if isinstance(example["predicted"], list):
+            return "exact match"
+        return "accuracy" if isinstance(example["predicted"], str) else "R²"
+
+    @property
     def is_share(self) -> bool:
-        """Whether right answers are counted, rather than losses taken."""
-        return "predicted" in self.methods[0].runs[0].examples[0]
+        """Whether right answers are counted."""
+        return self.score_name in ("accuracy", "exact match")
 
     @property
     def columns(self) -> list[str]:
         """Heads of the table."""
-        score = "accuracy (95%)" if self.is_share else "loss (95%)"
+        score = f"{self.score_name} (95%)"
         forgotten = [self._forgotten] if self._forgotten else []
         return ["method", "learning rate", "trainable", score, *forgotten, "s/step", "peak memory", "saved"]
 
@@ -122,7 +132,9 @@ class Comparison:
                     "learning_rate": one.rate,
                     "enclosed": one.enclosed,
                     "trainable": one.trainable,
-                    "accuracy" if self.is_share else "loss": asdict(self.score(one)),
+                    {"exact match": "exact_match", "R²": "r2"}.get(self.score_name, self.score_name): asdict(
+                        self.score(one)
+                    ),
                     "forgotten": one.forgotten,
                     "lora": one.lora,
                     "runs": [str(run.folder) for run in one.runs],
@@ -143,7 +155,7 @@ class Comparison:
 
     def difference(self, ours: Method, other: Method, confidence: float = 0.95) -> Difference:
         """Return how much better ``ours`` is."""
-        sign = 1 if self.is_share else -1
+        sign = -1 if self.score_name == "loss" else 1
         values = sign * (self._values[ours.label] - self._values[other.label])
         return Difference(ours, other, crossed_interval(values, self._weights, confidence))
 
@@ -207,8 +219,12 @@ class Comparison:
             said.append(
                 f"The rate of {_labels(edge)} is the last that was tried on its side: a better one may lie beyond."
             )
+        if self.score_name == "R²":
+            blind = [one for one in self.methods if self.score(one).low <= 0]
+            if blind:
+                said.append(f"Not surely better than always saying the mean, of which R² is 0: {_labels(blind)}.")
         if self.is_share and "label" in (examples := self.methods[0].runs[0].examples)[0]:
-            label, count = Counter(str(one["label"]) for one in examples).most_common(1)[0]
+            label, count = Counter(_label(one["label"]) for one in examples).most_common(1)[0]
             share = count / len(examples)
             blind = [one for one in self.methods if self.score(one).low <= share]
             if blind and "correct" not in examples[0]:
@@ -234,7 +250,7 @@ class Comparison:
         ]
 
     def _goodness(self, method: Method) -> float:
-        return self.score(method).mean * (1 if self.is_share else -1)
+        return self.score(method).mean * (-1 if self.score_name == "loss" else 1)
 
     def _text(self, score: Interval) -> str:
         if self.is_share:
@@ -248,7 +264,11 @@ class Comparison:
         return f"{'+' if gain.mean > 0 else ''}{self._amount(gain.mean)} ({low} to {high})"
 
     def _amount(self, value: float) -> str:
-        return f"{100 * value:.1f} points" if self.is_share else f"{value:.4f} of the loss"
+        return (
+            f"{100 * value:.1f} points"
+            if self.is_share
+            else f"{value:.4f} of {'R²' if self.score_name == 'R²' else 'the loss'}"
+        )
 
     def _lost(self, values: Sequence[float]) -> str:
         if not values:
@@ -257,10 +277,24 @@ class Comparison:
         mean, low, high = (form.format(one) for one in (fmean(values), min(values), max(values)))
         return f"{mean} ({low.rstrip('%')}–{high.rstrip('%')})"
 
+    def _of(self, run: Run) -> list[float]:
+        """Of each example: whether it was right, or its share of tokens that were; where there are no labels, its loss.
 
-def _values(run: Run) -> list[float]:
-    """Of each example: whether it was right, or its share of tokens that were; where there are no labels, its loss."""
-    return [_value(example) for example in run.examples]
+        Of numbers, the mean over examples is R²: 1 less each squared error in units of the labels' variance.
+        """
+        if self.score_name != "R²":
+            return [_value(example) for example in run.examples]
+        labels = [number(example["label"]) for example in run.examples]
+        variance = pvariance(labels) or 1.0
+        return [1 - number(example["loss"]) / variance for example in run.examples]
+
+
+def _texts(run: Run) -> list[tuple[Any, Any]]:
+    return [(example.get("text"), example.get("text_pair")) for example in run.examples]
+
+
+def _label(value: object) -> str:
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _value(example: Entry) -> float:

@@ -37,10 +37,45 @@ class Confusion:
 
 def confusion(examples: Sequence[Entry]) -> Confusion | None:
     """Of all examples; ``None`` where they have no labels, or more than ``MOST_LABELS``."""
-    pairs = Counter(
-        (str(one["label"]), str(one["predicted"])) for one in examples if {"label", "predicted"} <= one.keys()
-    )
+    found = [(one.get("label"), one.get("predicted")) for one in examples]
+    pairs = Counter((one, other) for one, other in found if isinstance(one, str) and isinstance(other, str))
     labels = tuple(sorted({label for pair in pairs for label in pair}))
     if not 1 < len(labels) <= MOST_LABELS:
         return None
     return Confusion(labels, tuple(tuple(pairs[row, column] for column in labels) for row in labels))
+
+
+@dataclass(frozen=True)
+class Share:
+    """One label of examples that have any number of labels.
+
+    Attributes:
+        label: its name.
+        there: examples that have it.
+        given: examples that were given it.
+        right: examples of both kinds.
+    """
+
+    label: str
+    there: int
+    given: int
+    right: int
+
+    @property
+    def f1(self) -> float:
+        """Twice the right ones by those there and those given."""
+        return 2 * self.right / (self.there + self.given)
+
+
+def shares(examples: Sequence[Entry]) -> list[Share]:
+    """Return what is known of each label, most frequent first; nothing where examples have no lists of labels."""
+    there, given, right = Counter[str](), Counter[str](), Counter[str]()
+    for one in examples:
+        wanted, guessed = one.get("label"), one.get("predicted")
+        if isinstance(wanted, list) and isinstance(guessed, list):
+            names = set(map(str, wanted)), set(map(str, guessed))
+            there.update(names[0])
+            given.update(names[1])
+            right.update(names[0] & names[1])
+    labels = sorted({*there, *given}, key=lambda name: (-there[name], name))
+    return [Share(name, there[name], given[name], right[name]) for name in labels]

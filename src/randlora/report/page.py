@@ -21,9 +21,9 @@ import randlora
 from randlora.errors import ConfigError
 from randlora.report import charts
 from randlora.report.comparison import Comparison
-from randlora.report.confusion import confusion
+from randlora.report.confusion import confusion, shares
 from randlora.report.runs import Entry, Run, number, read_runs
-from randlora.report.summary import COLUMNS, summary
+from randlora.report.summary import COLUMNS, METRICS, summary
 from randlora.report.updates import Updates, measure_updates
 from randlora.tuner.files.atomic import write_text
 
@@ -69,8 +69,14 @@ def render(runs: Sequence[Run], updates: Sequence[Updates], comparison: Comparis
     """The page. What comes from runs is escaped: as text by the template, as data by ``_data``."""
     asset = files("randlora.report") / "assets"
     plotly, script = get_plotlyjs(), (asset / "report.js").read_text(encoding="utf-8")
-    plots = charts.curves(runs), charts.metrics(runs)
+    plots = charts.curves(runs), [*charts.metrics(runs), *charts.predicted(runs)]
     layers = charts.layers(updates)
+    sections = [_section(run, one) for run, one in zip(runs, updates, strict=True)]
+    places = [  # of metrics, only those that a run has
+        place
+        for place, name in enumerate(COLUMNS)
+        if name not in METRICS or any(section["cells"][place].text != "–" for section in sections)
+    ]
     data = {"runs": [run.name for run in runs], "charts": [*plots[0], *plots[1]], "layers": layers}
     template = Environment(
         loader=PackageLoader("randlora.report", "assets"), autoescape=True, undefined=StrictUndefined
@@ -85,8 +91,8 @@ def render(runs: Sequence[Run], updates: Sequence[Updates], comparison: Comparis
         script=script,
         data=_data(data),
         comparison=comparison,
-        columns=COLUMNS,
-        runs=[_section(run, one) for run, one in zip(runs, updates, strict=True)],
+        columns=[COLUMNS[place] for place in places],
+        runs=[{**section, "cells": [section["cells"][place] for place in places]} for section in sections],
         curves=plots[0],
         metrics=plots[1],
         layers=layers,
@@ -113,6 +119,7 @@ def _section(run: Run, updates: Updates) -> Entry:
         "cells": summary(run),
         "remarks": [remark for remark in said if remark],
         "confusion": matrix,
+        "shares": shares(run.examples),
         "worst": _worst(run.examples),
         "examples": len(run.examples),
         "classified": any("label" in example for example in run.examples),
@@ -131,14 +138,26 @@ def _worst(examples: Sequence[Entry]) -> list[_Example]:
 
     return [
         _Example(
-            text=_cut(str(example.get("text", ""))),
-            label=str(example.get("label", "")),
-            predicted=str(example.get("predicted", "")),
-            confidence=_form(example.get("confidence"), ".1%"),
+            text=_cut(_text(example)),
+            label=_answer(example.get("label", "")),
+            predicted=_answer(example.get("predicted", "")),
+            confidence=_form(example["confidence"], ".1%") if "confidence" in example else "–",
             loss=_form(example.get("loss"), ".3f"),
         )
         for example in sorted(examples, key=badness, reverse=True)[:WORST]
     ]
+
+
+def _text(example: Entry) -> str:
+    """Return the text; of a pair, both."""
+    return " | ".join(str(example[name]) for name in ("text", "text_pair") if name in example)
+
+
+def _answer(value: object) -> str:
+    """Return a label, a list of them or a number as text."""
+    if isinstance(value, list):
+        return "; ".join(map(str, value)) or "–"
+    return str(value) if isinstance(value, str) else format(number(value), ".4g")
 
 
 def _form(value: object, form: str) -> str:

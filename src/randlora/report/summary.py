@@ -18,12 +18,20 @@ COLUMNS = (
     "training loss",
     "evaluation loss",
     "accuracy (95%)",
+    "micro-F1",
     "macro-F1",
+    "exact match",
+    "R²",
+    "RMSE",
+    "Pearson",
+    "Spearman",
     "perplexity",
     "s/step",
     "peak memory",
     "saved",
 )
+METRICS = COLUMNS[COLUMNS.index("accuracy (95%)") : COLUMNS.index("s/step")]
+"""Columns of which each task has its own."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,13 @@ def summary(run: Run) -> list[Cell]:
         _cell(_mean_loss(run), ".4f"),
         _cell(number(last.get("eval_loss")), ".4f"),
         _accuracy(number(last.get("eval_accuracy", last.get("eval_rewards/accuracies"))), len(run.examples)),
+        _cell(number(last.get("eval_micro_f1")), ".1%"),
         _cell(number(last.get("eval_macro_f1")), ".1%"),
+        _cell(number(last.get("eval_exact_match")), ".1%"),
+        _cell(number(last.get("eval_r2")), ".3f"),
+        _cell(number(last.get("eval_rmse")), ".4g"),
+        _cell(number(last.get("eval_pearson")), ".3f"),
+        _cell(number(last.get("eval_spearman")), ".3f"),
         _cell(number(last.get("eval_perplexity")), ",.2f"),
         _cell(_seconds(run), ".3g"),
         _bytes(_memory(run)),

@@ -54,17 +54,18 @@ def _when(settings: TrainSettings) -> dict[str, Any]:
     """When to evaluate and to write checkpoints; the best one is only known where both are done."""
     best = settings.best_metric
     evaluate = "steps" if settings.eval_steps else "epoch" if best else "no"
-    save = "steps" if settings.save_steps or (best and settings.eval_steps) else "epoch"
+    save = "steps" if settings.save_steps or settings.streaming or (best and settings.eval_steps) else "epoch"
+    tenth = max(1, (settings.max_steps or 0) // 10)  # of a run on a stream, which has no epochs
     found = {
         "eval_strategy": evaluate,
         "eval_steps": settings.eval_steps,
         "save_strategy": save,
-        "save_steps": settings.save_steps or settings.eval_steps or 500,
+        "save_steps": settings.save_steps or settings.eval_steps or tenth,
     }
     if best:
         found |= {
             "load_best_model_at_end": True,
             "metric_for_best_model": best,
-            "greater_is_better": best not in ("loss", "perplexity"),
+            "greater_is_better": best not in ("loss", "perplexity", "rmse"),
         }
     return found

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from randlora.errors import ConfigError, RandLoraError
 from randlora.train.compare_settings import CompareSettings
+from randlora.train.data import with_task_of_labels
 from randlora.train.forgetting import Forgetting
 from randlora.train.own_process import train_in_own_process
 from randlora.train.run import train
@@ -108,7 +109,9 @@ def prepare(settings: CompareSettings, resume: bool, say: Say) -> Prepared:
     begin = monotonic()
     folder = Path(settings.output_dir)
     _claim(folder, settings, resume)
-    shared = keep_split(settings.of_run(), folder / "data").model_copy(update={"report_to": ["none"]})
+    shared = keep_split(with_task_of_labels(settings.of_run()), folder / "data").model_copy(
+        update={"report_to": ["none"]}
+    )
     rows = {name: len(load_from_disk(str(folder / "data" / name))) for name in (TRAINING, EVALUATION)}
     if rows[EVALUATION] < 2:
         raise ConfigError("the evaluation data has a single row: nothing can be said of the spread")

@@ -54,6 +54,8 @@ class CompareSettings(TrainSettings):
         decided = sorted(self.model_fields_set & set(DECIDED))
         if decided:
             raise ValueError(f"{', '.join(decided)}: a comparison decides these itself; leave them out")
+        if self.streaming:
+            raise ValueError("streaming=True: a comparison keeps its data for all its runs; leave it out")
         if not {"randlora", "structured"} & set(self.methods):
             raise ValueError(f"methods={self.methods}: the question is whether RandLoRA helps; add randlora")
         return self

@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 
 from randlora.errors import ConfigError
 from randlora.train.files import kind_of, read_file
-from randlora.train.settings import TrainSettings
+from randlora.train.settings import TaskName, TrainSettings, read_settings
+from randlora.train.stream import MOST_EVALUATED, Stream, as_stream
 from randlora.train.tasks import TASKS
 
 _EVALUATION_SPLITS = ("validation", "test")
 Source: TypeAlias = str | Sequence[str]
 """A file, a folder or a name on the hub; or several."""
+_Rows: TypeAlias = Dataset | IterableDataset
+_Read: TypeAlias = _Rows | DatasetDict | IterableDatasetDict
 
 
 class Data(NamedTuple):
     """What a run trains and evaluates on.
 
     Attributes:
-        train: the columns of the task, labels as numbers.
+        train: the columns of the task, labels as numbers; or a stream of rows of which none was read.
         evaluation: the same columns, none of its rows trained on.
         labels: names of the labels in the order of their numbers; empty for language.
     """
 
-    train: Dataset
+    train: Dataset | Stream
     evaluation: Dataset
     labels: list[str]
 
@@ -40,8 +56,12 @@ def load_data(settings: TrainSettings) -> Data:
     Raises:
         ConfigError: if data, a split or a column is missing, empty or malformed.
     """
+    if settings.streaming:
+        return _load_stream(settings)
     task = TASKS[settings.task]
-    train, evaluation = _training(settings)
+    parts, part = _training(settings)
+    train = _joined([_checked(rows, settings, source) for rows, source in parts], settings.data)
+    evaluation = None if part is None else _checked(part, settings, str(settings.data))
     if settings.eval_data is not None:
         evaluation = load_rows(settings.eval_data, settings)
     labels = task.labels(train)
@@ -79,28 +99,86 @@ def load_rows(source: Source, settings: TrainSettings) -> Dataset:
     return _joined(tables, source)
 
 
-def _training(settings: TrainSettings) -> tuple[Dataset, Dataset | None]:
-    """The training data; and what evaluates it, where the same source has that."""
-    tables, evaluation = [], None
+def with_task_of_labels(settings: TrainSettings) -> TrainSettings:
+    """Return ``settings`` with the task that the labels ask for: one label for each text is not all there is.
+
+    Numbers with a fraction are a regression; lists, or several columns, are several labels. That is said.
+
+    Raises:
+        ConfigError: if the data cannot be read, or a setting does not go with the task.
+    """
+    if settings.task != "sequence-classification":
+        return settings
+    column = settings.label_column or "label"
+    found = _task_of_labels(column, settings)
+    if found is None:
+        return settings
+    warnings.warn(f"the labels in {column!r} make this a task={found!r}", stacklevel=2)
+    return read_settings(TrainSettings, None, settings.model_dump() | {"task": found})
+
+
+def _task_of_labels(column: str | list[str], settings: TrainSettings) -> TaskName | None:
+    if isinstance(column, list):
+        return "multi-label-classification"
+    rows, source = _training(settings)[0][0]
+    if isinstance(rows, IterableDataset):
+        rows = as_stream(rows, source, settings).unchecked()
+    feature = rows.features.get(column)
+    if isinstance(feature, List):
+        return "multi-label-classification"
+    is_float = isinstance(feature, Value) and feature.dtype.startswith(("float", "double", "decimal"))
+    if is_float and any(value is not None and math.isfinite(value) and value % 1 for value in rows[column]):
+        return "regression"
+    return None
+
+
+def _load_stream(settings: TrainSettings) -> Data:
+    """The training data not read yet; a limited part evaluates."""
+    task = TASKS[settings.task]
+    parts, part = _training(settings)
+    if len(parts) > 1 and not task.counts_tokens:
+        raise ConfigError(f"data={settings.data}: streaming reads images from one source")
+    try:
+        rows = parts[0][0] if len(parts) == 1 else concatenate_datasets([rows for rows, _ in parts])
+    except ValueError as error:
+        raise ConfigError(f"{settings.data} do not fit together: {error}") from None
+    local = all(Path(source).exists() for _, source in parts)
+    train = as_stream(rows, parts[0][1], settings).named(local)
+    most = settings.max_eval_samples or MOST_EVALUATED
+    if settings.eval_data is not None:
+        sources = [(_one_split(_read(one, settings), one, settings), one) for one in _sources(settings.eval_data)]
+        evaluation = _joined([as_stream(*one, settings).first(most) for one in sources], settings.eval_data)
+        evaluation = evaluation.select(range(min(most, len(evaluation))))
+    elif part is not None:
+        evaluation = as_stream(part, parts[0][1], settings).first(most)
+    else:
+        train, evaluation = train.without_evaluation(most)
+    labels = list(train.labels)
+    return Data(train, task.encode(evaluation, labels), labels)
+
+
+def _training(settings: TrainSettings) -> tuple[list[tuple[_Rows, str]], _Rows | None]:
+    """The training data, each part with its source; and what evaluates it, where a single source has that."""
+    parts, evaluation = [], None
     sources = _sources(settings.data)
     for source in sources:
         rows = _read(source, settings)
-        if isinstance(rows, DatasetDict):
+        if isinstance(rows, dict):
             wanted = settings.split or "train"
             if wanted not in rows:
                 raise ConfigError(f"data={source!r} has no split {wanted!r}, only {sorted(rows)}: name one by split")
             if len(sources) == 1 and settings.eval_data is None:
                 evaluation = _evaluation_split(rows, source, settings)
             rows = rows[wanted]
-        tables.append(_checked(rows, settings, source))
-    return _joined(tables, settings.data), evaluation
+        parts.append((rows, source))
+    return parts, evaluation
 
 
-def _evaluation_split(data: DatasetDict, source: str, settings: TrainSettings) -> Dataset | None:
+def _evaluation_split(data: dict[str, _Rows], source: str, settings: TrainSettings) -> _Rows | None:
     wanted = [name for name in _evaluation_names(settings) if name in data and name != (settings.split or "train")]
     if settings.eval_split is not None and not wanted:
         raise ConfigError(f"data={source!r} has no split {settings.eval_split!r} to evaluate on, only {sorted(data)}")
-    return _checked(data[wanted[0]], settings, source) if wanted else None
+    return data[wanted[0]] if wanted else None
 
 
 def _evaluation_names(settings: TrainSettings) -> tuple[str, ...]:
@@ -134,22 +212,27 @@ def _limited(rows: Dataset, most: int | None, settings: TrainSettings) -> Datase
     return rows.select(np.sort(kept))
 
 
-def _read(source: str, settings: TrainSettings) -> Dataset | DatasetDict:
+def _read(source: str, settings: TrainSettings) -> _Read:
     path = Path(source)
     if path.is_dir():
         return _read_folder(source, settings)
     if path.exists() or kind_of(path) is not None:
-        return read_file(source, settings.encoding)
+        return read_file(source, settings.encoding, settings.streaming)
     try:
-        return load_dataset(source, settings.data_config, trust_remote_code=settings.trust_remote_code or None)
+        return load_dataset(
+            source,
+            settings.data_config,
+            streaming=settings.streaming,
+            trust_remote_code=settings.trust_remote_code or None,
+        )
     except Exception as error:  # the hub's client raises many kinds
         raise ConfigError(
             f"{source!r} is no local file or folder, and no dataset of the hub that can be loaded: {error}"
         ) from error
 
 
-def _one_split(data: Dataset | DatasetDict, source: str, settings: TrainSettings) -> Dataset:
-    if isinstance(data, Dataset):
+def _one_split(data: _Read, source: str, settings: TrainSettings) -> Any:
+    if not isinstance(data, dict):
         return data
     names = (*_evaluation_names(settings), *(() if settings.eval_split else ("train",)))
     for name in names:
@@ -158,13 +241,13 @@ def _one_split(data: Dataset | DatasetDict, source: str, settings: TrainSettings
     raise ConfigError(f"{source!r} has none of the splits {names}, only {sorted(data)}: name one by eval_split")
 
 
-def _read_folder(source: str, settings: TrainSettings) -> Dataset | DatasetDict:
+def _read_folder(source: str, settings: TrainSettings) -> _Read:
     """What `datasets` saved; or images, whose folders are their labels."""
     saved = any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
         if settings.task == "image-classification" and not saved:
-            return load_dataset("imagefolder", data_dir=source)
-        return load_from_disk(source)
+            return load_dataset("imagefolder", data_dir=source, streaming=settings.streaming)
+        saved_rows = load_from_disk(source)
     except Exception as error:  # the readers raise whatever their parsers raise
         saved_by = "not one that datasets' save_to_disk wrote"
         reason = (
@@ -173,6 +256,11 @@ def _read_folder(source: str, settings: TrainSettings) -> Dataset | DatasetDict:
             else f"{saved_by}; a folder of images needs task='image-classification'"
         )
         raise ConfigError(f"{source!r} is a folder, but {reason}") from None
+    if not settings.streaming:
+        return saved_rows
+    if isinstance(saved_rows, Dataset):
+        return saved_rows.to_iterable_dataset()
+    return IterableDatasetDict({name: rows.to_iterable_dataset() for name, rows in saved_rows.items()})
 
 
 def _require_rows(rows: Dataset, source: str) -> None:
@@ -180,7 +268,7 @@ def _require_rows(rows: Dataset, source: str) -> None:
         raise ConfigError(f"{source!r} holds no rows")
 
 
-def _checked(rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
+def _checked(rows: Any, settings: TrainSettings, source: str) -> Dataset:
     _require_rows(rows, source)
     return TASKS[settings.task].read(rows, settings, source)
 

@@ -6,17 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset, load_dataset
 
 from randlora.errors import ConfigError
 
-_READERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    ".csv": (Dataset.from_csv, {}),
-    ".tsv": (Dataset.from_csv, {"sep": "\t"}),
-    ".jsonl": (Dataset.from_json, {}),
-    ".json": (Dataset.from_json, {}),
-    ".parquet": (Dataset.from_parquet, {}),
-    ".txt": (Dataset.from_text, {}),  # a text each line, in the column `text`
+_READERS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
+    # how all of it is read, and by which of datasets' readers a part
+    ".csv": (Dataset.from_csv, "csv", {}),
+    ".tsv": (Dataset.from_csv, "csv", {"sep": "\t"}),
+    ".jsonl": (Dataset.from_json, "json", {}),
+    ".json": (Dataset.from_json, "json", {}),
+    ".parquet": (Dataset.from_parquet, "parquet", {}),
+    ".txt": (Dataset.from_text, "text", {}),  # a text each line, in the column `text`
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
@@ -27,12 +28,13 @@ def kind_of(path: Path) -> str | None:
     return name.suffix.lower() if name.suffix.lower() in _READERS else None
 
 
-def read_file(source: str, encoding: str | None) -> Dataset:
+def read_file(source: str, encoding: str | None, streaming: bool = False) -> Dataset | IterableDataset:
     """The rows of a file.
 
     Args:
         source: its path.
         encoding: of its text; UTF-8 if ``None``.
+        streaming: whether to read them as they are asked for, and to keep none.
 
     Raises:
         ConfigError: if it is not there, of an unknown kind, or cannot be read.
@@ -46,10 +48,12 @@ def read_file(source: str, encoding: str | None) -> Dataset:
         )
     if not path.is_file():
         raise ConfigError(f"there is no data file {source!r}")
-    read, arguments = _READERS[kind]
+    read, reader, arguments = _READERS[kind]
     if encoding is not None and kind != ".parquet":
         arguments = {**arguments, "encoding": encoding}
     try:
+        if streaming:
+            return load_dataset(reader, data_files=source, split="train", streaming=True, **arguments)
         return read(source, **arguments)
     except Exception as error:  # the readers raise whatever their parsers raise
         raise ConfigError(f"cannot read the data file {source!r}: {_reason(error, encoding)}") from error

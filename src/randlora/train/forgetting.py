@@ -18,6 +18,7 @@ from randlora.train.data import load_rows
 from randlora.train.infer import predict
 from randlora.train.settings import TrainSettings
 from randlora.train.tasks import TASKS, Preference
+from randlora.train.tasks.texts import Texts
 from randlora.train.trained import Trained, load_trained
 
 NEAREST = 10
@@ -41,10 +42,10 @@ class Forgetting:
 
     def __init__(self, settings: TrainSettings, other_data: str) -> None:
         self._language = TASKS[settings.task].model_type == "CAUSAL_LM"
-        if not self._language and settings.task != "sequence-classification":
+        if not self._language and not isinstance(TASKS[settings.task], Texts):
             raise ConfigError(f"other_data={other_data!r}: forgetting is measured on texts, not for {settings.task}")
         plain = not self._language or isinstance(TASKS[settings.task], Preference)  # no labels, no pairs needed
-        reader = settings.model_copy(update={"task": "causal-lm"}) if plain else settings
+        reader = _reader_of_texts(settings) if plain else settings
         rows = load_rows(other_data, reader).shuffle(seed=0)
         self._rows: Dataset = rows.select(range(min(len(rows), _MOST)))
         self._settings, self._reader = settings, reader
@@ -99,3 +100,10 @@ class Forgetting:
             vectors.append(functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
         unit = torch.cat(vectors)
         return (unit @ unit.T).fill_diagonal_(-1).topk(NEAREST).indices
+
+
+def _reader_of_texts(settings: TrainSettings) -> TrainSettings:
+    """Settings that read the texts alone, without labels; of pairs the first."""
+    column = settings.input_column
+    first = column[0] if isinstance(column, list) else column
+    return settings.model_copy(update={"task": "causal-lm", "input_column": first})

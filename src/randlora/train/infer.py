@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import TextStreamer, Trainer, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
@@ -20,8 +21,10 @@ from randlora.train.rewards import reward_trainer
 from randlora.train.tasks import TASKS, Outcome, Preference, Task
 from randlora.train.tasks.chat import Chat, end_of_turn, templated, tokens_of
 from randlora.train.tasks.language import prompt_tokens
+from randlora.train.tasks.multi_label import THRESHOLD
+from randlora.train.tasks.texts import Texts
 from randlora.train.tasks.token import first_pieces
-from randlora.train.trained import Trained
+from randlora.train.trained import Columns, Trained
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,45 @@ class Prediction:
         text: the text; the path of the image.
         label: the most probable label.
         probabilities: by label.
+        text_pair: the other text of a pair.
     """
 
     text: str
     label: str
     probabilities: dict[str, float]
+    text_pair: str | None = None
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What a classifier that gives any number of labels says of a text.
+
+    Attributes:
+        text: the text.
+        labels: those with a probability above a half.
+        probabilities: of each label for itself.
+        text_pair: the other text of a pair.
+    """
+
+    text: str
+    labels: list[str]
+    probabilities: dict[str, float]
+    text_pair: str | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The number that a regression gives to a text.
+
+    Attributes:
+        text: the text.
+        value: in the unit of the labels that it was trained on.
+        text_pair: the other text of a pair.
+    """
+
+    text: str
+    value: float
+    text_pair: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,28 +101,34 @@ class Score:
         task: what was asked of it.
         examples: texts or images; chunks of tokens for language.
         outcome: metrics and counts.
+        intervals: of 95%, of metrics by name; where ``outcome`` has counts of right answers, they tell the interval.
     """
 
     task: str
     examples: int
     outcome: Outcome
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
-def predict_labels(trained: Trained, given: Sequence[Any], batch_size: int = 32) -> Iterator[Prediction | Tagged]:
-    """Labels of texts, or of images, in their order.
+Answer: TypeAlias = Prediction | Labelled | Estimate | Tagged
+
+
+def predict_labels(trained: Trained, given: Sequence[Any], batch_size: int = 32) -> Iterator[Answer]:
+    """Labels of texts, or of images, in their order; numbers, where a regression gives such.
 
     Args:
         trained: the model.
-        given: texts; or names of image files, or images as ``datasets`` holds them, with ``path`` and ``bytes``.
+        given: texts, or pairs of texts as tuples; or names of image files, or images as ``datasets`` holds them, with
+            ``path`` and ``bytes``.
         batch_size: as many at a time.
 
     Raises:
         ConfigError: if the model is no classifier, or a file no image.
     """
-    if trained.task == "sequence-classification":
-        return _labelled(trained, given, batch_size, lambda batch: _tokens(trained, batch))
+    if isinstance(TASKS[trained.task], Texts):
+        return _answers(trained, given, batch_size, lambda batch: _tokens(trained, batch))
     if trained.task == "image-classification":
-        return _labelled(trained, given, batch_size, lambda batch: _pixels(trained, batch))
+        return _answers(trained, given, batch_size, lambda batch: _pixels(trained, batch))
     if trained.task == "token-classification":
         return _tagged(trained, given, batch_size)
     raise ConfigError(f"predict is for classifiers, and the model in {trained.path} is for {trained.task}")
@@ -117,8 +160,8 @@ def score(
     trained: Trained,
     data: Source | None = None,
     batch_size: int = 32,
-    input_column: str | None = None,
-    label_column: str | None = None,
+    input_column: Columns = None,
+    label_column: Columns = None,
 ) -> Score:
     """Scores a model on data.
 
@@ -144,8 +187,8 @@ def score(
     kind = reward_trainer(task, trained, settings) if isinstance(task, Preference) else Trainer
     examples = task.prepare(rows, trained.processor, settings)
     found = predict(trained.model, examples, task, trained.processor, batch_size, kind)
-    outcome = task.outcome(np.asarray(found.predictions), np.asarray(found.label_ids), labels)
-    return Score(trained.task, len(examples), outcome)
+    kept, targets = np.asarray(found.predictions), np.asarray(found.label_ids)
+    return Score(trained.task, len(examples), task.outcome(kept, targets, labels), task.intervals(kept, targets))
 
 
 def generate_text(
@@ -246,16 +289,27 @@ class _Streamer(TextStreamer):
 
 
 @torch.inference_mode()
-def _labelled(
+def _answers(
     trained: Trained, given: Sequence[Any], batch_size: int, inputs: Callable[[list[Any]], Any]
-) -> Iterator[Prediction]:
+) -> Iterator[Answer]:
     for start in range(0, len(given), batch_size):
         batch = list(given[start : start + batch_size])
         logits = trained.model(**inputs(batch).to(trained.model.device)).logits.float().cpu()
-        for number, (one, shares) in enumerate(zip(batch, logits.softmax(-1).tolist(), strict=True), start):
-            by_label = dict(zip(trained.labels, shares, strict=True))
-            name = one if isinstance(one, str) else one["path"] or f"image {number}"
-            yield Prediction(name, max(by_label, key=lambda label: by_label[label]), by_label)
+        for number, (one, row) in enumerate(zip(batch, logits, strict=True), start):
+            text, other = one if isinstance(one, tuple) else (one, None)
+            name = text if isinstance(text, str) else text["path"] or f"image {number}"
+            yield _answer(trained, name, row, other)
+
+
+def _answer(trained: Trained, text: str, logits: Tensor, other: str | None) -> Answer:
+    """In the form of the task, from an example's logits."""
+    if trained.task == "regression":
+        return Estimate(text, float(logits[0]), other)
+    if trained.task == "multi-label-classification":
+        by_label = dict(zip(trained.labels, logits.sigmoid().tolist(), strict=True))
+        return Labelled(text, [label for label in by_label if by_label[label] > THRESHOLD], by_label, other)
+    by_label = dict(zip(trained.labels, logits.softmax(-1).tolist(), strict=True))
+    return Prediction(text, max(by_label, key=lambda label: by_label[label]), by_label, other)
 
 
 @torch.inference_mode()
@@ -274,8 +328,9 @@ def _tagged(trained: Trained, texts: Sequence[str], batch_size: int) -> Iterator
 
 
 def _tokens(trained: Trained, texts: Any, **arguments: Any) -> Any:
+    given = map(list, zip(*texts, strict=True)) if isinstance(texts[0], tuple) else [texts]
     return trained.processor(
-        texts, padding=True, truncation=True, max_length=trained.max_length, return_tensors="pt", **arguments
+        *given, padding=True, truncation=True, max_length=trained.max_length, return_tensors="pt", **arguments
     )
 
 

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from randlora.errors import CheckpointError, ConfigError, RandLoraError
 from randlora.train.tasks import TASKS
 from randlora.tuner.base_model import AUTO_CLASSES, base_path_of
-from randlora.tuner.files.adapter_folder import CONFIG, head_size, read_config
+from randlora.tuner.files.adapter_folder import CONFIG, head_size, problem_type, read_config
 from randlora.tuner.files.atomic import write_text
 
 _PIPELINES = {
@@ -27,13 +27,9 @@ _PIPELINES = {
     "IMAGE_CLS": "image-classification",
 }
 _SHOWN = (
-    "eval_accuracy",
-    "eval_f1",
-    "eval_perplexity",
-    "eval_rewards/accuracies",
-    "eval_rewards/margins",
-    "eval_loss",
-    "train_loss",
+    *("eval_accuracy", "eval_micro_f1", "eval_macro_f1", "eval_exact_match", "eval_f1", "eval_perplexity"),
+    *("eval_rmse", "eval_r2", "eval_pearson", "eval_spearman", "eval_rewards/accuracies", "eval_rewards/margins"),
+    *("eval_loss", "train_loss"),
 )
 _NOT_UPLOADED = ["checkpoint*", "*.bin", "optimizer*", ".*"]
 
@@ -127,7 +123,8 @@ def model_card(folder: Path, run: Path | None, repo_id: str, licence: str | None
         f"# {repo_id.split('/')[1]}",
         f"A [RandLoRA](https://arxiv.org/abs/2502.00987) adapter of `{base}`: a full-rank update of its "
         f"weights, {_trained(metrics)}made with [randlora](https://pypi.org/project/randlora/).",
-        _usage(repo_id, base, task, head_size(folder)),
+        _usage(repo_id, base, task, head_size(folder), problem_type(folder)),
+        _pairs(settings),
         _metrics(metrics),
         _settings(settings),
     ]
@@ -159,9 +156,11 @@ def _trained(metrics: dict[str, Any]) -> str:
     return f"{metrics['trainable_parameters']:,} trained parameters, " if "trainable_parameters" in metrics else ""
 
 
-def _usage(repo_id: str, base: str, task: str, labels: int | None) -> str:
+def _usage(repo_id: str, base: str, task: str, labels: int | None, problem: str | None) -> str:
     auto = AUTO_CLASSES.get(task, "AutoModel")
     arguments = f'"{base}"' + ("" if labels is None else f", num_labels={labels}")
+    if problem not in (None, "single_label_classification"):
+        arguments += f', problem_type="{problem}"'
     lines = [
         "```python",
         f"from transformers import {auto}",
@@ -173,6 +172,14 @@ def _usage(repo_id: str, base: str, task: str, labels: int | None) -> str:
         "```",
     ]
     return "\n".join(["## Use", "", *lines])
+
+
+def _pairs(settings: dict[str, Any]) -> str:
+    columns = settings.get("input_column")
+    if not isinstance(columns, list) or settings["task"] == "chat":
+        return ""
+    first, second = columns
+    return f"It reads pairs of texts, `{first}` and `{second}`: `tokenizer({first}, {second}, truncation=True)`."
 
 
 def _metrics(metrics: dict[str, Any]) -> str:

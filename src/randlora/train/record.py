@@ -96,9 +96,13 @@ def write_predictions(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
     Args:
         folder: the run's.
-        rows: of ``Task.records``; their ``text`` is cut.
+        rows: of ``Task.records``; their texts are cut.
     """
-    write_text(folder / PREDICTIONS, _lines({**row, "text": row["text"][:_MOST_TEXT]} for row in rows))
+    write_text(folder / PREDICTIONS, _lines({**row, **_cut(row)} for row in rows))
+
+
+def _cut(row: Mapping[str, Any]) -> dict[str, str]:
+    return {name: row[name][:_MOST_TEXT] for name in ("text", "text_pair") if name in row}
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:

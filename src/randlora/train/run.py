@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +16,7 @@ import yaml
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_callback import ProgressCallback
 
@@ -24,16 +24,17 @@ from randlora.errors import ConfigError
 from randlora.train import record
 from randlora.train.arguments import early_stopping, training_arguments
 from randlora.train.callbacks import CheckpointOnInterrupt, StopIfDiverged, warn_unless_learned
-from randlora.train.data import Data, load_data
+from randlora.train.data import Data, load_data, with_task_of_labels
 from randlora.train.measure import StepTimer, peak_memory_bytes
 from randlora.train.methods import prepare
 from randlora.train.preference import preference_trainer, require_trl
 from randlora.train.progress import CostInLines, CostOnBar
 from randlora.train.resume import checkpoint_to_resume, is_finished
 from randlora.train.settings import TrainSettings
+from randlora.train.stream import Prepared, Stream
 from randlora.train.tasks import TASKS, Preference, require_length
 from randlora.train.trackers import close_trackers, trackers
-from randlora.train.weighted_loss import balanced_loss
+from randlora.train.weighted_loss import balanced_decisions, balanced_loss
 from randlora.tuner.files.adapter_folder import CONFIG
 from randlora.tuner.files.atomic import disk_errors, write_atomically, write_json, write_text
 
@@ -115,6 +116,7 @@ def train(settings: TrainSettings) -> TrainResult:
         KeyboardInterrupt: on Ctrl-C, when a checkpoint of the last step has been written.
         OSError: if the disk is full, or may not be written.
     """
+    settings = with_task_of_labels(settings)
     checkpoint = checkpoint_to_resume(settings)
     run = resolve(settings)
     output = _make_folder(settings.output_dir)
@@ -189,7 +191,7 @@ def make_trainer(
 
     parts: dict[str, Any] = {
         "model": run.model,
-        "train_dataset": task.prepare(run.data.train, run.processor, settings),
+        "train_dataset": _prepared(run),
         "eval_dataset": evaluation,
         "data_collator": task.collator(run.processor),
         "compute_metrics": metrics,
@@ -204,10 +206,9 @@ def make_trainer(
     if isinstance(task, Preference):
         trainer = preference_trainer(settings, task, output, {**parts, "processing_class": run.processor})
     else:
-        weighted = settings.class_weights == "balanced"
         trainer = Trainer(
             **parts,
-            compute_loss_func=balanced_loss(run.data.train["label"][:], len(run.data.labels)) if weighted else None,
+            compute_loss_func=_weighted_loss(run),
             args=training_arguments(settings, output),
             preprocess_logits_for_metrics=task.reduce,
         )
@@ -216,6 +217,23 @@ def make_trainer(
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(CostOnBar if sys.stderr.isatty() else CostInLines)
     return trainer
+
+
+def _prepared(run: Resolved) -> Dataset | Prepared:
+    """The training data as the model takes it."""
+    data = run.data.train
+    if isinstance(data, Stream):
+        return Prepared(data, run.processor)
+    return TASKS[run.settings.task].prepare(data, run.processor, run.settings)
+
+
+def _weighted_loss(run: Resolved) -> Callable[..., Tensor] | None:
+    """The loss in which labels count the same, if that was asked for."""
+    data = run.data.train
+    if run.settings.class_weights == "none" or isinstance(data, Stream):  # the settings refuse both together
+        return None
+    weigh = balanced_decisions if run.settings.task == "multi-label-classification" else balanced_loss
+    return weigh(data["label"][:], len(run.data.labels))
 
 
 def _make_folder(path: str) -> Path:

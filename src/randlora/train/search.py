@@ -25,6 +25,7 @@ from optuna.trial import TrialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from randlora.errors import ConfigError, RandLoraError
+from randlora.train.data import with_task_of_labels
 from randlora.train.settings import TrainSettings
 from randlora.train.short_run import short_run, shortened, whole_examples
 from randlora.train.split import keep_split
@@ -107,6 +108,7 @@ def with_found_rate(settings: TrainSettings, say: Callable[[str], None] = lambda
     if settings.learning_rate != "auto":
         return settings
     require_one_process("learning_rate='auto'")
+    settings = with_task_of_labels(settings)
     folder = Path(settings.output_dir) / "search"
     plain = settings.model_copy(update={"learning_rate": None})
     here = keep_split(plain, folder / "data")

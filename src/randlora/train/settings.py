@@ -16,6 +16,8 @@ from randlora.errors import ConfigError
 Method = Literal["randlora", "lora", "vera", "full", "head"]
 TaskName = Literal[
     "sequence-classification",
+    "regression",
+    "multi-label-classification",
     "token-classification",
     "causal-lm",
     "chat",
@@ -35,6 +37,10 @@ ALPHAS = {"randlora": 20, "lora": 2}
 """Where none is given, times r. Other methods have none."""
 PAPER_LEARNING_RATE, PAPER_ALPHA = 3e-3, 2
 """The same for RandLoRA with the paper's scaling."""
+
+_SEVERAL_LABELS = ("sequence-classification", "multi-label-classification")
+_WEIGHTED = (*_SEVERAL_LABELS, "image-classification", "kto")
+_PAIRED = ("sequence-classification", "regression", "multi-label-classification", "chat")
 
 
 class TrainSettings(BaseModel):
@@ -58,19 +64,29 @@ class TrainSettings(BaseModel):
     split: str | None = Field(None, description="Split of the data to train on; by default train, where it has splits.")
     eval_split: str | None = Field(None, description="Split to evaluate on; by default validation, or else test.")
     encoding: str | None = Field(None, description="Of files of text, such as cp1252; by default UTF-8.")
+    streaming: bool = Field(
+        False, description="Read the training data while training, and keep none of it; needs max_steps."
+    )
     max_samples: int | None = Field(None, ge=1, description="At most so many training examples, drawn by the seed.")
-    max_eval_samples: int | None = Field(None, ge=1, description="At most so many evaluation examples, likewise.")
+    max_eval_samples: int | None = Field(
+        None, ge=1, description="At most so many evaluation examples, likewise; with streaming 1000 by default."
+    )
     eval_fraction: float = Field(0.1, gt=0, lt=1, description="Part of the training data held out for evaluation.")
     task: TaskName = Field(
         "sequence-classification",
-        description="sequence-classification, token-classification, causal-lm, chat, dpo, kto, orpo or "
-        "image-classification.",
+        description="sequence-classification, regression, multi-label-classification, token-classification, "
+        "causal-lm, chat, dpo, kto, orpo or image-classification. The first becomes one of the next two where the "
+        "labels ask for it.",
     )
-    input_column: str | None = Field(
-        None, description="Column of the input; by default text, tokens, messages or image, as the task has it."
+    input_column: str | list[str] | None = Field(
+        None,
+        description="Column of the input; by default text, tokens, messages or image, as the task has it. Twice for "
+        "pairs of texts; chat: of the prompt, twice for an instruction and its input.",
     )
-    label_column: str | None = Field(
-        None, description="Column of the labels, words or numbers; by default label, or tags for token-classification."
+    label_column: str | list[str] | None = Field(
+        None,
+        description="Column of the labels, words or numbers; by default label, or tags for token-classification. "
+        "Several times for one column of 0 and 1 for each label; chat: of the completion.",
     )
     class_weights: Literal["none", "balanced"] = Field(
         "none", description="balanced: an example of a rare label counts for more, so that all labels count the same."
@@ -211,7 +227,7 @@ class TrainSettings(BaseModel):
     def _split_names(cls, value: object) -> object:
         return _names(value) if isinstance(value, str) else value
 
-    @field_validator("data", "eval_data")
+    @field_validator("data", "eval_data", "input_column", "label_column")
     @classmethod
     def _one_alone(cls, value: str | list[str] | None) -> str | list[str] | None:
         if isinstance(value, list) and not value:
@@ -236,8 +252,10 @@ class TrainSettings(BaseModel):
             )
         if self.method == "vera" and self.alpha is not None:
             raise ValueError(f"alpha={self.alpha}: VeRA has none; leave it out")
-        if self.class_weights != "none" and self.task not in ("sequence-classification", "image-classification", "kto"):
-            raise ValueError(f"class_weights={self.class_weights!r} is for one label of an example, not {self.task!r}")
+        if self.class_weights != "none" and self.task not in _WEIGHTED:
+            raise ValueError(
+                f"class_weights={self.class_weights!r} is for one label or several of an example, not {self.task!r}"
+            )
         if self.chat_template is not None and self.task not in ("chat", *PREFERENCES):
             raise ValueError(f"chat_template={self.chat_template!r} is for chat, dpo, kto and orpo, not {self.task!r}")
         self._require_preference()
@@ -265,6 +283,38 @@ class TrainSettings(BaseModel):
             )
         if self.task == "kto" and self.batch_size < 2:
             raise ValueError("batch_size=1: kto compares answers of one batch; take at least 2")
+
+    @model_validator(mode="after")
+    def _several_columns(self) -> TrainSettings:
+        given, labels = self.input_column, self.label_column
+        if isinstance(given, list) and (len(given) != 2 or given[0] == given[1] or self.task not in _PAIRED):
+            raise ValueError(f"input_column={given}: two columns, for {', '.join(_PAIRED)}")
+        if isinstance(labels, list) and (len(set(labels)) < len(labels) or self.task not in _SEVERAL_LABELS):
+            raise ValueError(f"label_column={labels}: different columns of 0 and 1, for {_SEVERAL_LABELS[-1]}")
+        return self
+
+    @model_validator(mode="after")
+    def _can_stream(self) -> TrainSettings:
+        if not self.streaming:
+            return self
+        if self.max_steps is None:
+            raise ValueError("streaming=True needs max_steps: how long a pass over a stream is, is not known")
+        if self.task in PREFERENCES:
+            raise ValueError(
+                f"streaming=True: {self.task} computes what the reference says of all data first; leave it out"
+            )
+        if self.class_weights != "none":
+            raise ValueError("streaming=True: class_weights count the labels of all training data; leave them out")
+        if self.learning_rate == "auto":
+            raise ValueError("streaming=True: learning_rate='auto' needs data that is kept; name a number")
+        if self.eval_fraction != TrainSettings.model_fields["eval_fraction"].default:
+            raise ValueError(
+                f"eval_fraction={self.eval_fraction} of a stream is not known: limit the part that evaluates by "
+                "max_eval_samples"
+            )
+        if self.best_metric and not self.eval_steps:
+            raise ValueError(f"streaming=True with best={self.best_metric!r} needs eval_steps: it has no epochs")
+        return self
 
     @property
     def targets(self) -> str | list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from safetensors.torch import load_file
@@ -15,11 +15,12 @@ from randlora.train.data import Source, load_data
 from randlora.train.record import HEAD
 from randlora.train.settings import TaskName, TrainSettings, load_settings
 from randlora.train.tasks import TASKS, Task
-from randlora.train.tasks.classification import head_for
 from randlora.train.tasks.quantized import weights_as
 from randlora.tuner.base_model import base_path_of, load_base, model_config, with_adapter
 from randlora.tuner.files.adapter_folder import CONFIG, head_size, label_names, read_config, unfinished
 
+Columns: TypeAlias = str | list[str] | None
+"""Of the data: one, or several as a run's settings name them."""
 _LENGTH = 256  # of an input, where no run says
 
 
@@ -47,17 +48,21 @@ class Trained:
     max_length: int
     run: TrainSettings | None
 
-    def settings_for(
-        self, data: Source, input_column: str | None = None, label_column: str | None = None
-    ) -> TrainSettings:
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether the run that it came from read pairs of texts."""
+        return self.run is not None and isinstance(self.run.input_column, list)
+
+    def settings_for(self, data: Source, input_column: Columns = None, label_column: Columns = None) -> TrainSettings:
         """The settings with which data is read for this model: those of its run, but for what is of the run's data."""
         named = list(data) if not isinstance(data, str) else data
         known = TrainSettings(model=self.base, data=named) if self.run is None else self.run
-        changes = dict.fromkeys(("data_config", "split", "eval_split", "encoding"))
+        changes: dict[str, Any] = dict.fromkeys(("data_config", "split", "eval_split", "encoding"))
         columns = {"input_column": input_column, "label_column": label_column}
         changes |= {name: column for name, column in columns.items() if column is not None}
         length = max(self.max_length, 2)
-        return known.model_copy(update={"data": named, "task": self.task, "max_length": length, **changes})
+        changes |= {"data": named, "task": self.task, "max_length": length, "streaming": False}
+        return known.model_copy(update=changes)
 
 
 def load_trained(
@@ -89,9 +94,9 @@ def load_trained(
     else:
         base = os.fspath(folder) if config is None else base_path_of(config, base_model_path)
     kind = getattr(config, "task_type", None)
-    task = task or _task_of(getattr(kind, "value", kind), run, base)
+    task = task or _task_of(getattr(kind, "value", kind), run, base, folder)
     labels = _labels(folder, run_folder, run, base) if TASKS[task].classifies else ()
-    arguments: dict[str, Any] = head_for(list(labels)) if labels else {}
+    arguments: dict[str, Any] = TASKS[task].head(labels) if labels else {}
     if run is not None and run.quantization != "none":
         arguments |= weights_as(run)  # the adapter was trained on these codes
     model: Any = load_base(base, TASKS[task].model_type, **arguments)
@@ -133,16 +138,27 @@ _CLASSES: dict[str, TaskName] = {
 """How the names of model classes end."""
 
 
-def _task_of(kind: str | None, run: TrainSettings | None, base: str) -> TaskName:
+_PROBLEMS: dict[str, TaskName] = {
+    "regression": "regression",
+    "multi_label_classification": "multi-label-classification",
+}
+"""Tasks of one class of model by what its config says of its loss."""
+
+
+def _task_of(kind: str | None, run: TrainSettings | None, base: str, folder: Path) -> TaskName:
     if run is not None:
         return run.task
+    if kind == "SEQ_CLS" and head_size(folder) == 1:
+        return "regression"
     for task in TASKS.values():
         if kind == task.model_type:
             return cast("TaskName", task.name)
-    for architecture in model_config(base).architectures or ():
+    config = model_config(base)
+    for architecture in config.architectures or ():
         for ending, name in _CLASSES.items():
             if architecture.endswith(ending):
-                return name
+                by_loss = _PROBLEMS.get(str(getattr(config, "problem_type", None)), name)
+                return by_loss if name == "sequence-classification" else name
     raise ConfigError(f"the task of {base!r} is not known: name it by task, one of {', '.join(TASKS)}")
 
 

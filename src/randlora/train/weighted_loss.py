@@ -1,4 +1,4 @@
-"""The loss of a classifier in which all labels count the same, however rare they are."""
+"""The loss of a classifier in which labels count the same, however rare they are."""
 
 from __future__ import annotations
 
@@ -28,6 +28,29 @@ def balanced_loss(labels: Sequence[int], count: int) -> Callable[..., Tensor]:
         if torch.is_grad_enabled():
             each = each * weights.to(each.device)[targets]
         # the items of all forward passes that make one step
+        return each.mean() if num_items_in_batch is None else each.sum() / num_items_in_batch
+
+    return loss
+
+
+def balanced_decisions(labels: Sequence[Sequence[int]], count: int) -> Callable[..., Tensor]:
+    """The same where an example has any number of labels, each of which is a decision of its own.
+
+    That n of N examples have a label counts (N - n) / n, PyTorch's ``pos_weight``, so that having it and not having it
+    count the same. A label that no example has counts 1.
+
+    Args:
+        labels: of each example of the training data.
+        count: number of labels.
+    """
+    flat = torch.tensor([label for given in labels for label in given], dtype=torch.long)
+    found = torch.bincount(flat, minlength=count)
+    weights = torch.where(found > 0, (len(labels) - found) / found.clamp(min=1), torch.ones(count))
+
+    def loss(outputs: Any, targets: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        logits = outputs["logits"].float()
+        weight = weights.to(logits.device) if torch.is_grad_enabled() else None
+        each = functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weight, reduction="none").mean(1)
         return each.mean() if num_items_in_batch is None else each.sum() / num_items_in_batch
 
     return loss

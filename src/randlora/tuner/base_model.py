@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from randlora.errors import CheckpointError, ConfigError, RandLoraError
-from randlora.tuner.files.adapter_folder import head_size, label_names
+from randlora.tuner.files.adapter_folder import head_size, label_names, problem_type
 
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -88,6 +88,8 @@ def head_arguments(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     if count is None:
         return {}
     found: dict[str, Any] = {"num_labels": count, "ignore_mismatched_sizes": True}
+    if (problem := problem_type(adapter)) is not None:
+        found["problem_type"] = problem
     if (names := label_names(adapter)) is not None:
         found |= {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     return found

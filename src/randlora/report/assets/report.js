@@ -104,6 +104,15 @@
     })];
   }
 
+  function points(chart) { // where a point is on the line, the prediction is right
+    const shown = chart.lines.filter((one) => state.visible[one.run]);
+    const traces = shown.map((one) => line(one.run, one.x, one.y, "label %{x:.4~g}: %{y:.4~g}", { mode: "markers", marker: { color: color(one.run), size: 6, opacity: 0.6 } }));
+    const ends = shown.flatMap((one) => one.x.filter((value) => value !== null));
+    const [low, high] = ends.length ? [ends.reduce((a, b) => Math.min(a, b)), ends.reduce((a, b) => Math.max(a, b))] : [0, 1];
+    const right = { type: "scatter", mode: "lines", x: [low, high], y: [low, high], name: "right", hoverinfo: "skip", line: { color: "#888888", width: 1, dash: "dot" } };
+    return [[...traces, right], layout({ xaxis: { title: { text: chart.x } }, yaxis: { title: { text: chart.y } } })];
+  }
+
   function logarithmic(traces) { // powers of ten alone, where there are enough of them
     const values = traces.flatMap((one) => one.y).filter((value) => value > 0);
     const span = values.length ? Math.log10(values.reduce((a, b) => Math.max(a, b)) / values.reduce((a, b) => Math.min(a, b))) : 0;
@@ -180,7 +189,7 @@
     norm: () => perLayer("norm", "Frobenius norm"),
     spectrum, lam: () => heat("lam"), gamma: () => heat("gamma"),
   };
-  for (const chart of data.charts) draw[chart.id] = () => (chart.kind === "bars" ? bars(chart) : curve(chart));
+  for (const chart of data.charts) draw[chart.id] = () => ({ bars, points }[chart.kind] || curve)(chart);
 
   // --- drawing, only what is near the window
 
@@ -226,7 +235,7 @@
     refresh();
   });
   dark.addEventListener("change", () => { applyTheme(); refresh(); });
-  for (const [id, ids] of [["smooth", ["loss"]], ["logx", data.charts.map((one) => one.id)], ["layer", ["spectrum"]], ["relative", ["spectrum"]], ["scaled-run", ["lam", "gamma"]]]) {
+  for (const [id, ids] of [["smooth", ["loss"]], ["logx", data.charts.filter((one) => one.kind !== "points").map((one) => one.id)], ["layer", ["spectrum"]], ["relative", ["spectrum"]], ["scaled-run", ["lam", "gamma"]]]) {
     byId(id)?.addEventListener("change", () => refresh(chart(...ids)));
   }
 

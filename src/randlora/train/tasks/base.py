@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,15 +21,29 @@ IGNORED = -100  # the label of a token that counts for nothing
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """How well the best constant answer does, on the same examples.
+
+    Attributes:
+        answer: in words, such as "always saying the mean, 3.2".
+        metrics: by name; the first decides whether a model is better.
+    """
+
+    answer: str
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How well a model did.
 
     Attributes:
         metrics: by name; ``loss`` among them.
         tokens: number of tokens that counted; 0 where examples count.
-        correct: examples, or tokens, with the right label; ``None`` for language.
+        correct: examples, or tokens, with the right label; ``None`` where none is right or wrong as a whole.
         by_label: for each label how many have it, and how many of these were found.
         confusion: for each label, in their order, how many of its examples were given which; empty for tags.
+        baseline: the best constant answer, where that is not the most frequent label.
     """
 
     metrics: dict[str, float]
@@ -37,6 +51,7 @@ class Outcome:
     correct: int | None = None
     by_label: dict[str, tuple[int, int]] = field(default_factory=dict)
     confusion: tuple[tuple[int, ...], ...] = ()
+    baseline: Baseline | None = None
 
     @property
     def majority(self) -> tuple[str, float] | None:
@@ -49,7 +64,12 @@ class Outcome:
 
     @property
     def shortfall(self) -> str:
-        """What there is to say where a classifier does no better than always saying the most frequent label."""
+        """What there is to say where a model does no better than always giving the same answer."""
+        if self.baseline is not None:
+            name, constant = next(iter(self.baseline.metrics.items()))
+            if self.metrics[name] > constant:
+                return ""
+            return f"{name} {self.metrics[name]:.4f} is no better than {self.baseline.answer}: {constant:.4f}"
         there = sum(count > 0 for count, _ in self.by_label.values())
         if self.majority is None or self.correct is None or there < 2:
             return ""
@@ -94,6 +114,15 @@ class Task(ABC):
         """Whether the model gets a new head for the labels of the data."""
         return bool(self.label_column)
 
+    def head(self, labels: Sequence[str]) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` for a head for ``labels``, in place of one for others."""
+        return {
+            "ignore_mismatched_sizes": True,
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: number for number, label in enumerate(labels)},
+        }
+
     # data
 
     @abstractmethod
@@ -110,7 +139,7 @@ class Task(ABC):
         Raises:
             ConfigError: if the column is missing, empty or of another kind.
         """
-        column = settings.input_column or "text"
+        column = one_column("input_column", settings, "text")
         require_column(rows, column, "input_column", source, is_text)
         return list(rows[column])
 
@@ -169,6 +198,10 @@ class Task(ABC):
         """What is kept of a batch's logits for ``outcome``."""
         return logits[0] if isinstance(logits, tuple) else logits
 
+    def intervals(self, kept: np.ndarray, targets: np.ndarray) -> dict[str, tuple[float, float]]:
+        """95% intervals of metrics, from what ``outcome`` takes; where :class:`Outcome` has counts, from these."""
+        return {}
+
     @abstractmethod
     def outcome(self, kept: np.ndarray, targets: np.ndarray, labels: list[str]) -> Outcome:
         """How well the model did, from what ``reduce`` kept and the right labels."""
@@ -205,6 +238,23 @@ def require_column(rows: Dataset, column: str, setting: str, source: str, fits: 
     empty = [row for row, value in enumerate(rows.with_format("arrow")[column].to_pylist()) if value is None]
     if empty:
         raise ConfigError(f"{source!r} has no {column!r} in {len(empty)} of its rows, first in row {empty[0]}")
+
+
+def one_column(setting: str, settings: TrainSettings, default: str) -> str:
+    """Name of a column, of a task that has no use for several.
+
+    Args:
+        setting: ``input_column`` or ``label_column``.
+        settings: of the run.
+        default: where none is named.
+
+    Raises:
+        ConfigError: if several are named.
+    """
+    given = getattr(settings, setting) or default
+    if not isinstance(given, str):
+        raise ConfigError(f"{setting}={given}: {settings.task} reads one column")
+    return given
 
 
 _PARTS = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}

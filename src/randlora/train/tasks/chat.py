@@ -13,8 +13,8 @@ from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
 from randlora.train.tasks.base import IGNORED, is_text, require_column
 from randlora.train.tasks.chat_shapes import as_messages, fields_of
-from randlora.train.tasks.classification import renamed
 from randlora.train.tasks.language import Language, as_dataset, packed, prompt_tokens
+from randlora.train.tasks.texts import renamed
 
 _PAIR = ("prompt", "completion")
 _REWRITES = (
@@ -39,8 +39,9 @@ class Chat(Language):
 
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
         """Column ``messages``, or the columns ``prompt`` and ``completion``."""
-        rows = as_messages(rows, settings.input_column, source)
-        column = settings.input_column or "messages"
+        rows, named = _renamed_parts(rows, settings, source)
+        rows = as_messages(rows, named, source)
+        column = named or "messages"
         if column not in rows.column_names and set(_PAIR) <= set(rows.column_names):
             for name in _PAIR:
                 require_column(rows, name, "input_column", source, lambda one: is_text(one) or _is_messages(one))
@@ -84,6 +85,24 @@ class Chat(Language):
             )
         ids, labels = [ids[number] for number in kept], [labels[number] for number in kept]
         return packed(ids, labels, settings.max_length) if settings.packing else as_dataset(ids, labels)
+
+
+def _renamed_parts(rows: Dataset, settings: TrainSettings, source: str) -> tuple[Dataset, str | None]:
+    """Prompts and completions, or Alpaca's columns, by their names, where the settings give others; and the column of
+    conversations, where the settings name one."""
+    given, answers = settings.input_column, settings.label_column
+    if answers is None:
+        if isinstance(given, list):
+            raise ConfigError(f"input_column={given} are an instruction and its input: name its output by label_column")
+        return rows, given
+    asked = ["prompt" if given is None else given] if not isinstance(given, list) else given
+    columns = [*asked, str(answers)]
+    settings_of = ["input_column"] * len(asked) + ["label_column"]
+    for number, (column, setting) in enumerate(zip(columns, settings_of, strict=True)):
+        needed = rows.select([]) if (number, len(asked)) == (1, 2) else rows  # an instruction may have no input
+        require_column(needed, column, setting, source, lambda one: is_text(one) or _is_messages(one))
+    names = [*_PAIR] if len(asked) == 1 else ["instruction", "input", "output"]
+    return renamed(rows, dict(zip(names, columns, strict=True))), None
 
 
 def _tokens(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
-from transformers import (
-    AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-)
 
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
-from randlora.train.tasks.base import Outcome, Task, from_pretrained, is_text, log_shares, require_column
-from randlora.train.tasks.quantized import weights_as
+from randlora.train.tasks.base import Outcome, Task, log_shares, one_column, require_column
+from randlora.train.tasks.texts import Texts
 
 
 class Classification(Task):
@@ -41,8 +37,8 @@ class Classification(Task):
         parts = [label for label in found if isinstance(label, float) and not label.is_integer()]
         if parts:
             raise ConfigError(
-                f"the training data has labels such as {parts[0]}: a classifier needs words or whole numbers; name "
-                "another column by label_column"
+                f"the training data has labels such as {parts[0]}: a classifier needs words or whole numbers; take "
+                "task='regression', or name another column by label_column"
             )
         return [str(label) for label in found]
 
@@ -72,19 +68,19 @@ class Classification(Task):
         self, rows: Dataset, prepared: Dataset, kept: np.ndarray, labels: list[str], processor: Any
     ) -> Iterable[dict[str, Any]]:
         """Label, what was predicted, and how confidently."""
-        for text, label, shares in zip(self.names(rows), rows["label"], log_shares(kept), strict=True):
+        for shown, label, shares in zip(self.shown(rows), rows["label"], log_shares(kept), strict=True):
             guess = int(shares.argmax())
             yield {
-                "text": text,
+                **shown,
                 "label": labels[int(label)],
                 "predicted": labels[guess],
                 "confidence": float(np.exp(shares[guess])),
                 "loss": float(-shares[int(label)]),
             }
 
-    def names(self, rows: Dataset) -> list[str]:
-        """What stands for each example in a list."""
-        return self.identities(rows)
+    @abstractmethod
+    def shown(self, rows: Dataset) -> Iterable[dict[str, str]]:
+        """What stands for each example in a list: ``text``, and of a pair ``text_pair``."""
 
 
 def macro_f1(counts: np.ndarray) -> float:
@@ -94,65 +90,23 @@ def macro_f1(counts: np.ndarray) -> float:
     return float((2 * counts.diagonal()[there] / either[there]).mean())
 
 
-class SequenceClassification(Classification):
-    """A label for a text."""
+class SequenceClassification(Texts, Classification):
+    """A label for a text, or for a pair of texts."""
 
     name = "sequence-classification"
-    model_type = "SEQ_CLS"
-    input_column = "text"
+    problem_type = "single_label_classification"
 
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
-        """Columns ``text`` and ``label``."""
-        columns = {"text": settings.input_column or "text", "label": settings.label_column or "label"}
-        require_column(rows, columns["text"], "input_column", source, is_text)
-        require_column(rows, columns["label"], "label_column", source, is_label)
-        return renamed(rows, columns)
-
-    def identities(self, rows: Dataset) -> list[str]:
-        """The texts."""
-        return list(rows["text"])
-
-    def load_model(self, settings: TrainSettings, labels: list[str], processor: Any) -> PreTrainedModel:
-        """With a head for ``labels``."""
-        model = from_pretrained(
-            AutoModelForSequenceClassification, settings, **head_for(labels), **weights_as(settings)
-        )
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = processor.pad_token_id
-        return model
-
-    def prepare(self, rows: Dataset, processor: Any, settings: TrainSettings) -> Dataset:
-        """Texts as tokens, cut at ``max_length``."""
-        return rows.map(
-            lambda batch: processor(batch["text"], truncation=True, max_length=settings.max_length),
-            batched=True,
-            remove_columns=["text"],
-        )
-
-    def collator(self, processor: Any) -> Callable[[Any], Any]:
-        """Pads to the longest."""
-        return DataCollatorWithPadding(processor)
+        """Columns ``text`` and ``label``, of pairs also ``text_pair``."""
+        column = one_column("label_column", settings, "label")
+        require_column(rows, column, "label_column", source, is_label)
+        texts = self.texts(rows, settings, source)
+        return texts.add_column("label", rows[column][:], feature=rows.features[column])
 
 
 def is_label(feature: Any) -> bool:
     """Whether a column holds words or numbers."""
     return isinstance(feature, Value | ClassLabel)
-
-
-def renamed(rows: Dataset, columns: dict[str, str]) -> Dataset:
-    """Only ``columns``, given as names by the task against names in the data."""
-    rows = rows.select_columns(list(columns.values()))
-    return rows.rename_columns({column: name for name, column in columns.items() if column != name})
-
-
-def head_for(labels: list[str]) -> dict[str, Any]:
-    """Arguments of ``from_pretrained``; a head for other labels than ours is replaced by a new one."""
-    return {
-        "ignore_mismatched_sizes": True,
-        "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: number for number, label in enumerate(labels)},
-    }
 
 
 def numbers_of(given: Iterable[Any], labels: list[str]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ from datasets import Dataset, Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, default_data_collator
 
 from randlora.train.settings import TrainSettings
-from randlora.train.tasks.base import from_pretrained, is_text, require_column
-from randlora.train.tasks.classification import Classification, head_for, is_label, renamed
+from randlora.train.tasks.base import from_pretrained, is_text, one_column, require_column
+from randlora.train.tasks.classification import Classification, is_label
 from randlora.train.tasks.quantized import weights_as
+from randlora.train.tasks.texts import renamed
 
 
 class ImageClassification(Classification):
@@ -25,7 +26,7 @@ class ImageClassification(Classification):
 
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
         """Columns ``image`` and ``label``; paths of images are taken from the folder of the data."""
-        label = settings.label_column or "label"
+        label = one_column("label_column", settings, "label")
         require_column(rows, label, "label_column", source, is_label)
         return _images(rows, {"label": label}, settings, source)
 
@@ -38,13 +39,17 @@ class ImageClassification(Classification):
         files = rows.cast_column("image", Image(decode=False))["image"]
         return [file["path"] or f"image {number}" for number, file in enumerate(files)]
 
+    def shown(self, rows: Dataset) -> Iterable[dict[str, str]]:
+        """The files."""
+        return ({"text": name} for name in self.identities(rows))
+
     def load_processor(self, settings: TrainSettings) -> Any:
         """What scales and normalises images for the model."""
         return from_pretrained(AutoImageProcessor, settings)
 
     def load_model(self, settings: TrainSettings, labels: list[str], processor: Any) -> PreTrainedModel:
         """With a head for ``labels``."""
-        return from_pretrained(AutoModelForImageClassification, settings, **head_for(labels), **weights_as(settings))
+        return from_pretrained(AutoModelForImageClassification, settings, **self.head(labels), **weights_as(settings))
 
     def prepare(self, rows: Dataset, processor: Any, settings: TrainSettings) -> Dataset:
         """Pixels, made when a batch asks for them."""
@@ -62,7 +67,7 @@ class ImageClassification(Classification):
 
 def _images(rows: Dataset, others: dict[str, str], settings: TrainSettings, source: str) -> Dataset:
     """Column ``image``, and ``others`` by their names in the data."""
-    column = settings.input_column or "image"
+    column = one_column("input_column", settings, "image")
     require_column(rows, column, "input_column", source, lambda one: isinstance(one, Image) or is_text(one))
     rows = renamed(rows, {"image": column, **others})
     if is_text(rows.features["image"]):

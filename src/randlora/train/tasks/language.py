@@ -14,9 +14,18 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, PreTraine
 
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
-from randlora.train.tasks.base import IGNORED, Outcome, Task, exp_of, from_pretrained, is_text, require_column
-from randlora.train.tasks.classification import renamed
+from randlora.train.tasks.base import (
+    IGNORED,
+    Outcome,
+    Task,
+    exp_of,
+    from_pretrained,
+    is_text,
+    one_column,
+    require_column,
+)
 from randlora.train.tasks.quantized import weights_as
+from randlora.train.tasks.texts import renamed
 
 
 class Language(Task):
@@ -76,7 +85,7 @@ class CausalLanguage(Language):
 
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
         """Column ``text``."""
-        column = settings.input_column or "text"
+        column = one_column("input_column", settings, "text")
         require_column(rows, column, "input_column", source, is_text)
         return renamed(rows, {"text": column})
 

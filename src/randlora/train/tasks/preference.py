@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
-from randlora.train.tasks.base import Outcome
+from randlora.train.tasks.base import Outcome, one_column
 from randlora.train.tasks.chat import Chat, prompt_and_answer
 from randlora.train.tasks.preference_shapes import as_pairs, as_singles
 
@@ -187,7 +187,7 @@ class UnpairedPreference(Preference):
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
         """Columns ``prompt``, ``completion`` and ``label``."""
         _refuse_columns(self.name, settings.input_column, None)
-        return as_singles(rows, settings.label_column, source)
+        return as_singles(rows, one_column("label_column", settings, "label"), source)
 
     def _prepared(self, row: dict[str, Any], processor: Any, length: int) -> dict[str, Any] | None:
         prompt, answer = prompt_and_answer(row["prompt"], row["completion"], processor)
@@ -327,7 +327,7 @@ def _log_of_rest(log_share: Tensor) -> Tensor:
     return torch.log(-torch.expm1(log_share))
 
 
-def _refuse_columns(task: str, *given: str | None) -> None:
+def _refuse_columns(task: str, *given: str | list[str] | None) -> None:
     wrong = [name for name in given if name is not None]
     if wrong:
         raise ConfigError(f"task={task!r} reads columns by their own names, prompt, chosen, rejected …: rename {wrong}")

@@ -39,20 +39,19 @@ def as_pairs(rows: Dataset, source: str) -> Dataset:
     return _table(PAIR, pairs)
 
 
-def as_singles(rows: Dataset, label_column: str | None, source: str) -> Dataset:
+def as_singles(rows: Dataset, label: str, source: str) -> Dataset:
     """Columns ``prompt``, ``completion`` and ``label``: whether the completion is a good one.
 
     Pairs become two rows each, first all that were chosen.
 
     Args:
         rows: the data.
-        label_column: by default ``label``.
+        label: its column in the data.
         source: where the data is from, for messages.
 
     Raises:
         ConfigError: if a column is missing or holds something else.
     """
-    label = label_column or "label"
     wanted = (*SINGLE[:2], label)
     if not set(wanted) <= set(rows.column_names):
         if set(PAIR[1:]) <= set(rows.column_names):

@@ -11,9 +11,19 @@ from transformers import AutoModelForTokenClassification, DataCollatorForTokenCl
 
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
-from randlora.train.tasks.base import IGNORED, Outcome, Task, from_pretrained, is_text, log_shares, require_column
-from randlora.train.tasks.classification import head_for, is_label, numbers_of, renamed
+from randlora.train.tasks.base import (
+    IGNORED,
+    Outcome,
+    Task,
+    from_pretrained,
+    is_text,
+    log_shares,
+    one_column,
+    require_column,
+)
+from randlora.train.tasks.classification import is_label, numbers_of
 from randlora.train.tasks.quantized import weights_as
+from randlora.train.tasks.texts import renamed
 
 
 class TokenClassification(Task):
@@ -28,7 +38,10 @@ class TokenClassification(Task):
 
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
         """Columns ``tokens`` and ``tags``, lists of one length."""
-        columns = {"tokens": settings.input_column or "tokens", "tags": settings.label_column or "tags"}
+        columns = {
+            "tokens": one_column("input_column", settings, "tokens"),
+            "tags": one_column("label_column", settings, "tags"),
+        }
         require_column(rows, columns["tokens"], "input_column", source, lambda one: is_text(_inner(one)))
         require_column(rows, columns["tags"], "label_column", source, lambda one: is_label(_inner(one)))
         rows = renamed(rows, columns)
@@ -41,7 +54,7 @@ class TokenClassification(Task):
 
     def inputs(self, rows: Dataset, settings: TrainSettings, source: str) -> list[Any]:
         """Words, parted by spaces; or a column of texts."""
-        column = settings.input_column or ("tokens" if "tokens" in rows.column_names else "text")
+        column = one_column("input_column", settings, "tokens" if "tokens" in rows.column_names else "text")
         require_column(rows, column, "input_column", source, lambda one: is_text(one) or is_text(_inner(one)))
         return [text if isinstance(text, str) else " ".join(text) for text in rows[column]]
 
@@ -80,7 +93,7 @@ class TokenClassification(Task):
 
     def load_model(self, settings: TrainSettings, labels: list[str], processor: Any) -> PreTrainedModel:
         """With a head for ``labels``."""
-        return from_pretrained(AutoModelForTokenClassification, settings, **head_for(labels), **weights_as(settings))
+        return from_pretrained(AutoModelForTokenClassification, settings, **self.head(labels), **weights_as(settings))
 
     def prepare(self, rows: Dataset, processor: Any, settings: TrainSettings) -> Dataset:
         """Words as tokens, cut at ``max_length``."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
@@ -350,12 +351,23 @@ def label_names(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
 
     ``randlora train`` leaves them in the base model's config beside the adapter's folder.
     """
-    places = [one / "base_model" / "config.json" for one in Path(path).absolute().parents[:2]]  # of a checkpoint too
-    config = next((one for one in places if one.is_file()), None)
-    names = None if config is None else json.loads(config.read_text(encoding="utf-8")).get("id2label")
+    names = _config_of_run(path).get("id2label")
     if not names or head_size(path) not in (None, len(names)):
         return None
     return tuple(names[str(number)] for number in range(len(names)))
+
+
+def problem_type(path: str | os.PathLike[str]) -> str | None:
+    """What chooses a classifier's loss, as the config of Transformers has it; ``None`` where it is not known."""
+    return _config_of_run(path).get("problem_type")
+
+
+def _config_of_run(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The base model's config beside an adapter's folder, or a checkpoint's; empty where there is none."""
+    places = [one / "base_model" / "config.json" for one in Path(path).absolute().parents[:2]]
+    config = next((one for one in places if one.is_file()), None)
+    content: dict[str, Any] = {} if config is None else json.loads(config.read_text(encoding="utf-8"))
+    return content
 
 
 def content_of(folder: Path) -> dict[str, object]:
