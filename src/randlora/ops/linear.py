@@ -68,8 +68,8 @@ def prepared_linear(
             return _apply(unwrap_if_dead(x), lam, gamma, weight, bias, seed, (prepared, update))
     elif plain or torch.compiler.is_compiling():  # nobody differentiates or maps: the bookkeeping is spared
         return _output(x, prepared, lam, gamma, weight, bias, update, seed)
-    operands, *rest = prepared
-    shape = _Shape(type(operands), operands.static(), *rest)
+    operands = prepared.operands
+    shape = _Shape(type(operands), operands.static(), prepared.plan, prepared.out_features)
     return _Transformable.apply(x, lam, gamma, weight, bias, seed, update, shape, *operands.tensors())
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_reporting_integration_callbacks
 
 from randlora.errors import ConfigError
@@ -31,10 +31,12 @@ class Trackers(TrainerCallback):
         """Waits for :meth:`close`."""
         self._end = partial(self._tell, "on_train_end", *given, **more)
 
-    def on_predict(self, *given: Any, metrics: dict[str, float], **more: Any) -> None:
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **more: Any
+    ) -> None:
         """Logs the metrics as those of any evaluation, where the run has begun here."""
         if self._end is not None:
-            self._tell("on_log", *given, logs=metrics, **more)
+            self._tell("on_log", args, state, control, logs=metrics, **more)
 
     def close(self) -> None:
         """Ends the run in each tracker, if it has come to its last step."""
