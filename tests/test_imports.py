@@ -20,8 +20,9 @@ MAY_IMPORT = {
     "analysis": {"tuner", "ops", "errors"},
     "": {"convert", "analysis", "tuner", "ops", "errors"},
     "train": {"", "convert", "analysis", "tuner", "ops", "errors"},
+    "serve": {"", "train", "convert", "analysis", "tuner", "ops", "errors"},
     "report": {"", "convert", "analysis", "tuner", "ops", "errors"},
-    "cli": {"", "train", "report", "convert", "analysis", "tuner", "ops", "errors"},
+    "cli": {"", "serve", "train", "report", "convert", "analysis", "tuner", "ops", "errors"},
     "__main__": {"cli"},
 }
 

@@ -35,3 +35,7 @@ class CombinationError(RandLoraError, ValueError):
 
 class HotswapError(RandLoraError, ValueError):
     """An adapter that cannot take the place of another."""
+
+
+class UnknownModelError(RandLoraError, LookupError):
+    """A request for a model that a server does not have."""

@@ -30,6 +30,7 @@ COMMANDS = {
     "eval": ("evaluate:evaluate", "Score an adapter on data."),
     "predict": ("predict:predict", "Labels for texts or images, with their probabilities."),
     "generate": ("generate:generate", "Write text with an adapter, from a prompt or in a conversation."),
+    "serve": ("serve:serve", "Serve adapters of one base model, by name, to OpenAI's clients."),
     "inspect": ("inspect:inspect", "What is in an adapter, and whether it is whole."),
     "diff": ("diff:diff", "How two adapters differ, in their configs and in what they do."),
     "merge": ("merge:merge", "Write the model with its adapter merged into its weights."),

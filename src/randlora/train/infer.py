@@ -227,14 +227,8 @@ def generate_text(
     tokenizer: Any = trained.processor
     if isinstance(TASKS[trained.task], Chat) and tokenizer.chat_template and isinstance(prompt, str) and prompt:
         prompt = [{"role": "user", "content": prompt}]
-    ends: dict[str, Any] = {}
-    if isinstance(prompt, str):
-        asked = prompt_tokens(tokenizer, prompt)
-    else:  # without a blank at its end, which in training was one token with the first word of the answer
-        asked = tokens_of(templated(prompt, tokenizer, add_generation_prompt=True).rstrip(" "), tokenizer)
-        ends = _ends(trained)
-    if not asked:
-        raise ConfigError("the prompt is empty: there is nothing to go on from")
+    asked = asked_tokens(tokenizer, prompt)
+    ends = [] if isinstance(prompt, str) else answer_ends(trained)
     ids = torch.tensor([asked], device=trained.model.device)
     if seed is not None:
         torch.manual_seed(seed)
@@ -249,26 +243,50 @@ def generate_text(
         trained.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=_room(trained, len(asked), max_new_tokens),
+            max_new_tokens=room(trained, len(asked), max_new_tokens),
             pad_token_id=tokenizer.pad_token_id,
             streamer=_Streamer(tokenizer, take),
             **sampling,
-            **ends,
+            **({"eos_token_id": ends} if ends else {}),
         )
     return "".join(pieces)
 
 
-def _ends(trained: Trained) -> dict[str, list[int]]:
-    """The tokens that end an answer: the model's own, and the one by which the chat template closes a turn."""
+def asked_tokens(tokenizer: Any, prompt: str | list[dict[str, Any]], **arguments: Any) -> list[int]:
+    """Return the tokens of a text, or of messages as the chat template asks for the answer to them.
+
+    Args:
+        tokenizer: the model's.
+        prompt: text, or messages with ``role`` and ``content``.
+        **arguments: for the chat template, such as ``tools``.
+
+    Raises:
+        ConfigError: if there are none, or the template cannot write the messages.
+    """
+    if isinstance(prompt, str):
+        asked = prompt_tokens(tokenizer, prompt)
+    else:  # without a blank at its end, which in training was one token with the first word of the answer
+        text = templated(prompt, tokenizer, add_generation_prompt=True, **arguments)
+        asked = tokens_of(text.rstrip(" "), tokenizer)
+    if not asked:
+        raise ConfigError("the prompt is empty: there is nothing to go on from")
+    return asked
+
+
+def answer_ends(trained: Trained) -> list[int]:
+    """Return the tokens that end an answer: the model's own, and the one by which the chat template closes a turn."""
     known = getattr(trained.model.generation_config, "eos_token_id", None)
     known = trained.processor.eos_token_id if known is None else known
     found = [*(known if isinstance(known, list) else [known]), end_of_turn(trained.processor)]
-    ends = sorted({token for token in found if token is not None})
-    return {"eos_token_id": ends} if ends else {}
+    return sorted({token for token in found if token is not None})
 
 
-def _room(trained: Trained, asked: int, wanted: int) -> int:
-    """Tokens that can be written before the model runs out of positions."""
+def room(trained: Trained, asked: int, wanted: int) -> int:
+    """Return how many of the tokens wanted can be written before the model runs out of positions.
+
+    Raises:
+        ConfigError: if the prompt takes all of them.
+    """
     positions = getattr(trained.model.config, "max_position_embeddings", None)
     if positions is None:
         return wanted

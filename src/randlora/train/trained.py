@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
+from peft import PeftConfig
 from safetensors.torch import load_file
 
 from randlora.errors import CheckpointError, ConfigError
@@ -84,27 +85,55 @@ def load_trained(
         CheckpointError: if there is nothing to load, or an adapter that cannot be read.
         ConfigError: if the base model or tokenizer is not at hand, or the task is not known.
     """
-    folder, run_folder = _locate(Path(path))
-    run = load_settings(run_folder / "resolved.yaml") if run_folder is not None else None
-    is_adapter = (folder / CONFIG).is_file()
-    config = read_config(folder) if is_adapter else None
+    place = locate(path)
+    folder, run_folder, run, config = place
     head = folder / HEAD if (folder / HEAD).is_file() else None
     if head is not None and run is not None:
         base = os.fspath(base_model_path or run.model)
     else:
         base = os.fspath(folder) if config is None else base_path_of(config, base_model_path)
-    kind = getattr(config, "task_type", None)
-    task = task or _task_of(getattr(kind, "value", kind), run, base, folder)
+    task = task or task_of(place, base)
     labels = _labels(folder, run_folder, run, base) if TASKS[task].classifies else ()
-    arguments: dict[str, Any] = TASKS[task].head(labels) if labels else {}
-    if run is not None and run.quantization != "none":
-        arguments |= weights_as(run)  # the adapter was trained on these codes
-    model: Any = load_base(base, TASKS[task].model_type, **arguments)
-    if is_adapter and adapter:
+    model = _load_base(base, TASKS[task], run, **(TASKS[task].head(labels) if labels else {}))
+    if config is not None and adapter:
         model = with_adapter(model, folder)
     if head is not None and adapter:
         model.load_state_dict(load_file(head), strict=False)
-    processor = _processor(folder, base, TASKS[task])
+    processor = load_processor((os.fspath(folder), base), TASKS[task])
+    return _ready(folder, base, model, processor, task, labels, run)
+
+
+def load_language_model(base: str, run: TrainSettings | None, tokenizer_beside: str) -> Trained:
+    """Loads the base model of adapters, without any of them.
+
+    Args:
+        base: a folder, or a name on the hub.
+        run: settings of a run on it, for the codes of its weights.
+        tokenizer_beside: where its tokenizer is, if not with it.
+
+    Raises:
+        ConfigError: if the model or a tokenizer is not at hand.
+    """
+    task = TASKS["causal-lm"]
+    model, tokenizer = _load_base(base, task, run), load_processor((base, tokenizer_beside), task)
+    return _ready(Path(base), base, model, tokenizer, "causal-lm", (), run)
+
+
+def _load_base(base: str, task: Task, run: TrainSettings | None, **arguments: Any) -> Any:
+    if run is not None and run.quantization != "none":
+        arguments |= weights_as(run)  # the adapter was trained on these codes
+    return load_base(base, task.model_type, **arguments)
+
+
+def _ready(
+    folder: Path,
+    base: str,
+    model: Any,
+    processor: Any,
+    task: TaskName,
+    labels: tuple[str, ...],
+    run: TrainSettings | None,
+) -> Trained:
     if TASKS[task].counts_tokens and model.config.pad_token_id is None:
         model.config.pad_token_id = processor.pad_token_id
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -114,7 +143,34 @@ def load_trained(
     return Trained(folder, base, model.eval(), processor, task, labels, min(length, positions), run)
 
 
-def _locate(path: Path) -> tuple[Path, Path | None]:
+class Place(NamedTuple):
+    """Where something trained is.
+
+    Attributes:
+        folder: of the adapter, or of the model.
+        run_folder: of the run that made it, if it is known.
+        run: the settings of that run.
+        config: of the adapter; ``None`` for a model.
+    """
+
+    folder: Path
+    run_folder: Path | None
+    run: TrainSettings | None
+    config: PeftConfig | None
+
+
+def locate(path: str | os.PathLike[str]) -> Place:
+    """Return what a folder of a run, an adapter or a model is; no weights are read.
+
+    Raises:
+        CheckpointError: if it is none of these, or its config cannot be read.
+    """
+    folder, run_folder = _folders(Path(path))
+    run = load_settings(run_folder / "resolved.yaml") if run_folder is not None else None
+    return Place(folder, run_folder, run, read_config(folder) if (folder / CONFIG).is_file() else None)
+
+
+def _folders(path: Path) -> tuple[Path, Path | None]:
     """Folder of adapter or model, and of the run."""
     for inner in ("adapter", "model", "head"):
         if (path / inner).is_dir() and (path / "resolved.yaml").is_file():
@@ -145,10 +201,17 @@ _PROBLEMS: dict[str, TaskName] = {
 """Tasks of one class of model by what its config says of its loss."""
 
 
-def _task_of(kind: str | None, run: TrainSettings | None, base: str, folder: Path) -> TaskName:
-    if run is not None:
-        return run.task
-    if kind == "SEQ_CLS" and head_size(folder) == 1:
+def task_of(place: Place, base: str) -> TaskName:
+    """Return what a run, an adapter's config or else the class of a base model is for.
+
+    Raises:
+        ConfigError: if none of them says.
+    """
+    if place.run is not None:
+        return place.run.task
+    kind = getattr(place.config, "task_type", None)
+    kind = getattr(kind, "value", kind)
+    if kind == "SEQ_CLS" and head_size(place.folder) == 1:
         return "regression"
     for task in TASKS.values():
         if kind == task.model_type:
@@ -178,13 +241,18 @@ def _labels(folder: Path, run_folder: Path | None, run: TrainSettings | None, ba
     return tuple(f"LABEL_{number}" for number in range(count or 0))
 
 
-def _processor(folder: Path, base: str, task: Task) -> Any:
-    for place in (os.fspath(folder), base):
+def load_processor(places: tuple[str, str], task: Task) -> Any:
+    """Return the tokenizer or image processor of the first of two places that has one.
+
+    Raises:
+        ConfigError: if neither has.
+    """
+    for place in places:
         try:
             return task.load_processor(TrainSettings(model=place, data="", task=cast("TaskName", task.name)))
         except (ConfigError, KeyError):
             continue
     raise ConfigError(
-        f"there is no {'tokenizer' if task.counts_tokens else 'image processor'} in {folder}, nor in its "
-        f"base model {base!r}"
+        f"there is no {'tokenizer' if task.counts_tokens else 'image processor'} in {places[0]}, nor in its "
+        f"base model {places[1]!r}"
     )

@@ -1,0 +1,191 @@
+"""The one thread that works with the model: generation in batches, and what needs the model for itself.
+
+Requests that wait while a batch is computed make up the next one, whatever their adapters are. What they wait for comes
+in their order, and what is done to the model, such as loading an adapter, never happens while it computes.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+_OF_ONE_TOKEN = {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "max_new_tokens"}
+_OF_ONE_TOKEN |= {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "max_length"}
+"""Settings that look at the next token only. Others see the whole row, and with it what pads it in a batch."""
+_NO_SETTING = {"transformers_version", "_from_model_config", "max_new_tokens"}
+
+
+@dataclass(eq=False)
+class Job:
+    """A text to go on from.
+
+    Attributes:
+        key: name of the adapter in the model, or ``"__base__"``.
+        ids: the prompt's tokens.
+        config: how to generate; ``max_new_tokens`` is set.
+        put: is given each new token, and says whether anybody still listens.
+        tokenizer: for stop strings.
+        seed: of the sampling; ``None`` takes another each time.
+        future: its result is the list of new tokens, the one that ends the text included.
+    """
+
+    key: str
+    ids: list[int]
+    config: GenerationConfig
+    put: Callable[[int], bool]
+    tokenizer: Any = None
+    seed: int | None = None
+    future: Future[list[int]] = field(default_factory=Future)
+    tokens: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        known = self.config.eos_token_id
+        self._ends = {known} if isinstance(known, int) else set(known or ())
+        settings = {k: v for k, v in self.config.to_diff_dict().items() if k not in _NO_SETTING}
+        self._alone = self.seed is not None or not settings.keys() <= _OF_ONE_TOKEN
+        self._settings = json.dumps(settings, sort_keys=True, default=str)
+
+    def joins(self, other: Job) -> bool:
+        """Whether one batch can compute both."""
+        return not (self._alone or other._alone) and self._settings == other._settings
+
+    def take(self, token: int) -> None:
+        """A new token; the last one ends the job."""
+        self.tokens.append(token)
+        try:
+            heard = self.put(token)
+        except Exception as error:  # the others of its batch go on
+            self.future.set_exception(error)
+            return
+        if not heard or token in self._ends or len(self.tokens) >= (self.config.max_new_tokens or 0):
+            self.future.set_result(self.tokens)
+
+
+class Worker:
+    """Computes jobs, in a thread of its own that ends with the process."""
+
+    def __init__(
+        self, rows: Callable[[Sequence[str]], AbstractContextManager[Any]], most: int, pad: int, pads: bool = True
+    ) -> None:
+        """Starts the thread.
+
+        Args:
+            rows: gives the model to a context, for a batch whose rows have adapters of these names.
+            most: jobs of a batch.
+            pad: a token for the left of shorter prompts, which the model does not see.
+            pads: whether the model passes over such tokens; else a batch has prompts of one length.
+        """
+        self._rows, self._most, self._pad, self._pads = rows, most, pad, pads
+        self._waiting: deque[Job | _Task] = deque()
+        self._changed = threading.Condition()
+        threading.Thread(target=self._work, name="model", daemon=True).start()
+
+    def submit(self, job: Job) -> None:
+        """Queues a job."""
+        self._add(job)
+
+    def run(self, task: Callable[[], Any]) -> Future[Any]:
+        """Queues a call that has the model for itself; jobs submitted later come after it."""
+        queued = _Task(task)
+        self._add(queued)
+        return queued.future
+
+    def _add(self, one: Job | _Task) -> None:
+        with self._changed:
+            self._waiting.append(one)
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while True:
+            following = self._next()
+            if isinstance(following, _Task):
+                following()
+                continue
+            jobs = [job for job in following if job.future.set_running_or_notify_cancel()]
+            with _told_of_errors(jobs):
+                self._generate(jobs)
+
+    def _next(self) -> list[Job] | _Task:
+        """What has waited longest, and the jobs before the next task that join it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting)
+            first = self._waiting.popleft()
+            if isinstance(first, _Task):
+                return first
+            batch = [first]
+            for one in list(self._waiting):
+                if isinstance(one, _Task) or len(batch) == self._most:
+                    break
+                if one.joins(first) and (self._pads or len(one.ids) == len(first.ids)):
+                    batch.append(one)
+                    self._waiting.remove(one)
+            return batch
+
+    def _generate(self, jobs: list[Job]) -> None:
+        if not jobs:
+            return
+        first, width = jobs[0], max(len(job.ids) for job in jobs)
+        config = copy(first.config)
+        config.max_new_tokens = max(job.config.max_new_tokens or 0 for job in jobs)
+        if first.seed is not None:
+            torch.manual_seed(first.seed)
+        with torch.inference_mode(), self._rows([job.key for job in jobs]) as model:
+            ids = [[self._pad] * (width - len(job.ids)) + job.ids for job in jobs]
+            seen = [[0] * (width - len(job.ids)) + [1] * len(job.ids) for job in jobs]
+            model.generate(
+                input_ids=torch.tensor(ids, device=model.device),
+                attention_mask=torch.tensor(seen, device=model.device),
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([_EndOfRows(jobs)]),
+                **({"tokenizer": first.tokenizer} if config.stop_strings else {}),
+            )
+        for job in jobs:
+            if not job.future.done():  # a stop string
+                job.future.set_result(job.tokens)
+
+
+class _Task:
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call, self.future = call, Future[Any]()
+
+    def __call__(self) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(self._call())
+        except Exception as error:
+            self.future.set_exception(error)
+
+
+class _EndOfRows(StoppingCriteria):
+    """Hands the new token of each row to its job, and ends the rows whose jobs are done."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = jobs
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        for job, token in zip(self._jobs, input_ids[:, -1].tolist(), strict=True):
+            if not job.future.done():
+                job.take(token)
+        return torch.tensor([job.future.done() for job in self._jobs], device=input_ids.device)
+
+
+@contextmanager
+def _told_of_errors(jobs: Sequence[Job]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        for job in jobs:
+            if not job.future.done():
+                job.future.set_exception(error)
