@@ -32,8 +32,8 @@ NAMES = (
 )
 """Each is a file here, with `COLUMNS` of its table, and `run(quick)` that yields its rows."""
 
-ON_REQUEST = ("gpu_resources", "sweep", "hard_task", "reach")
-"""Likewise, but run only where they are named: they measure what training ends with, not what it costs."""
+ON_REQUEST = ("gpu_resources", "sweep", "hard_task", "reach", "serving")
+"""Likewise, but run only where they are named: they need what others do not, or measure what training ends with."""
 
 KNOWN = (*NAMES, *ON_REQUEST)
 

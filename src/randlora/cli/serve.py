@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,5 @@ def _run(app: Any, sock: socket.socket) -> None:
     """Until Ctrl-C; texts that are being written then have five seconds."""
     import uvicorn
 
-    try:
+    with suppress(KeyboardInterrupt):
         uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run([sock])
-    except KeyboardInterrupt:
-        pass

@@ -183,6 +183,7 @@ class Adapters:
                 self._peft = PeftModel.from_pretrained(self.base.model, os.fspath(folder), adapter_name=key)
             else:
                 self._peft.load_adapter(os.fspath(folder), adapter_name=key)
+        self._peft.base_model.set_adapter([])  # each row names its own
         self.base.model.eval()
         try:
             with self.rows([key]):

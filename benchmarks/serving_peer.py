@@ -1,0 +1,78 @@
+"""PEFT's part of `serving`. It must not import randlora, which would put its own checks around PEFT's loading."""
+
+import gc
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+LIMIT = 60.0
+"""Seconds of CPU time that the loading of one row may take."""
+
+
+def prepare() -> None:
+    """To be called first in each process: one thread, and silence."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+class Lora:
+    """A model with LoRA adapters."""
+
+    def __init__(self, base: Path) -> None:
+        if "randlora" in sys.modules:
+            raise RuntimeError("this process has imported randlora, which it must not have")
+        self._base, self._model, self.count = AutoModelForCausalLM.from_pretrained(base), None, 0
+
+    def load(self, path: Path) -> None:
+        name = f"a{self.count}"
+        if self._model is None:
+            self._model = peft.PeftModel.from_pretrained(self._base, path, adapter_name=name)
+        else:
+            self._model.load_adapter(path, adapter_name=name)
+        self.count += 1
+
+
+@cache
+def model_of(base: Path) -> Lora:
+    """The one of this process."""
+    return Lora(base)
+
+
+def load(base: Path, paths: list[Path]) -> dict[str, Any]:
+    model = model_of(base)
+    found = measure_loading(model.load, paths)
+    return {"adapters": model.count, **found}
+
+
+def measure_loading(load_one: Callable[[Path], None], paths: list[Path]) -> dict[str, float]:
+    """Loads adapters until all are there or the limit is reached; ``resident kB`` is of one of them."""
+    gc.collect()
+    start, cpu, memory, done = time.perf_counter(), time.process_time(), resident(), 0
+    for path in paths:
+        load_one(path)
+        done += 1
+        if time.process_time() - cpu > LIMIT:
+            break
+    return {
+        "load s": time.perf_counter() - start,
+        "load cpu s": time.process_time() - cpu,
+        "resident kB": (resident() - memory) / done / 1e3,
+        "process MB": resident() / 1e6,
+    }
+
+
+def resident() -> int:
+    """Bytes of physical memory that the process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
