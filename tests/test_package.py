@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DEPENDENCIES = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["dependencies"])}
 EXTRAS = [
     Requirement(line)
-    for name in ("train", "preferences", "demo", "quant", "dev")
+    for name in ("train", "preferences", "demo", "quant", "serve", "dev")
     for line in PROJECT["optional-dependencies"][name]
 ]
 PINS = {
