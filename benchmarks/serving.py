@@ -53,7 +53,7 @@ COLUMNS = (
 ARCHITECTURE = Llama(hidden=256, intermediate=704, layers=2, heads=4, vocab=512)
 LORA, OURS = "PEFT LoRA", "randlora serve"
 COUNTS, QUICK = (1, 10, 100, 1_000), (1, 3)
-REQUESTS, CLIENTS, PROMPT, TOKENS = 64, 8, 16, 8
+REQUESTS, CLIENTS, PROMPT, TOKENS = 40, 8, 16, 8
 
 
 def run(quick: bool) -> Iterator[dict[str, Any]]:

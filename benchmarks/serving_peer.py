@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-LIMIT = 60.0
+LIMIT = 20.0
 """Seconds of CPU time that the loading of one row may take."""
 
 

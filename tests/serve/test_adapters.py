@@ -131,13 +131,13 @@ class TestRefusals:
         save_adapter(base, tmp_path / "a", save_projection=False)
         config = tmp_path / "a/adapter_config.json"
         config.write_text(config.read_text().replace('"projection_prng_key": 0', '"projection_prng_key": 1'))
-        self.refused(adapters, tmp_path / "a", "", error=BasisMismatchError)
+        self.refused(adapters, tmp_path / "a", "fingerprint", error=BasisMismatchError)
 
     def test_other_shapes(self, adapters, folder, tmp_path):
         shutil.copytree(folder / "law", tmp_path / "a")
         config = tmp_path / "a/adapter_config.json"
         config.write_text(config.read_text().replace('"r": 8', '"r": 4'))
-        self.refused(adapters, tmp_path / "a", "", error=CheckpointError)
+        self.refused(adapters, tmp_path / "a", "values of λ for .*, whose rank is 4", error=CheckpointError)
 
     def test_codes_that_the_base_model_has_not(self, adapters, folder, base, tmp_path):
         shutil.copytree(folder / "code", tmp_path / "run/adapter")

@@ -91,6 +91,16 @@ def test_what_sees_more_than_its_next_token_or_is_asked_otherwise_has_a_batch_of
     assert [batch.keys for batch in model.batches] == [["first"], ["a", "c"], ["b"]]
 
 
+def test_settings_that_say_nothing_of_the_text_do_not_part_a_batch(model, worker):
+    held_up(worker)
+    of_a_model = {"output_attentions": False, "output_hidden_states": False, "repetition_penalty": 1.0}
+    jobs = [job("a", **of_a_model), job("b")]
+    for one in jobs:
+        worker.submit(one)
+    results(model, *jobs)
+    assert model.batches[1].keys == ["a", "b"]
+
+
 def test_no_batch_has_more_than_its_most(model, worker):
     held_up(worker)
     jobs = [job(str(number)) for number in range(5)]

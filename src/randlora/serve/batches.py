@@ -23,7 +23,9 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 _OF_ONE_TOKEN = {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "max_new_tokens"}
 _OF_ONE_TOKEN |= {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "max_length"}
 """Settings that look at the next token only. Others see the whole row, and with it what pads it in a batch."""
-_NO_SETTING = {"transformers_version", "_from_model_config", "max_new_tokens"}
+_OF_NO_TEXT = {"transformers_version", "_from_model_config", "max_new_tokens", "return_dict_in_generate"}
+_OF_NO_TEXT |= {"output_attentions", "output_hidden_states", "output_logits", "output_scores"}
+"""Settings in which the requests of one batch may differ."""
 
 
 @dataclass(eq=False)
@@ -52,7 +54,9 @@ class Job:
     def __post_init__(self) -> None:
         known = self.config.eos_token_id
         self._ends = {known} if isinstance(known, int) else set(known or ())
-        settings = {k: v for k, v in self.config.to_diff_dict().items() if k not in _NO_SETTING}
+        settings = {name: value for name, value in self.config.to_diff_dict().items() if name not in _OF_NO_TEXT}
+        if settings.get("repetition_penalty") == 1:  # as models say that they have none
+            del settings["repetition_penalty"]
         self._alone = self.seed is not None or not settings.keys() <= _OF_ONE_TOKEN
         self._settings = json.dumps(settings, sort_keys=True, default=str)
 
