@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
+import sys
 import warnings
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ def serve(
 
       randlora serve adapters/ --load-from adapters/
     """
+    stdout = sys.stdout
     with answering(json) as out:
         _require_packages()
         from randlora.serve.server import make_app
@@ -51,8 +53,10 @@ def serve(
             url = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}/v1"
             names = [one.name for one in served.served]
             out.print(f"{_counted(names[1:])} on {names[0]} at {url}; Ctrl-C ends it", markup=False)
-            if json:
-                print_json({"url": url, "models": names})
+            if json:  # now, not when all has ended
+                with redirect_stdout(stdout):
+                    print_json({"url": url, "models": names})
+                stdout.flush()
             _run(make_app(served, batch_size, load_from), sock)
         out.print("ended")
 
