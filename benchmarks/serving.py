@@ -100,7 +100,7 @@ def write_patterns(folder: Path, case: str) -> float:
         config = RandLoraConfig(r=ARCHITECTURE.rank, save_projection=False, **named)
     model = peft.get_peft_model(base, config)
     config.base_model_name_or_path = str(folder / "base")
-    model.save_pretrained(folder / case)
+    model.save_pretrained(str(folder / case))
     return sum(value.nbytes for value in load_file(folder / case / "adapter_model.safetensors").values()) / 1e3
 
 

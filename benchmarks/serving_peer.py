@@ -31,7 +31,8 @@ class Lora:
     def __init__(self, base: Path) -> None:
         if "randlora" in sys.modules:
             raise RuntimeError("this process has imported randlora, which it must not have")
-        self._base, self._model, self.count = AutoModelForCausalLM.from_pretrained(base), None, 0
+        self._model: Any = None
+        self._base, self.count = AutoModelForCausalLM.from_pretrained(base), 0
 
     def load(self, path: Path) -> None:
         name = f"a{self.count}"

@@ -65,7 +65,7 @@ class Adapters:
         self._served = {base.base: Served(base.base, BASE, base)}
         self._bases = (base.base, *same_bases)
         self._keys = (f"served_{number}" for number in count())
-        self._peft: PeftModel | None = None
+        self._peft: Any = None  # PEFT's model around the base, from the first adapter on
         self._tokenizers: dict[str, Any] = {}
 
     @classmethod
@@ -143,7 +143,6 @@ class Adapters:
 
     def forget(self, served: Served) -> None:
         """Frees the memory of an adapter that has been withdrawn."""
-        assert self._peft is not None
         self._peft.delete_adapter(served.key)
 
     @contextmanager
