@@ -52,7 +52,7 @@ class TestSaved:
         model = beside(encoder(), config, other, when)
         assert shapes(model, tmp_path) == shapes(alone(encoder(), config), tmp_path / "alone")
         again = PeftModel.from_pretrained(encoder(), tmp_path / "u").eval()
-        assert_close(again(x()).detach(), model(x()).detach(), 1e-6)
+        assert_close(again(x()).detach(), model(x()).detach(), 1e-5)
 
 
 class TestLoaded:

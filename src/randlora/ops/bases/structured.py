@@ -268,7 +268,8 @@ class StructuredBases(NamedTuple):
                 return self._plus(mixed.flatten(1), beside, self.max_dim)
             blocks = mixed.flatten(0, 1)
         if beside is None or beside.rows.dtype not in WIDE or self.max_dim % self.groups:
-            return self._plus((blocks @ self.B.T).reshape(tokens, -1), beside, self.max_dim)
+            found = (blocks @ self.B.T).reshape(tokens, self.groups * self.B.shape[0])
+            return self._plus(found, beside, self.max_dim)
         base = beside.product()
         return torch.addmm(base.view(blocks.shape[0], self.B.shape[0]), blocks, self.B.T).view_as(base)
 
@@ -284,7 +285,7 @@ class StructuredBases(NamedTuple):
             inner = self._back(projected, scaled)  # (g, T, c)
         else:
             inner = projected.transpose(0, 1) @ self._factor(tokens, scaled).transpose(0, 1)
-        return self._plus(inner.transpose(0, 1).reshape(tokens, -1), beside, self.min_dim)
+        return self._plus(inner.transpose(0, 1).flatten(1), beside, self.min_dim)
 
     def from_tokens(
         self, u: Tensor, v: Tensor, lam: Tensor, gamma: Tensor, scaled: Scaled | None = None
@@ -338,21 +339,22 @@ class StructuredBases(NamedTuple):
         return (formed if self._by_token(tokens) else self.B @ formed).unflatten(1, (self.groups, -1))
 
     def _through(self, v: Tensor, scaled: Scaled) -> Tensor:  # (T, m) -> (T·g, ρ·n), mixed
-        # in the fewest steps, and no copy for one token: each takes as long as a product here
+        # in the fewest steps, and no copy for one token: each takes as long as a product here; and with each size named,
+        # since torch cannot infer one where there are no tokens
         (r, n), tokens, g = scaled.lam.shape, v.shape[0], self.groups
         v, gamma = padded(v.to(self.B.dtype), g), padded(scaled.gamma, g)
-        inner = (v.unsqueeze(1) * gamma).reshape(tokens * n, g, -1).permute(1, 2, 0)  # (g, c, T·n)
+        inner = (v.unsqueeze(1) * gamma).reshape(tokens * n, g, gamma.shape[1] // g).permute(1, 2, 0)  # (g, c, T·n)
         inner = self._grouped_A(inner.dtype).transpose(0, 1) @ inner  # (g, ρ, T·n)
         inner = inner.reshape(r, tokens, n) * scaled.lam.unsqueeze(1)
-        mixed = self.mix @ inner.reshape(g, -1)
-        return mixed.reshape(g, r // g, tokens, n).permute(2, 0, 1, 3).reshape(tokens * g, -1)
+        mixed = self.mix @ inner.reshape(g, r // g * tokens * n)
+        return mixed.reshape(g, r // g, tokens, n).permute(2, 0, 1, 3).reshape(tokens * g, r // g * n)
 
     def _back(self, projected: Tensor, scaled: Scaled) -> Tensor:  # (T, g, ρ·n) -> (g, T, c)
         (r, n), tokens, g = scaled.lam.shape, projected.shape[0], self.groups
-        inner = (projected.reshape(tokens, r, n) * scaled.lam).reshape(tokens, g, -1, n)
-        inner = inner.permute(1, 0, 3, 2).reshape(g, tokens * n, -1)  # (g, T·n, ρ)
-        inner = (inner @ self._grouped_A(inner.dtype).transpose(0, 1)).reshape(g, tokens, n, -1)
-        gamma = padded(scaled.gamma, g).reshape(n, g, -1).transpose(0, 1)
+        gamma = padded(scaled.gamma, g).reshape(n, g, -1).transpose(0, 1)  # (g, n, c)
+        inner = (projected.reshape(tokens, r, n) * scaled.lam).reshape(tokens, g, r // g, n)
+        inner = inner.permute(1, 0, 3, 2).reshape(g, tokens * n, r // g)  # (g, T·n, ρ)
+        inner = (inner @ self._grouped_A(inner.dtype).transpose(0, 1)).reshape(g, tokens, n, gamma.shape[2])
         return (inner * gamma.unsqueeze(1)).sum(2)
 
     def _mixed(self, values: Tensor, mix: Tensor) -> Tensor:
@@ -371,7 +373,8 @@ class StructuredBases(NamedTuple):
         return tokens <= self.B.shape[0]
 
     def _blocks(self, values: Tensor) -> Tensor:  # (T, k) -> (T, g, ⌈k/g⌉)
-        return padded(values.to(self.B.dtype), self.groups).reshape(values.shape[0], self.groups, -1)
+        values = padded(values.to(self.B.dtype), self.groups)
+        return values.reshape(values.shape[0], self.groups, values.shape[1] // self.groups)
 
     def _columns(self, v: Tensor) -> Tensor:  # (T, m) -> (g, T, c)
         return self._blocks(v).transpose(0, 1)
