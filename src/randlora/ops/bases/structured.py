@@ -339,8 +339,8 @@ class StructuredBases(NamedTuple):
         return (formed if self._by_token(tokens) else self.B @ formed).unflatten(1, (self.groups, -1))
 
     def _through(self, v: Tensor, scaled: Scaled) -> Tensor:  # (T, m) -> (T·g, ρ·n), mixed
-        # in the fewest steps, and no copy for one token: each takes as long as a product here; and with each size named,
-        # since torch cannot infer one where there are no tokens
+        # in the fewest steps, and no copy for one token: each takes as long as a product here
+        # sizes are named, since torch cannot infer one where there are no tokens
         (r, n), tokens, g = scaled.lam.shape, v.shape[0], self.groups
         v, gamma = padded(v.to(self.B.dtype), g), padded(scaled.gamma, g)
         inner = (v.unsqueeze(1) * gamma).reshape(tokens * n, g, gamma.shape[1] // g).permute(1, 2, 0)  # (g, c, T·n)
