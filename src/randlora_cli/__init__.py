@@ -28,7 +28,7 @@ COMMANDS = {
     "train": ("train:train", "Fine-tune a model on your data and save the adapter."),
     "compare": ("compare:compare", "Try the methods on your data in a given time: does full rank help?"),
     "eval": ("evaluate:evaluate", "Score an adapter on data."),
-    "predict": ("predict:predict", "Labels for texts or images, with their probabilities."),
+    "predict": ("predict:predict", "Labels for texts or images, with their probabilities; numbers of a regression."),
     "generate": ("generate:generate", "Write text with an adapter, from a prompt or in a conversation."),
     "serve": ("serve:serve", "Serve adapters of one base model, by name, to OpenAI's clients."),
     "inspect": ("inspect:inspect", "What is in an adapter, and whether it is whole."),

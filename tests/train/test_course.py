@@ -117,7 +117,7 @@ class TestBest:
             ({"method": "full", "quantization": "4bit"}, "quantization='4bit': method='full' has no adapter"),
             ({"method": "vera", "alpha": 4}, "alpha=4.0: VeRA has none"),
             ({"packing": True}, "packing=True is for causal-lm and chat"),
-            ({"chat_template": "x"}, "chat_template='x' is for task='chat'"),
+            ({"chat_template": "x"}, "chat_template='x' is for chat, dpo, kto and orpo"),
         ],
     )
     def test_settings_that_do_not_fit_together(self, changes, message):

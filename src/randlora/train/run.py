@@ -116,6 +116,7 @@ def train(settings: TrainSettings) -> TrainResult:
         KeyboardInterrupt: on Ctrl-C, when a checkpoint of the last step has been written.
         OSError: if the disk is full, or may not be written.
     """
+    trackers(settings)  # refused before the data is read
     settings = with_task_of_labels(settings)
     checkpoint = checkpoint_to_resume(settings)
     run = resolve(settings)
