@@ -43,7 +43,8 @@ def plan(
     model's forward and backward.
 
     A larger r gives FEWER trainable parameters: n·(r + m) for each layer, with n = ceil(m / r) bases, m being the
-    smaller dimension of its weight. The update has full rank for every r. Without a budget the table is around r = 32.
+    smaller dimension of its weight. The update has full rank for every r, but with sparse bases. Without a budget the
+    table is around r = 32.
 
     [bold]Examples[/]
 
@@ -100,6 +101,7 @@ def _show(found: TrainingPlan, out: Console) -> None:
     out.print(plain_table(columns, rows, title))
     out.print(
         "r: a larger r means fewer parameters; n: bases of the widest layer; the update has full rank for every r"
+        + (", but for columns of zeros (docs/sparse.md)" if "sparse" in setup.kind else "")
     )
     out.print("bases: in memory; file: what is saved; peak memory: tensors of a training step with AdamW")
     if found.remark:
