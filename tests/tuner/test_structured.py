@@ -178,5 +178,5 @@ def test_training_moves_the_update_to_full_rank():
         optimizer.zero_grad()
     assert losses[-1] < 0.9 * losses[0]
     for layer in layers_of(model).values():
-        update = layer.get_delta_weight("default").double()
-        assert torch.linalg.matrix_rank(update) == min(update.shape)
+        update = layer.get_delta_weight("default").detach()
+        assert torch.linalg.matrix_rank(update, rtol=1e-6) == min(update.shape)  # above what rounding in float32 makes
