@@ -1,7 +1,7 @@
 """RandLoRA: full-rank parameter-efficient fine-tuning on Hugging Face PEFT.
 
 Importing this package puts its classes in PEFT's registries for ``PeftType.RANDLORA``, so that PEFT, Transformers and
-everything built on them use it.
+everything built on them use these classes.
 """
 
 from randlora.quiet import quiet_imports

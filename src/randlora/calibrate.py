@@ -1,4 +1,4 @@
-"""The planner's rates on this machine, by measurement."""
+"""Measurement of the planner's rates on this machine."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call beyond the base layer's own, for each of the ways.
+    """The seconds of one layer's call beyond those of the base layer, for each way of computing the call.
 
     Attributes:
-        problem: gives the planner's problem, with the costs by the rates of that moment.
+        problem: function that returns the planner's problem, with costs by the rates in force.
         forward: seconds of the output, by way.
-        backward: seconds of the gradients, by ways of dx and dÃ.
+        backward: seconds of the gradients, by the ways of dx and dÃ.
     """
 
     problem: Callable[[], Problem]
@@ -47,19 +47,19 @@ def calibrate(
     shapes: Iterable[tuple[int, int]] = _SHAPES,
     tokens: Iterable[int] = _TOKENS,
 ) -> Rates:
-    """Measure layers of the given shapes and set the planner's rates to those that fit them best.
+    """Measure layers of the given shapes and set the planner's rates to those that fit best.
 
-    In float32 on a CPU. On a GPU in bfloat16, where only the cost of an element is fitted; give it layers and tokens of
-    the size of a model's. Takes about a minute with the default shapes. The rates hold for this process; a program that
-    is to use them without measuring passes them to ``randlora.ops.plan.set_rates``.
+    Layers are in float32 on a CPU and in bfloat16 on a GPU. On a GPU only the costs of an element are fitted; give
+    shapes and tokens of a real model there. The default shapes take about a minute. The rates are in force for this
+    process only; another program can pass them to ``randlora.ops.plan.set_rates`` instead of measuring.
 
     Args:
-        device: where to measure.
-        shapes: (out, in) of the layers.
-        tokens: numbers of tokens of the calls.
+        device: device to measure on.
+        shapes: shapes (out, in) of the layers.
+        tokens: numbers of tokens in the calls.
 
     Returns:
-        The rates that are now in force.
+        The rates now in force.
     """
     device, calls = torch.device(device), [(shape, count) for shape in shapes for count in tokens]
     rates = planner.rates_on(device)
@@ -87,7 +87,7 @@ def measure(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Timing:
-    """Return the timings of every way of computing one layer's call."""
+    """Return the timing of one layer's call in every way of computing it."""
     out, in_ = shape
     m, M = min(shape), max(shape)
     basis = get_basis(BasisSpec(_RANK, m, M, 0, kind, m, M))
@@ -111,7 +111,7 @@ def measure(
 def fitted(
     timings: list[Timing], start: Rates, candidates: dict[str, list[float]], device: torch.device = _CPU
 ) -> Rates:
-    """Return the rates among ``candidates`` with which the planner's choices take the least time in all."""
+    """Return the rates among ``candidates`` with which the planner's choices take the least time in total."""
 
     def total(rates: Rates) -> float:
         before = planner.rates_on(device)
@@ -129,7 +129,7 @@ def fitted(
 
 
 def chosen_seconds(timing: Timing) -> float:
-    """Return the seconds of the way that the planner chooses among those measured."""
+    """Return the measured seconds, forward and backward, of the ways that the planner chooses."""
     problem = timing.problem()
     forward = min(timing.forward, key=lambda way: forward_cost(problem, way))
     backward = min(timing.backward, key=lambda ways: backward_cost(problem, *ways))
@@ -137,12 +137,12 @@ def chosen_seconds(timing: Timing) -> float:
 
 
 def _around(value: float) -> list[float]:
-    """Return candidates from a quarter of the value to four times it, the nearest first."""
+    """Return candidates from a quarter of the value to four times the value, nearest first."""
     return sorted((value * 2 ** (step / 4) for step in range(-8, 9)), key=lambda found: abs(found / value - 1))
 
 
 def _seconds(call: Callable[[], torch.Tensor], dy: torch.Tensor) -> tuple[float, float]:
-    """Return the medians of forward and of backward, in seconds."""
+    """Return the median seconds of forward and of backward."""
     found = []
     for _ in range(_ROUNDS + 1):
         start = _now(dy.device)

@@ -1,8 +1,8 @@
-"""The errors that randlora raises on purpose. Each message names the value and the way out."""
+"""The errors that randlora raises on purpose. Each message names the faulty value and a remedy."""
 
 
 class RandLoraError(Exception):
-    """Base class of every error that randlora raises on purpose."""
+    """The base class of all errors that randlora raises on purpose."""
 
 
 class ConfigError(RandLoraError, ValueError):
@@ -10,11 +10,11 @@ class ConfigError(RandLoraError, ValueError):
 
 
 class BasisMismatchError(RandLoraError, ValueError):
-    """The bases at hand are not the ones that the adapter was trained with."""
+    """Bases that differ from those of the adapter's training."""
 
 
 class CheckpointError(RandLoraError, ValueError):
-    """An adapter file that lacks what it must have or has what it must not."""
+    """An adapter file that is damaged, incomplete, or has tensors that do not belong in it."""
 
 
 class UnsupportedLayerError(RandLoraError, ValueError):
@@ -30,7 +30,7 @@ class AdapterNamesError(RandLoraError, ValueError):
 
 
 class CombinationError(RandLoraError, ValueError):
-    """A combination of adapters that is none of the kind that was asked for."""
+    """An impossible combination of adapters."""
 
 
 class HotswapError(RandLoraError, ValueError):

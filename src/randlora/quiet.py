@@ -1,4 +1,4 @@
-"""What libraries say of optional packages while they are imported, which is of no use to whoever imports this one."""
+"""Silence for libraries' messages about optional packages, which are useless to a user of this package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
-"""Loggers that speak of kernels for other machines when PEFT looks which quantisations there are."""
+"""Loggers that mention kernels of other machines when PEFT looks for quantisation packages."""
 
 
 @contextmanager

@@ -1,10 +1,10 @@
-"""Numbers as people read them."""
+"""Numbers as text for people."""
 
 from __future__ import annotations
 
 
 def byte_text(count: float) -> str:
-    """Return bytes in powers of a thousand, as files are counted."""
+    """Return a number of bytes as text in B, kB, MB or GB, which are powers of 1000."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(count) >= size:
             return f"{count / size:,.1f} {unit}"

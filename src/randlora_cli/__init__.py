@@ -1,7 +1,7 @@
 """The entry of the `randlora` command, which starts fast.
 
-It stands outside the package `randlora`, the import of which takes seconds because it brings PEFT along. Here the
-subcommands are only named. The module of a subcommand has its flags, and brings little along; the package itself is
+This module is outside the package `randlora`, because importing the package imports PEFT, which takes seconds. The
+module only names the subcommands. A subcommand's own module defines its flags and imports little. The package itself is
 imported when the work begins.
 """
 
@@ -41,13 +41,13 @@ COMMANDS = {
     "report": ("report:report", "Write one HTML file about runs, side by side."),
     "demo": ("demo:demo", "Fine-tune a real model on real sentences in five ways, and compare them."),
 }
-"""Name: module within `randlora.cli` and its function, and the first line of that function's docstring."""
+"""Module and function within `randlora.cli`, and the first line of the function's docstring, by subcommand."""
 
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
 class _Command(TyperCommand):
-    """A subcommand that imports the package when it is run: not for its help, nor for a flag that it does not have."""
+    """A subcommand that imports the package only when run, neither for help nor for the error on an unknown flag."""
 
     def invoke(self, ctx: Any) -> Any:
         _import_package()
@@ -55,7 +55,7 @@ class _Command(TyperCommand):
 
 
 class _LazyGroup(TyperGroup):
-    """Imports a subcommand when it is called, and none of them to list all."""
+    """A group that imports a subcommand only when called, and lists all subcommands without importing any."""
 
     _lists = False
 
@@ -69,7 +69,7 @@ class _LazyGroup(TyperGroup):
         return TyperCommand(cmd_name, help=summary) if self._lists else _load(cmd_name, place)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """As click does, with the name that is near."""
+        """Resolve a command as click does; the error for an unknown name suggests a similar one."""
         near = difflib.get_close_matches(args[0], COMMANDS, n=1)
         if args[0] not in COMMANDS and near and not args[0].startswith("-"):
             ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
@@ -84,7 +84,7 @@ def _load(name: str, place: str) -> Any:
     _postpone_package()
     module, _, function = place.partition(":")
     command = getattr(importlib.import_module(f"randlora.cli.{module}"), function)
-    # typer keeps the line breaks of a docstring, which are those of the source
+    # typer would keep the source's line breaks within paragraphs
     paragraphs = (inspect.getdoc(command) or "").split("\n\n")
     single = _typer(add_completion=False)
     single.command(name, cls=_Command, help="\n\n".join(" ".join(text.split("\n")) for text in paragraphs))(command)
@@ -92,16 +92,16 @@ def _load(name: str, place: str) -> Any:
 
 
 def _postpone_package() -> None:
-    """Lets modules of the package be imported without the package itself, which is there, but empty, until then."""
+    """Put an empty package in ``sys.modules``, so that importing its modules does not run the package itself."""
     spec = importlib.util.find_spec("randlora")
     if "randlora" not in sys.modules and spec is not None:
         sys.modules["randlora"] = importlib.util.module_from_spec(spec)
 
 
 def _import_package() -> None:
-    """Quiet for good: libraries go on to import each other while a command works."""
+    """Import the package, and silence talkative loggers for good: libraries import each other later too."""
     quiet = importlib.import_module("randlora.quiet")
-    for logger in (*quiet.TALKATIVE, "datasets.packaged_modules"):  # the last says what an error of ours says again
+    for logger in (*quiet.TALKATIVE, "datasets.packaged_modules"):  # datasets repeats an error of ours
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     package = sys.modules["randlora"]
     if not hasattr(package, "__version__") and package.__spec__ is not None and package.__spec__.loader is not None:
@@ -134,7 +134,7 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command; exit code 2 for a mistake of the user's, 1 for a failure, 130 for an interruption."""
+    """Run the command. Exit code 2 means a mistake of the user, 1 a failure, 130 an interruption."""
     try:
         app(prog_name="randlora")
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What the commands share: where they print, and how they end."""
+"""The parts that the commands share: consoles, tables, error messages and exit codes."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 @contextmanager
 def explained_errors(hint: str = "") -> Iterator[None]:
-    """Turns the errors that randlora raises on purpose into one message and an exit code, without a traceback.
+    """Turn the errors that randlora raises on purpose into a message and an exit code, without a traceback.
 
     Args:
-        hint: what to say after an interruption.
+        hint: message after an interruption.
     """
     try:
         yield
     except (RandLoraError, FloatingPointError) as error:
         _say("error", str(error))
         raise typer.Exit(USER_ERROR if isinstance(error, ValueError) else FAILURE) from None
-    except OSError as error:  # no space, no permission: of the system, not of the program
+    except OSError as error:  # such as no space or no permission: not a fault of the program
         if error.filename is None:
             raise
         _say("error", f"{error.filename}: {error.strerror}")
@@ -46,7 +46,7 @@ def explained_errors(hint: str = "") -> Iterator[None]:
 
 @contextmanager
 def stdout_for_json(wanted: bool) -> Iterator[None]:
-    """Within this context everything that is printed goes to stderr, if stdout is wanted for JSON alone."""
+    """Redirect everything printed within the context to stderr, if stdout is wanted for JSON alone."""
     if not wanted:
         yield
         return
@@ -56,26 +56,28 @@ def stdout_for_json(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def answering(json: bool, hint: str = "") -> Iterator[Console]:
-    """Where a command works and says what it does: errors explained, warnings as one line each, stdout free for JSON.
+    """Yield a console for the work of a command.
+
+    Within the context errors become messages, each warning becomes one line, and stdout stays free for JSON.
 
     Args:
         json: whether stdout is wanted for JSON alone.
-        hint: what to say after an interruption.
+        hint: message after an interruption.
     """
     with explained_errors(hint), stdout_for_json(json), warnings.catch_warnings():
         warnings.showwarning = _show_warning
-        warnings.filterwarnings("ignore", "Specified to not (save|load) vera_A")  # as the settings ask
+        warnings.filterwarnings("ignore", "Specified to not (save|load) vera_A")  # save_projection=False is wanted
         _quiet_libraries()
         yield console(to_stderr=json)
 
 
 def print_json(content: Any) -> None:
-    """One JSON object on stdout; what is no number is null, as JSON has no NaN."""
+    """Print one JSON object on stdout. NaN and infinity become null, because JSON has neither."""
     print(json.dumps(_without_nan(content), default=str))
 
 
 def console(to_stderr: bool = False) -> Console:
-    """Where people read; without colours if it is no terminal, and then as wide as its tables."""
+    """Return a console for people; outside of a terminal without colours, and at least 140 characters wide."""
     out = Console(stderr=to_stderr, highlight=False)
     return out if out.is_terminal else Console(stderr=to_stderr, highlight=False, width=max(out.width, 140))
 
@@ -83,9 +85,9 @@ def console(to_stderr: bool = False) -> Console:
 def plain_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, left: int = 1
 ) -> Table:
-    """A table, its first ``left`` columns of words, the others of numbers."""
+    """Return a table whose first ``left`` columns are aligned to the left, and the others to the right."""
     table = Table(title=title, box=box.SIMPLE_HEAVY, title_justify="left", padding=(0, 1, 0, 0))
-    table.min_width = len(title or "")  # a title longer than its table would be broken
+    table.min_width = len(title or "")  # else a title longer than the table is wrapped
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < left else "right", overflow="fold")
     for row in rows:
@@ -94,17 +96,17 @@ def plain_table(
 
 
 def one_or_several(given: list[str] | None) -> str | list[str] | None:
-    """A flag that was given once as one value, and more often as a list."""
+    """Return the value of a flag that was given once, and a list if the flag was given several times."""
     return given[0] if given and len(given) == 1 else given or None
 
 
 def number_text(value: float | None, form: str = ".3g") -> str:
-    """A number, or a dash where there is none."""
+    """Return a number as text; a dash for ``None``."""
     return "–" if value is None else format(value, form)
 
 
 def _quiet_libraries() -> None:
-    """No advice, and no bars where nobody watches."""
+    """Silence the advice of libraries, and their progress bars outside of a terminal."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -133,7 +135,7 @@ def _say(kind: str, text: str) -> None:
 
 
 def quoted(text: object) -> str:
-    """Text of a file that may be a stranger's, for a terminal: it neither marks up nor controls anything."""
+    """Return text from an untrusted file, safe for a terminal: without markup and control characters."""
     return escape(_printable(str(text)))
 
 

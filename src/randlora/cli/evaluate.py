@@ -14,7 +14,7 @@ from randlora.train.settings import TaskName
 if TYPE_CHECKING:
     from randlora.train.infer import Score
 
-_MOST_COLUMNS = 12  # labels of a matrix that is printed; --json has it whole
+_MOST_COLUMNS = 12  # labels in the printed matrix; --json has all
 
 
 def evaluate(

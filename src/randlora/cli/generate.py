@@ -66,7 +66,7 @@ def generate(
 
 
 def _converse(trained: Trained, write: object, out: Console) -> None:
-    """Until the end of the input."""
+    """Hold a conversation until the end of the input."""
     chats = bool(getattr(trained.processor, "chat_template", None))
     out.print(f"{trained.path} on {trained.base}; Ctrl-C ends an answer, Ctrl-D the conversation")
     messages: list[dict[str, str]] = []

@@ -14,7 +14,7 @@ from randlora.text import byte_text
 if TYPE_CHECKING:
     from randlora.analysis.contents import Contents
 
-_SHOWN = 12  # layers, unless all are wanted
+_SHOWN = 12  # layers shown without --all
 
 
 def inspect(

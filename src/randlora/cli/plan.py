@@ -16,7 +16,7 @@ from randlora.text import byte_text
 if TYPE_CHECKING:
     from randlora.analysis.budget import Option, TrainingPlan
 
-_USUAL_R = 32  # that of `randlora train`
+_USUAL_R = 32  # the default of `randlora train`
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -80,7 +80,7 @@ def plan(
 
 
 def _count(text: str | None) -> int | None:
-    """10M, 500k, 1.5e6."""
+    """Return the number written as 10M, 500k or 1.5e6."""
     if text is None:
         return None
     found = re.fullmatch(r"(\d+(?:[._]\d+)*(?:e\d+)?)([KMB]?)", text.strip(), re.IGNORECASE)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from randlora.train.trained import Columns, Trained
 
 _ENDINGS = (".csv", ".jsonl")
-_FOUND = ("predicted", "confidence")  # as a run's predictions.jsonl has them
+_FOUND = ("predicted", "confidence")  # names as in a run's predictions.jsonl
 
 
 def predict(
@@ -64,7 +64,7 @@ def predict(
 
         if text and data:
             raise ConfigError(f"data={data!r} and {len(text)} texts: give one or the other")
-        if output is not None:  # before anything is computed
+        if output is not None:  # fail before the model is loaded
             _require_writable(output)
         given: Sequence[Any] = [] if data else text or _lines()
         columns = one_or_several(input_column)
@@ -88,7 +88,11 @@ def predict(
 
 
 def _lines() -> list[str]:
-    """Of stdin."""
+    """Return the lines of stdin.
+
+    Raises:
+        ConfigError: if stdin is a terminal or empty.
+    """
     if sys.stdin.isatty():
         raise ConfigError("no texts: give some, or --data, or pipe one a line into this command")
     given = [line.rstrip("\n") for line in sys.stdin]
@@ -98,7 +102,11 @@ def _lines() -> list[str]:
 
 
 def _pairs(given: Sequence[str], from_stdin: bool) -> list[tuple[str, str]]:
-    """Pairs of texts: lines with a tab between, or arguments two by two."""
+    """Return pairs of texts, from lines with a tab between the two texts or from arguments two by two.
+
+    Raises:
+        ConfigError: if the number of arguments is odd, or a line has not exactly one tab.
+    """
     if not from_stdin:
         if len(given) % 2:
             raise ConfigError(f"the model reads pairs of texts, and {len(given)} texts are no pairs: {given[-1]!r}")
@@ -111,7 +119,10 @@ def _pairs(given: Sequence[str], from_stdin: bool) -> list[tuple[str, str]]:
 
 
 def _read(trained: Trained, data: list[str], column: Columns) -> tuple[Sequence[Mapping[str, Any]], list[Any]]:
-    """The rows without images, labels by their names, and what is to be labelled in them."""
+    """Return the rows of the data, and the inputs for the model.
+
+    In the rows labels are names, and images are replaced by the paths of their files.
+    """
     from datasets import ClassLabel, Image
 
     from randlora.train.data import load_inputs
@@ -121,7 +132,7 @@ def _read(trained: Trained, data: list[str], column: Columns) -> tuple[Sequence[
     kept = rows.remove_columns(images)
     names = {name: feature.names for name, feature in kept.features.items() if isinstance(feature, ClassLabel)}
 
-    def shown(key: str, value: Any) -> Any:  # data without labels has -1, or nothing
+    def shown(key: str, value: Any) -> Any:  # without a label, a value is -1 or None
         return (names[key][value] if (-1 if value is None else value) >= 0 else "") if key in names else value
 
     table = [{key: shown(key, value) for key, value in row.items()} for row in kept]
@@ -157,12 +168,12 @@ def _write(output: Path, rows: Sequence[Mapping[str, Any]], found: Sequence[Answ
 
 
 def _fields(one: Answer) -> dict[str, Any]:
-    """All that is known of an answer; texts that are no pairs have no other text."""
+    """Return the fields of an answer, without ``text_pair`` if the text is not a pair."""
     return {name: value for name, value in asdict(one).items() if (name, value) != ("text_pair", None)}
 
 
 def _cells(one: Answer) -> dict[str, Any]:
-    """Of tags and of several labels, the confidence is that of the least certain; numbers have none."""
+    """Return the prediction and its confidence: of tags or several labels, the least certain; of numbers, none."""
     from randlora.train.infer import Estimate, Labelled, Prediction
     from randlora.train.tasks.multi_label import BETWEEN
 
@@ -178,7 +189,7 @@ def _cells(one: Answer) -> dict[str, Any]:
 
 
 def _show(one: Answer) -> None:
-    """With tabs, which rich would expand."""
+    """Print an answer with tabs between its fields. ``print`` keeps the tabs, which rich would expand."""
     from randlora.train.infer import Estimate, Tagged
 
     if isinstance(one, Tagged):

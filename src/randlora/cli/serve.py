@@ -53,7 +53,7 @@ def serve(
             url = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}/v1"
             names = [one.name for one in served.served]
             out.print(f"{_counted(names[1:])} on {names[0]} at {url}; Ctrl-C ends it", markup=False)
-            if json:  # now, not when all has ended
+            if json:  # clients need the address while the server runs
                 with redirect_stdout(stdout):
                     print_json({"url": url, "models": names})
                 stdout.flush()
@@ -62,7 +62,14 @@ def serve(
 
 
 def _load(words: list[str], model: str | None, out: Console) -> Adapters:
-    """A faulty adapter ends the command where it was named itself; in a folder of many it is passed over, and said."""
+    """Load the adapters named on the command line and return them.
+
+    A faulty adapter within a folder of several is skipped with a warning.
+
+    Raises:
+        RandLoraError: if a faulty adapter was named itself.
+        ConfigError: if none of the adapters can be served.
+    """
     from randlora.serve.adapters import Adapters
     from randlora.serve.named_paths import named_paths
 
@@ -102,7 +109,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def _run(app: Any, sock: socket.socket) -> None:
-    """Until Ctrl-C; texts that are being written then have five seconds."""
+    """Run the server until Ctrl-C. Texts that are being written then get five more seconds."""
     import uvicorn
 
     with suppress(KeyboardInterrupt):

@@ -30,7 +30,7 @@ _PANELS = {
     "output_dir": "The course of the run",
     "minutes": "The comparison",
 }
-"""Heading in the help, by the first setting below it."""
+"""Headings in the help, by the first setting under each."""
 
 
 def train(**flags: Any) -> None:
@@ -54,7 +54,7 @@ def train(**flags: Any) -> None:
     with answering(as_json, "go on from the last checkpoint with --resume auto") as out:
         from randlora.train.run import is_main_process
 
-        out.quiet = not is_main_process()  # of several processes, one prints
+        out.quiet = not is_main_process()  # only one of several processes prints
         settings = load_settings(config, overrides)
         result = _dry_run(settings, out) if dry_run else _train(settings, out)
     if as_json and not out.quiet:
@@ -62,9 +62,9 @@ def train(**flags: Any) -> None:
 
 
 def given(flags: dict[str, Any], settings: type[TrainSettings] = TrainSettings) -> dict[str, Any]:
-    """Return the flags that were given, by setting.
+    """Return the values of the given flags, by setting.
 
-    ``--no-packing`` is a false ``packing``; a list that was given once is as a file has it.
+    ``--no-packing`` sets ``packing`` to false. A list flag that was given once becomes a single value, as in a file.
     """
     known = {name: value for name, value in flags.items() if value not in (None, [])}
     found = {
@@ -137,7 +137,7 @@ def _dry_run(settings: TrainSettings, out: Console) -> dict[str, Any]:
 
 
 def _predicted(settings: TrainSettings, labels: int) -> dict[str, Any]:
-    """Memory and cost of a step as ``randlora plan`` predicts them; nothing where it does not."""
+    """Return memory and cost of a step as predicted by ``randlora plan``; empty for settings it cannot predict."""
     from randlora.train.tasks import TASKS
 
     traced = settings.quantization == "none" and not settings.gradient_checkpointing and not settings.bf16
@@ -167,7 +167,7 @@ def _predicted(settings: TrainSettings, labels: int) -> dict[str, Any]:
 
 
 def flags_of(settings: type[TrainSettings], left_out: Collection[str] = ()) -> Iterator[inspect.Parameter]:
-    """A flag for every setting, absent unless given, so that file and flags cannot drift apart."""
+    """Yield a flag for every setting, so that file and flags cannot drift apart. By default a flag is absent."""
     panel = ""
     for name, field in settings.model_fields.items():
         panel = _PANELS.get(name, panel)
@@ -177,12 +177,12 @@ def flags_of(settings: type[TrainSettings], left_out: Collection[str] = ()) -> I
         kind = next((t for t in members if t in (bool, int, float)), str) if str not in members else str
         kind = list[str] if list[str] in members else kind
         yield parameter(name, kind | None, None, _description(field), *_SHORT.get(name, ()), rich_help_panel=panel)
-        if kind is bool:  # the opposite of a file's `true`; the help says so once, not for each
+        if kind is bool:  # turns off a `true` in the file; hidden, as the help of the command explains it once
             yield parameter(_NO + name, bool, False, "", hidden=True)
 
 
 def _description(field: FieldInfo) -> str:
-    """With the default, where it is more than "off"; a bracket is escaped from rich's markup."""
+    """Return the description with the default, unless that is "off". The bracket is escaped for rich."""
     if isinstance(field.default, str | int | float) and field.default is not False:
         return f"{field.description} \\[{field.default}]"
     return field.description or ""
@@ -191,14 +191,14 @@ def _description(field: FieldInfo) -> str:
 def parameter(
     name: str, annotation: Any, default: object, description: str, *short: str, **more: Any
 ) -> inspect.Parameter:
-    """A flag, absent unless given."""
+    """Return the parameter of a flag."""
     flag = f"--{name.replace('_', '-')}"
     option = typer.Option(default, flag, *short, help=description, show_default=False, **more)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=option)
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The plain types that a setting may have; a choice among strings is a string."""
+    """Return the plain types that a setting may have; a choice among strings counts as ``str``."""
     origin = typing.get_origin(annotation)
     if origin is typing.Literal:
         return [str]

@@ -1,4 +1,4 @@
-"""The numbers of the report's plots, small enough to be sent: the page draws them."""
+"""The data of the report's plots, thinned out to keep the file small. The page draws the plots."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from randlora.report.runs import Entry, Run, number
 from randlora.report.updates import Updates, natural
 
-MOST_POINTS = 1000  # of one line; more than that are averaged in groups
+MOST_POINTS = 1000  # on one line; longer lines are averaged in groups
 
 _CURVES = (
     # key in the log, title, unit, logarithmic axis, factor
@@ -26,7 +26,7 @@ _NOT_METRICS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_secon
 
 
 def curves(runs: Sequence[Run]) -> list[Entry]:
-    """A chart for each thing that was logged at training steps, with a line for each run that logged it."""
+    """Return a chart for each quantity logged at training steps, with a line for each run that logged the quantity."""
     charts = []
     for key, title, unit, logarithmic, factor in _CURVES:
         lines = [
@@ -41,7 +41,7 @@ def curves(runs: Sequence[Run]) -> list[Entry]:
 
 
 def metrics(runs: Sequence[Run]) -> list[Entry]:
-    """A chart for each metric of the evaluations, with a line for each run."""
+    """Return a chart for each metric of the evaluations, with a line for each run that has the metric."""
     keys = sorted({key for run in runs for e in run.evaluations for key in e if key.startswith("eval_")})
     charts = []
     for key in keys:
@@ -56,7 +56,7 @@ def metrics(runs: Sequence[Run]) -> list[Entry]:
 
 
 def predicted(runs: Sequence[Run]) -> list[Entry]:
-    """Return a chart of numbers that were predicted against the right ones, of the runs that have such."""
+    """Return a chart of predicted against true numbers; an empty list if no run predicted numbers."""
     lines: list[Entry] = []
     for index, run in enumerate(runs):
         pairs = [(number(one.get("label")), number(one.get("predicted"))) for one in run.examples]
@@ -74,9 +74,9 @@ def predicted(runs: Sequence[Run]) -> list[Entry]:
 
 
 def line(run: int, entries: Sequence[Entry], key: str, factor: float = 1.0) -> Entry:
-    """One value over the steps, averaged over groups of neighbours where there are more than ``MOST_POINTS``.
+    """Return one value over the steps; more than ``MOST_POINTS`` values are averaged over groups of neighbours.
 
-    A group is drawn at its last step; one in which any value is no number is a gap.
+    A group is drawn at its last step. A group with a NaN in it is a gap in the line.
     """
     points = [(number(e.get("step")), number(e[key]) * factor) for e in entries if key in e]
     width = math.ceil(len(points) / MOST_POINTS) or 1
@@ -90,7 +90,10 @@ def line(run: int, entries: Sequence[Entry], key: str, factor: float = 1.0) -> E
 
 
 def layers(updates: Sequence[Updates]) -> Entry | None:
-    """Norm, effective rank and spectrum of each layer's update, and λ and γ, of all runs over one list of layers."""
+    """Return norm, effective rank and spectrum of each layer's update, and λ and γ, for every run.
+
+    All runs share one list of layers. The result is ``None`` if no run has an adapted layer.
+    """
     names = sorted({layer.name for one in updates for layer in one.layers}, key=natural)
     if not names:
         return None
@@ -124,7 +127,7 @@ def _layers_of(index: int, updates: Updates, places: dict[str, int]) -> Entry:
 
 
 def short(value: Any, digits: int = 4) -> float | int | None:
-    """As many significant digits; ``None`` for what is no number."""
+    """Return the value rounded to ``digits`` significant digits; ``None`` if the value is not a finite number."""
     exact = number(value)
     if math.isnan(exact):
         return None
@@ -138,7 +141,7 @@ def _averaged(lines: Sequence[Entry]) -> str:
 
 
 def _without_common_start(names: Sequence[str]) -> list[str]:
-    """``bert.encoder.layer.0.output.dense`` as ``0.output.dense`` where all begin with ``bert.encoder.layer``."""
+    """Return the names without their common start: ``0.output.dense`` for ``bert.encoder.layer.0.output.dense``."""
     parts = [name.split(".") for name in names]
     same = [len({own[i] for own in parts}) == 1 for i in range(min(map(len, parts)) - 1)]
     start = sum(accumulate(same, lambda a, b: a and b))

@@ -1,4 +1,4 @@
-"""What a comparison of methods came to: one table, and in words whether full rank helps."""
+"""The result of a comparison of methods: a table, and the answer in words whether full rank helps."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Method:
     """One method with one learning rate.
 
     Attributes:
-        label: for people.
+        label: name of the method in tables.
         rate: the learning rate.
-        enclosed: whether rates on both sides of it were tried and are worse.
-        trainable: number of values that train.
-        runs: one for each seed, tested on the same examples.
-        forgotten: what each run forgot; empty where it was not measured.
-        lora: label of the LoRA that trains about as many values; ``None`` for what is no RandLoRA.
+        enclosed: whether a lower and a higher rate were tried, and both are worse.
+        trainable: number of trainable values.
+        runs: one run for each seed, all tested on the same examples.
+        forgotten: amount that each run forgot; empty where forgetting was not measured.
+        lora: label of the LoRA with about as many trainable values; ``None`` if the method is not RandLoRA.
     """
 
     label: str
@@ -43,12 +43,12 @@ class Method:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better one method is than another, on the same examples with the same seeds.
+    """The gain of one method over another, on the same examples with the same seeds.
 
     Attributes:
-        ours: the one.
-        other: the other.
-        gain: positive where ``ours`` is better.
+        ours: the first method.
+        other: the second method.
+        gain: mean gain of ``ours`` over ``other`` and its interval; positive where ``ours`` is better.
     """
 
     ours: Method
@@ -60,11 +60,11 @@ class Comparison:
     """Methods side by side.
 
     Args:
-        methods: in the order of the table.
-        forgotten: what ``Method.forgotten`` holds, such as "neighbours lost".
+        methods: the methods, in the order of the table.
+        forgotten: name of the measure in ``Method.forgotten``, such as "neighbours lost".
 
     Raises:
-        ConfigError: if a run's predictions are not there, or not of the same examples as the others'.
+        ConfigError: if a run has no predictions, or predictions for other examples than the rest.
     """
 
     def __init__(self, methods: Sequence[Method], forgotten: str = "") -> None:
@@ -81,7 +81,7 @@ class Comparison:
 
     @cached_property
     def score_name(self) -> str:
-        """What is compared: right answers are counted, or errors and losses taken."""
+        """The name of the compared score: accuracy, exact match, R² or loss."""
         example = self.methods[0].runs[0].examples[0]
         if "predicted" not in example:
             return "loss"
@@ -91,24 +91,24 @@ class Comparison:
 
     @property
     def is_share(self) -> bool:
-        """Whether right answers are counted."""
+        """Whether the score is a share of right answers, from 0 to 1."""
         return self.score_name in ("accuracy", "exact match")
 
     @property
     def columns(self) -> list[str]:
-        """Heads of the table."""
+        """The headings of the table's columns."""
         score = f"{self.score_name} (95%)"
         forgotten = [self._forgotten] if self._forgotten else []
         return ["method", "learning rate", "trainable", score, *forgotten, "s/step", "peak memory", "saved"]
 
     @property
     def rows(self) -> list[list[str]]:
-        """Cells of the table."""
+        """The cells of the table, one row for each method."""
         return [self._row(method) for method in self.methods]
 
     @property
     def note(self) -> str:
-        """What the numbers of the table are."""
+        """An explanation of the table's numbers."""
         seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
         covers = (
             "The interval covers the choice of the examples alone: one seed has no spread"
@@ -124,7 +124,7 @@ class Comparison:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Return all that was found, as numbers."""
+        """Return scores, differences and answer as an object for JSON."""
         return {
             "methods": [
                 {
@@ -150,25 +150,25 @@ class Comparison:
         }
 
     def score(self, method: Method) -> Interval:
-        """Return its mean over seeds and examples."""
+        """Return the method's mean score over seeds and examples, with its interval."""
         return crossed_interval(self._values[method.label], self._weights, is_share=self.is_share)
 
     def difference(self, ours: Method, other: Method, confidence: float = 0.95) -> Difference:
-        """Return how much better ``ours`` is."""
+        """Return the gain of ``ours`` over ``other``."""
         sign = -1 if self.score_name == "loss" else 1
         values = sign * (self._values[ours.label] - self._values[other.label])
         return Difference(ours, other, crossed_interval(values, self._weights, confidence))
 
     @property
     def matched(self) -> list[Difference]:
-        """Each RandLoRA beside its LoRA; intervals that hold all at once with 95% (Bonferroni)."""
+        """The gain of each RandLoRA over its LoRA; 95% is the confidence in all intervals together (Bonferroni)."""
         by_label = {method.label: method for method in self.methods}
         pairs = [(one, by_label[one.lora]) for one in self.methods if one.lora in by_label]
         return [self.difference(ours, lora, 1 - 0.05 / len(pairs)) for ours, lora in pairs]
 
     @property
     def answer(self) -> list[str]:
-        """Whether full rank helps here, at which r and rate, and what else the numbers say."""
+        """The answer in sentences: whether full rank helps, the best r and rate, full fine-tuning, and doubts."""
         return [*self._full_rank(), *self._randlora(), *self._full_fine_tuning(), *self._doubts()]
 
     def _full_rank(self) -> list[str]:
@@ -278,9 +278,11 @@ class Comparison:
         return f"{mean} ({low.rstrip('%')}–{high.rstrip('%')})"
 
     def _of(self, run: Run) -> list[float]:
-        """Of each example: whether it was right, or its share of tokens that were; where there are no labels, its loss.
+        """Return the score of each example.
 
-        Of numbers, the mean over examples is R²: 1 less each squared error in units of the labels' variance.
+        A labelled example scores 1 if the answer is right and 0 if not, a tagged text its share of right tokens, and an
+        example without a label its loss. In a regression an example scores 1 minus its squared error in units of the
+        labels' variance, so that the mean over examples is R².
         """
         if self.score_name != "R²":
             return [_value(example) for example in run.examples]
@@ -306,7 +308,7 @@ def _value(example: Entry) -> float:
 
 
 def _device_bytes(run: Run) -> float:
-    """The most memory held on the GPU; 0 where there is none."""
+    """Return the peak memory on the GPU in bytes; 0 where no GPU was used."""
     return max((number(step.get("device_memory_bytes", 0)) for step in run.steps), default=0)
 
 

@@ -1,4 +1,4 @@
-"""What a classifier took for what, from the predictions that a run left."""
+"""Counts of right and wrong labels, from the predictions of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from randlora.report.runs import Entry
 
-MOST_LABELS = 20  # of a matrix that is shown
+MOST_LABELS = 20  # beyond, the matrix is too wide for a page
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Confusion:
     """Counts of labels against predicted labels.
 
     Attributes:
-        labels: all that occur, in their order.
-        counts: for each label how many of its examples were given which.
+        labels: all labels that occur, sorted.
+        counts: ``counts[i][j]`` examples have label i and were given label j.
     """
 
     labels: tuple[str, ...]
@@ -25,7 +25,7 @@ class Confusion:
 
     @property
     def remark(self) -> str:
-        """What there is to say where nothing was won over always giving the most frequent label; else empty."""
+        """A remark if always giving the most frequent label would be as accurate; empty otherwise."""
         sizes = [sum(row) for row in self.counts]
         total, largest = sum(sizes), max(sizes)
         hits = sum(row[number] for number, row in enumerate(self.counts))
@@ -36,7 +36,7 @@ class Confusion:
 
 
 def confusion(examples: Sequence[Entry]) -> Confusion | None:
-    """Of all examples; ``None`` where they have no labels, or more than ``MOST_LABELS``."""
+    """Return the counts over all examples; ``None`` with fewer than two labels or more than ``MOST_LABELS``."""
     found = [(one.get("label"), one.get("predicted")) for one in examples]
     pairs = Counter((one, other) for one, other in found if isinstance(one, str) and isinstance(other, str))
     labels = tuple(sorted({label for pair in pairs for label in pair}))
@@ -47,13 +47,13 @@ def confusion(examples: Sequence[Entry]) -> Confusion | None:
 
 @dataclass(frozen=True)
 class Share:
-    """One label of examples that have any number of labels.
+    """The counts for one label, where an example may have any number of labels.
 
     Attributes:
-        label: its name.
-        there: examples that have it.
-        given: examples that were given it.
-        right: examples of both kinds.
+        label: name of the label.
+        there: number of examples that have the label.
+        given: number of examples that were given the label.
+        right: number of examples that have the label and were given it.
     """
 
     label: str
@@ -63,12 +63,12 @@ class Share:
 
     @property
     def f1(self) -> float:
-        """Twice the right ones by those there and those given."""
+        """The F1 score: 2·right / (there + given)."""
         return 2 * self.right / (self.there + self.given)
 
 
 def shares(examples: Sequence[Entry]) -> list[Share]:
-    """Return what is known of each label, most frequent first; nothing where examples have no lists of labels."""
+    """Return the counts for each label, most frequent first; empty unless examples have lists of labels."""
     there, given, right = Counter[str](), Counter[str](), Counter[str]()
     for one in examples:
         wanted, guessed = one.get("label"), one.get("predicted")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from randlora.tuner.files.atomic import write_atomically
 
-# Okabe and Ito's colours, which most kinds of colour-blindness keep apart; line styles say the same again.
+# Okabe and Ito's colours can be told apart with most kinds of colour-blindness. Line styles repeat the distinction.
 _STYLES: dict[str, tuple[str, Any]] = {
     "RandLoRA": ("#D55E00", "-"),
     "RandLoRA, structured": ("#CC79A7", (0, (6, 1, 1, 1, 1, 1))),
@@ -20,7 +20,7 @@ _STYLES: dict[str, tuple[str, Any]] = {
     "full fine-tuning": ("#009E73", "-."),
     "head alone": ("#7A7A7A", ":"),
 }
-_SMOOTHING = 0.9  # share of the running mean in each smoothed loss
+_SMOOTHING = 0.9  # weight of the previous mean in the running mean
 
 
 def demo_figure(
@@ -29,10 +29,10 @@ def demo_figure(
     """Write loss curves beside the singular values of one layer's update, as a PNG of 1,600 pixels' width.
 
     Args:
-        path: where to write it.
-        losses: per method the training loss of each step.
-        spectra: per method the singular values of ΔW, largest first.
-        module: name of the layer whose ΔW it is.
+        path: the file to write.
+        losses: training loss of each step, by method.
+        spectra: singular values of ΔW, largest first, by method.
+        module: name of the layer with this ΔW.
     """
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 4.2), dpi=160, layout="constrained")
@@ -54,7 +54,7 @@ def _draw_losses(axes: Axes, losses: Mapping[str, Sequence[float]]) -> None:
 
 
 def _draw_spectra(axes: Axes, spectra: Mapping[str, Sequence[float]], module: str) -> None:
-    floor = 1e-6  # of the largest value: below it, float32 knows nothing
+    floor = 1e-6  # of the largest value; smaller values are rounding errors of float32
     for method, values in spectra.items():
         color, style = _STYLES[method]
         shares = [value / values[0] for value in values]
@@ -79,7 +79,7 @@ def _draw_spectra(axes: Axes, spectra: Mapping[str, Sequence[float]], module: st
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Return the exponential running mean, without the bias of its start."""
+    """Return the exponential running mean, corrected for its start at zero."""
     mean, smoothed = 0.0, []
     for count, value in enumerate(values, start=1):
         mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value

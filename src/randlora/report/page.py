@@ -1,4 +1,4 @@
-"""One HTML file about several runs: no network, no server, nothing beside it."""
+"""A report on several runs as one HTML file, which needs no network, no server and no other file."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from randlora.report.summary import COLUMNS, METRICS, summary
 from randlora.report.updates import Updates, measure_updates
 from randlora.tuner.files.atomic import write_text
 
-WORST = 20  # examples shown of each run
-_MOST_TEXT = 500  # characters shown of an example
+WORST = 20  # examples of a run on the page
+_MOST_TEXT = 500  # characters of an example on the page
 
 
 def write_report(
@@ -37,19 +37,19 @@ def write_report(
     say: Callable[[str], None] = lambda _: None,
     comparison: Comparison | None = None,
 ) -> Path:
-    """Reads runs and writes the report, whole or not at all.
+    """Read runs and write the report, whole or not at all.
 
     Args:
-        folders: of runs of ``randlora train``, or with an adapter or the checkpoints that PEFT and the Trainer wrote.
+        folders: runs of ``randlora train``, or folders with an adapter of PEFT or checkpoints of the Trainer.
         output: the HTML file.
-        say: is told what is being looked at.
-        comparison: what the runs are a part of; the page begins with it.
+        say: called with the run, and the layer, that is being read.
+        comparison: a comparison with which the page begins; the runs belong to it.
 
     Returns:
         ``output``.
 
     Raises:
-        ConfigError: naming a folder that is no run, or an output that cannot be written.
+        ConfigError: if a folder is not a run, or the output cannot be written.
     """
     runs = read_runs(folders)
     updates = []
@@ -66,13 +66,13 @@ def write_report(
 
 
 def render(runs: Sequence[Run], updates: Sequence[Updates], comparison: Comparison | None = None) -> str:
-    """The page. What comes from runs is escaped: as text by the template, as data by ``_data``."""
+    """Return the page. Strings from runs are escaped: text by the template, data by ``_data``."""
     asset = files("randlora.report") / "assets"
     plotly, script = get_plotlyjs(), (asset / "report.js").read_text(encoding="utf-8")
     plots = charts.curves(runs), [*charts.metrics(runs), *charts.predicted(runs)]
     layers = charts.layers(updates)
     sections = [_section(run, one) for run, one in zip(runs, updates, strict=True)]
-    places = [  # of metrics, only those that a run has
+    places = [  # a column of a metric only if a run has the metric
         place
         for place, name in enumerate(COLUMNS)
         if name not in METRICS or any(section["cells"][place].text != "–" for section in sections)
@@ -110,7 +110,7 @@ class _Example:
 
 
 def _section(run: Run, updates: Updates) -> Entry:
-    """What the template shows of one run."""
+    """Return the facts about one run that the template shows."""
     matrix = None if run.settings.get("task") == "token-classification" else confusion(run.examples)
     said = (*run.remarks, updates.remark, "" if matrix is None else matrix.remark)
     return {
@@ -130,7 +130,7 @@ def _section(run: Run, updates: Updates) -> Entry:
 
 
 def _worst(examples: Sequence[Entry]) -> list[_Example]:
-    """Those with the largest loss, after those whose loss is no number."""
+    """Return the ``WORST`` examples with the largest loss; NaN counts as the largest."""
 
     def badness(example: Entry) -> float:
         loss = number(example.get("loss"))
@@ -149,12 +149,12 @@ def _worst(examples: Sequence[Entry]) -> list[_Example]:
 
 
 def _text(example: Entry) -> str:
-    """Return the text; of a pair, both."""
+    """Return the text of an example, or both texts of a pair."""
     return " | ".join(str(example[name]) for name in ("text", "text_pair") if name in example)
 
 
 def _answer(value: object) -> str:
-    """Return a label, a list of them or a number as text."""
+    """Return a label, a list of labels or a number as text."""
     if isinstance(value, list):
         return "; ".join(map(str, value)) or "–"
     return str(value) if isinstance(value, str) else format(number(value), ".4g")
@@ -170,7 +170,7 @@ def _cut(text: str) -> str:
 
 
 def _differing(settings: Sequence[Entry]) -> list[tuple[str, list[str]]]:
-    """The settings in which the runs differ, with each run's value."""
+    """Return the settings in which the runs differ, with each run's value."""
     keys = dict.fromkeys(key for one in settings for key in one)
     rows = [(key, [_plain(one.get(key)) for one in settings]) for key in keys if key != "output_dir"]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
@@ -185,7 +185,7 @@ def _yaml(content: Entry) -> str:
 
 
 def _data(content: Any) -> str:
-    """JSON that cannot end the script element it stands in, whatever strings it holds."""
+    """Return the content as JSON whose strings cannot end the script element around it."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

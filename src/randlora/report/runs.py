@@ -1,4 +1,4 @@
-"""A folder that a training run has left, or was leaving when it was killed, read as far as it goes."""
+"""Reading the folder of a training run. Files may be missing or cut off if the run was killed."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Run:
     """The known facts about a run; all but name and folder may be missing.
 
     Attributes:
-        name: tells it from the others of a report.
-        folder: where it is.
-        settings: of ``randlora train``.
-        adapter_config: of the adapter, of any PEFT method.
+        name: name in the report, different for each run.
+        folder: folder of the run.
+        settings: settings of ``randlora train``.
+        adapter_config: config of the adapter, of any PEFT method.
         environment: versions and machine.
-        result: the content of ``metrics.json``; empty if the run has not ended.
-        log: what the Trainer logged, oldest first.
+        result: content of ``metrics.json``; empty if the run has not ended.
+        log: entries that the Trainer logged, oldest first.
         examples: predictions on the evaluation data.
-        adapter: folder of the adapter, of the newest checkpoint if the run has not ended.
+        adapter: folder of the adapter, or of the newest checkpoint if the run has not ended.
         base: folder with the config of the base model, if the run left one.
-        remarks: what could not be read, and why.
+        remarks: files that could not be read, and why.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        """randlora, lora, full, head, or another of PEFT's methods; empty where nothing says."""
+        """The method: randlora, lora, full, head, or another method of PEFT; empty if no file names one."""
         return str(self.settings.get("method") or self.adapter_config.get("peft_type") or "").lower()
 
     @property
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def evaluations(self) -> list[Entry]:
-        """The logged evaluations, and the one at the end."""
+        """The logged evaluations, and the evaluation at the end of the run."""
         found = [entry for entry in self.log if any(key.startswith("eval_") for key in entry)]
         last = self.result.get("metrics")
         if isinstance(last, dict):
@@ -72,22 +72,22 @@ class Run:
 
     @property
     def diverged_at(self) -> int | None:
-        """The first step whose loss is no number."""
+        """The first step whose loss is NaN or infinite; ``None`` if all losses are finite."""
         return next((entry.get("step") for entry in self.steps if math.isnan(number(entry["loss"]))), None)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Return runs, under names that differ; a folder that is named twice counts once.
+    """Return the runs in the folders, under different names. A folder that is given twice counts once.
 
     Raises:
-        ConfigError: naming a folder that is no run.
+        ConfigError: if a folder is not a run.
     """
     unique = list({folder.resolve(): folder for folder in folders}.values())
     return [_read(folder, name) for folder, name in zip(unique, _names(unique), strict=True)]
 
 
 def number(value: object) -> float:
-    """Return a number as float, infinities and non-numbers as NaN."""
+    """Return a finite number as float, and NaN for any other value."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return math.nan
     try:
@@ -127,13 +127,13 @@ def _read(folder: Path, name: str) -> Run:
 
 
 class _Reader:
-    """A reader of files, any of which may be missing, cut off or broken; it remembers which were."""
+    """A reader of files that may be missing, cut off or broken. Its ``remarks`` name the broken files."""
 
     def __init__(self) -> None:
         self.remarks: list[str] = []
 
     def mapping(self, path: Path) -> Entry:
-        """Return the object in a JSON or YAML file."""
+        """Return the object in a JSON or YAML file; empty if the file cannot be read."""
         text = self._text(path)
         try:
             content = (yaml.safe_load if path.suffix == ".yaml" else json.loads)(text) if text.strip() else {}
@@ -145,7 +145,7 @@ class _Reader:
     def lines(self, path: Path) -> list[Entry]:
         """Return the objects in the lines of a file, without a last line that was cut off."""
         found, broken = [], 0
-        *lines, rest = self._text(path).split("\n")  # not splitlines: JSON may hold other ends of lines
+        *lines, rest = self._text(path).split("\n")  # not splitlines: a JSON string may contain other line separators
         for line in filter(str.strip, lines):
             try:
                 found.append(json.loads(line))
@@ -183,7 +183,7 @@ def _no_run(folder: Path, traces: Iterable[str]) -> str:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return the last parts of the paths, as many as tell them apart."""
+    """Return the shortest ends of the paths that differ from each other."""
     parts = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(own[-count:]) for own in parts]

@@ -12,12 +12,12 @@ def wilson_interval(successes: float, trials: float, z: float = 1.959964) -> tup
     """Return the confidence interval of a proportion (Wilson 1927), 95% by default.
 
     Args:
-        successes: number of successes, 0 to ``trials``; not whole where ``trials`` is not.
+        successes: number of successes, 0 to ``trials``; may be a fraction if ``trials`` is.
         trials: number of trials, at least 1; a fraction where dependent trials count for fewer.
         z: quantile of the normal distribution for the wanted confidence.
 
     Raises:
-        ValueError: if the numbers are no count of successes among trials.
+        ValueError: if there is less than one trial, or ``successes`` is not between 0 and ``trials``.
     """
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(f"{successes} successes in {trials} trials is no proportion")
@@ -30,10 +30,10 @@ def wilson_interval(successes: float, trials: float, z: float = 1.959964) -> tup
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, and its interval for other seeds and examples of the same kind.
+    """A mean, and its confidence interval over other seeds and examples of the same kind.
 
     Attributes:
-        mean: as measured.
+        mean: the measured mean.
         low: lower end.
         high: upper end.
     """
@@ -48,15 +48,15 @@ def crossed_interval(
 ) -> Interval:
     """Return the confidence interval of a mean over seeds and examples that every seed is tested on.
 
-    A value is one seed's share, one example's share and a rest. The two-way analysis of variance estimates the
-    variance of each, and Satterthwaite's degrees of freedom say how sure that estimate is: with three seeds that differ
-    much, the interval is wide. In simulations of three and five seeds, 92 to 97 of 100 held the truth. With one seed it
-    covers the examples alone.
+    A value is the sum of an effect of the seed, an effect of the example and a rest. The two-way analysis of variance
+    estimates the variance of each, and Satterthwaite's degrees of freedom say how reliable that estimate is: with three
+    seeds that differ much, the interval is wide. In simulations of three and five seeds, 92 to 97 of 100 intervals
+    contained the true mean. With one seed the interval covers the choice of the examples alone.
 
     Args:
-        values: (seeds, examples).
-        weights: (examples,): what each example counts, such as its tokens.
-        confidence: how often such intervals hold the mean.
+        values: scores (seeds, examples).
+        weights: weight of each example (examples,), such as its number of tokens.
+        confidence: probability that such an interval contains the true mean.
         is_share: whether values are 0 or 1, or shares of weights, so that no mean is outside of 0 to 1.
 
     Raises:
@@ -72,16 +72,16 @@ def crossed_interval(
         spread = quantile * math.sqrt(variance)
         return Interval(mean, mean - spread, mean + spread)
     mean = min(max(mean, 0.0), 1.0)
-    trials = mean * (1 - mean) / variance if variance > 0 else float(examples)  # as many as would be as sure
+    trials = mean * (1 - mean) / variance if variance > 0 else float(examples)  # trials of equal variance
     return Interval(mean, *wilson_interval(mean * max(trials, 1.0), max(trials, 1.0), quantile))
 
 
 def t_quantile(confidence: float, freedom: float) -> float:
-    """Return the bound of Student's t, in absolute value, of so many degrees of freedom at that probability.
+    """Return the bound that |t| stays below with probability ``confidence``, for Student's t distribution.
 
-    By the substitution t = √ν·tan θ, under which the density is a power of the cosine.
+    The substitution t = √ν·tan θ, with ν degrees of freedom, turns the density into a power of the cosine.
     """
-    freedom = min(max(freedom, 1.0), 1e4)  # beyond, it is the normal distribution to four digits
+    freedom = min(max(freedom, 1.0), 1e4)  # beyond 1e4, t equals the normal distribution to four digits
     angles = np.linspace(0, np.pi / 2, 200_001)
     inside = np.cumsum(np.cos(angles) ** (freedom - 1))
     angle = np.interp(confidence, (inside - inside[0]) / (inside[-1] - inside[0]), angles)
@@ -89,7 +89,7 @@ def t_quantile(confidence: float, freedom: float) -> float:
 
 
 def _variance_of_mean(deviations: np.ndarray) -> tuple[float, float]:
-    """Return the variance of the mean of (seeds, examples), and its degrees of freedom."""
+    """Return the variance of the mean of ``deviations`` (seeds, examples), and its degrees of freedom."""
     seeds, examples = deviations.shape
     by_example = deviations.mean(0)
     between_examples = seeds * float(by_example.var(ddof=1))
@@ -99,7 +99,7 @@ def _variance_of_mean(deviations: np.ndarray) -> tuple[float, float]:
     between_seeds = examples * float(by_seed.var(ddof=1))
     rest = deviations - by_example - by_seed[:, None] + deviations.mean()
     within = float((rest**2).sum()) / ((seeds - 1) * (examples - 1))
-    if between_seeds <= within:  # seeds differ by no more than chance: what differs is the examples
+    if between_seeds <= within:  # seeds differ no more than chance: only examples count
         return between_examples / deviations.size, examples - 1
     parts = np.array([between_seeds, between_examples, -within])
     freedoms = np.array([seeds - 1, examples - 1, (seeds - 1) * (examples - 1)])

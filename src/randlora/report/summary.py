@@ -31,19 +31,19 @@ COLUMNS = (
     "saved",
 )
 METRICS = COLUMNS[COLUMNS.index("accuracy (95%)") : COLUMNS.index("s/step")]
-"""Columns of which each task has its own."""
+"""Columns that differ between tasks."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A value as people read it, and as rows are sorted by it."""
+    """A cell of the table: its text, and the value by which rows are sorted."""
 
     text: str
     order: float | str
 
 
 def summary(run: Run) -> list[Cell]:
-    """The cells of a run, in the order of ``COLUMNS``; a dash for what is not known."""
+    """Return the cells of a run, in the order of ``COLUMNS``; unknown values are dashes."""
     result = run.result
     last = run.evaluations[-1] if run.evaluations else {}
     steps = number(result.get("steps", max((number(e.get("step")) for e in run.log), default=math.nan)))
@@ -74,7 +74,7 @@ def _state(run: Run) -> str:
     if run.diverged_at is not None:
         return f"diverged at step {run.diverged_at}"
     logged_its_end = any("train_runtime" in entry for entry in run.log)
-    if run.result or (logged_its_end and not run.settings):  # the Trainer logs that of an interrupted run too
+    if run.result or (logged_its_end and not run.settings):  # the Trainer logs train_runtime of an interrupted run too
         return "finished"
     return "not finished" if run.log else "–"
 
@@ -85,7 +85,7 @@ def _mean_loss(run: Run) -> float:
 
 
 def _seconds(run: Run) -> float:
-    """Of a step: measured, or of the whole training as the Trainer measures it."""
+    """Return the median of the measured seconds of a step; without them, the mean over the training."""
     measured = [seconds for entry in run.steps if not math.isnan(seconds := number(entry.get("seconds")))]
     rates = [number(entry.get("train_steps_per_second")) for entry in run.log if "train_steps_per_second" in entry]
     if measured:

@@ -16,16 +16,16 @@ _COLUMNS = ("method", "trainable", "accuracy (95%)", "s/step", "peak memory", "s
 
 @dataclass(frozen=True)
 class Row:
-    """One method's result.
+    """The result of one method.
 
     Attributes:
-        method: its name.
+        method: name of the method.
         trainable: number of trainable parameters.
-        correct: correctly classified test examples.
-        tested: test examples.
+        correct: number of correctly classified test examples.
+        tested: number of test examples.
         seconds_per_step: median time of a training step.
-        peak_memory_bytes: most memory that the run's process has held.
-        saved_bytes: bytes of what was saved.
+        peak_memory_bytes: peak memory of the run's process.
+        saved_bytes: size of the saved files.
     """
 
     method: str
@@ -37,7 +37,7 @@ class Row:
     saved_bytes: int
 
     def cells(self) -> list[str]:
-        """Return the row as text."""
+        """Return the cells of the row as text."""
         low, high = wilson_interval(self.correct, self.tested)
         return [
             self.method,
@@ -65,6 +65,6 @@ def markdown_table(rows: list[Row]) -> str:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown, its first column of words, the others of numbers."""
+    """Return a table in Markdown. The first column is aligned to the left, the others to the right."""
     lines = [columns, ("---", *["---:"] * (len(columns) - 1)), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -23,9 +23,9 @@ class LayerUpdate:
     """One adapted layer.
 
     Attributes:
-        name: its name in the base model.
-        spectrum: of ΔW; ``None`` where it cannot be computed.
-        lam: mean |λ_b| of each basis b; of groups of neighbours where there are more than 32. ``None`` for LoRA.
+        name: name of the layer in the base model.
+        spectrum: spectrum of ΔW; ``None`` where it cannot be computed.
+        lam: mean |λ_b| of each basis b, or of groups of neighbours if there are more than 32 bases. ``None`` for LoRA.
         gamma: mean |γ_b|, likewise.
     """
 
@@ -40,8 +40,8 @@ class Updates:
     """All layers of an adapter.
 
     Attributes:
-        layers: in the order of their names, numbers counted as numbers.
-        remark: why something is missing, if it is.
+        layers: layers sorted by name, with layer 10 after layer 2.
+        remark: reason why something is missing; empty if nothing is.
     """
 
     layers: tuple[LayerUpdate, ...] = ()
@@ -49,12 +49,12 @@ class Updates:
 
 
 def measure_updates(adapter: Path, base: Path | None, tick: Callable[[str], None]) -> Updates:
-    """Return the updates of an adapter folder; no weights are needed, and one layer at a time is in memory.
+    """Return the updates of an adapter. The base model's weights are not read, and one layer at a time is in memory.
 
     Args:
-        adapter: the folder.
-        base: folder with the config of the base model; ``None`` for what the adapter's config names.
-        tick: is told of each layer.
+        adapter: folder of the adapter.
+        base: folder with the config of the base model; by default the model that the adapter's config names.
+        tick: called with the name of each layer.
     """
     try:
         kind = str(getattr(read_config(adapter).peft_type, "value", "")).upper()
@@ -68,7 +68,7 @@ def measure_updates(adapter: Path, base: Path | None, tick: Callable[[str], None
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts layer 10 after layer 2."""
+    """Return a sort key for a layer's name that puts layer 10 after layer 2."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
@@ -106,7 +106,7 @@ def _of_lora(adapter: Path, tick: Callable[[str], None]) -> Iterator[LayerUpdate
 
 
 def _column_means(values: Tensor) -> tuple[float, ...]:
-    """Return means of |values| (..., n, k) for each of the n bases, or for 32 groups of them."""
+    """Return the mean of |values| (..., n, k) for each of the n bases, or for at most 32 groups of bases."""
     by_basis = values.float().abs().movedim(-2, 0).flatten(1).mean(1)
     width = math.ceil(len(by_basis) / _MOST_COLUMNS)
     return tuple(float(group.mean()) for group in by_basis.split(width))

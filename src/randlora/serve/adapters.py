@@ -25,18 +25,18 @@ from randlora.tuner.layers.rows import BASE
 
 _OF_TOKENIZERS = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "additional_chat", "vocab", "merges")
 _SHOWN = 20
-"""Names in a message; a thousand of them would be no help."""
+"""The most names in a message, so that it stays readable beside a thousand adapters."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """What a request can name.
+    """An adapter, or the base model, that a request can name.
 
     Attributes:
-        name: as requests name it.
-        key: the name of its adapter in the model, which is never given twice; ``"__base__"`` for the base model.
-        trained: folder, tokenizer and settings; ``trained.model`` is the base model, which all share.
-        since: seconds since the epoch at which it was loaded.
+        name: name in requests.
+        key: name of the adapter in the model, never used twice; ``"__base__"`` for the base model.
+        trained: folder, tokenizer and settings; ``trained.model`` is the base model, shared by all adapters.
+        since: time of loading, in seconds since the epoch.
     """
 
     name: str
@@ -46,20 +46,20 @@ class Served:
 
 
 class Adapters:
-    """A base model, and adapters on it that are loaded and unloaded by name.
+    """A base model with adapters that are loaded and unloaded by name.
 
-    Loading, unloading and :meth:`rows` are for one thread. Names are looked up in any.
+    Only one thread may load, unload and call :meth:`rows`. Any thread may look up names.
 
     Attributes:
-        base: the base model, as :func:`load_language_model` gives it.
+        base: the base model, as returned by :func:`load_language_model`.
     """
 
     def __init__(self, base: Trained, same_bases: Sequence[str] = ()) -> None:
-        """Serves a base model, at first without adapters.
+        """Serve a base model, at first without adapters.
 
         Args:
             base: the base model.
-            same_bases: by which names adapters call it too.
+            same_bases: other names of the base model in the configs of adapters.
         """
         self.base = base
         self._served = {base.base: Served(base.base, BASE, base)}
@@ -70,14 +70,15 @@ class Adapters:
 
     @classmethod
     def for_paths(cls, paths: Sequence[Path], model: str | None = None) -> Adapters:
-        """Return the base model of adapters that are still to be loaded.
+        """Load the base model of adapters and return it, without the adapters.
 
         Args:
-            paths: their folders, or those of their runs.
+            paths: folders of the adapters or of their runs.
             model: the base model, if it is not where the adapters' configs say.
 
         Raises:
-            ConfigError: if it cannot be loaded, or there is nothing that names it.
+            ConfigError: if the base model cannot be loaded, or neither an adapter nor ``model`` names one.
+            CheckpointError: if the first path is not an adapter.
         """
         if not paths:
             if model is None:
@@ -96,10 +97,10 @@ class Adapters:
         return list(self._served.values())
 
     def named(self, name: str) -> Served:
-        """Return what has the name.
+        """Return the adapter or the base model of this name.
 
         Raises:
-            UnknownModelError: naming those that there are.
+            UnknownModelError: if nothing has the name; the message lists the known names.
         """
         found = self._served.get(name)
         if found is not None:
@@ -109,12 +110,12 @@ class Adapters:
         raise UnknownModelError(f"there is no model {name!r} here; there are {shown}{more}")
 
     def load(self, name: str, path: Path) -> Served:
-        """Loads an adapter, to be served by a name from now on.
+        """Load an adapter and serve it by a name from now on.
 
         Raises:
-            ConfigError: for a name that is taken, or an adapter of another task or base model, or one that cannot be
-                served beside others.
-            CheckpointError: for a folder that holds no adapter, or a damaged one.
+            ConfigError: if the name is taken or not printable, the adapter is for another task or base model, or the
+                adapter cannot be served beside others.
+            CheckpointError: if the folder has no adapter, or a damaged one.
         """
         if not name or not name.isprintable():
             raise ConfigError(f"the name {name!r} cannot be an adapter's: take one of printable characters")
@@ -129,11 +130,11 @@ class Adapters:
         return self._served[name]
 
     def withdraw(self, name: str) -> Served:
-        """Return the adapter of a name, which nothing more can ask for; its numbers stay until :meth:`forget`.
+        """Remove an adapter's name and return the adapter. Its weights stay in memory until :meth:`forget`.
 
         Raises:
-            ConfigError: for the base model.
-            UnknownModelError: if there is none.
+            ConfigError: if the name is the base model's.
+            UnknownModelError: if nothing has the name.
         """
         served = self.named(name)
         if served.key == BASE:
@@ -142,12 +143,12 @@ class Adapters:
         return served
 
     def forget(self, served: Served) -> None:
-        """Frees the memory of an adapter that has been withdrawn."""
+        """Free the memory of a withdrawn adapter."""
         self._peft.delete_adapter(served.key)
 
     @contextmanager
     def rows(self, keys: Sequence[str]) -> Iterator[Any]:
-        """Gives the model to a context in which row i of a batch is computed with the adapter ``keys[i]``."""
+        """Yield the model; within the context it computes row i of a batch with the adapter ``keys[i]``."""
         with one_adapter_per_sample(self.base.model, keys, 1):
             yield self.base.model
 
@@ -176,13 +177,13 @@ class Adapters:
             )
 
     def _put(self, folder: Path, key: str) -> None:
-        """The numbers, into the model; all or nothing."""
+        """Load the adapter's weights into the model, all or none."""
         with named_errors(self.base.model, folder):
             if self._peft is None:
                 self._peft = PeftModel.from_pretrained(self.base.model, os.fspath(folder), adapter_name=key)
             else:
                 self._peft.load_adapter(os.fspath(folder), adapter_name=key)
-        self._peft.base_model.set_adapter([])  # each row names its own
+        self._peft.base_model.set_adapter([])  # each row of a batch names its adapter
         self.base.model.eval()
         try:
             with self.rows([key]):
@@ -192,7 +193,7 @@ class Adapters:
             raise ConfigError(f"the adapter in {folder} cannot be served beside others: {error}") from None
 
     def _tokenizer(self, folder: Path) -> Any:
-        """The adapter's own, one object for all folders with the same files; the base model's where there are none."""
+        """Return the tokenizer in the folder, or the base model's; folders with the same files share one object."""
         files = sorted(file for file in folder.iterdir() if file.is_file() and _is_of_tokenizer(file.name))
         if not files:
             return self.base.processor
@@ -216,5 +217,5 @@ def _is_of_tokenizer(name: str) -> bool:
 
 
 def _same(one: str, other: str) -> bool:
-    """Whether two names are of the same base model: a folder may be named in several ways."""
+    """Return whether two names mean the same base model; a folder may have several paths."""
     return one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other))

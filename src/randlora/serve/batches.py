@@ -1,7 +1,8 @@
-"""The one thread that works with the model: generation in batches, and what needs the model for itself.
+"""The one thread that works with the model: generation in batches, and tasks that need the model alone.
 
-Requests that wait while a batch is computed make up the next one, whatever their adapters are. What they wait for comes
-in their order, and what is done to the model, such as loading an adapter, never happens while it computes.
+Requests that wait while a batch is computed form the next batch, even if their adapters differ. The oldest request
+or task is always next. Younger requests may join the oldest one's batch, but none overtakes a task. A task that changes
+the model, such as loading an adapter, never runs during a batch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 _OF_ONE_TOKEN = {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "max_new_tokens"}
 _OF_ONE_TOKEN |= {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "max_length"}
-"""Settings that look at the next token only. Others see the whole row, and with it what pads it in a batch."""
+"""Settings that depend on the next token only. Others depend on the whole row, and so on its padding in a batch."""
 _OF_NO_TEXT = {"transformers_version", "_from_model_config", "max_new_tokens", "return_dict_in_generate"}
 _OF_NO_TEXT |= {"output_attentions", "output_hidden_states", "output_logits", "output_scores"}
 """Settings in which the requests of one batch may differ."""
@@ -30,16 +31,17 @@ _OF_NO_TEXT |= {"output_attentions", "output_hidden_states", "output_logits", "o
 
 @dataclass(eq=False)
 class Job:
-    """A text to go on from.
+    """A prompt whose continuation is to be generated.
 
     Attributes:
         key: name of the adapter in the model, or ``"__base__"``.
-        ids: the prompt's tokens.
-        config: how to generate; ``max_new_tokens`` is set.
-        put: is given each new token, and says whether anybody still listens.
-        tokenizer: for stop strings.
-        seed: of the sampling; ``None`` takes another each time.
-        future: its result is the list of new tokens, the one that ends the text included.
+        ids: tokens of the prompt.
+        config: settings of the generation, with ``max_new_tokens``.
+        put: called with each new token; returns whether the client still listens.
+        tokenizer: tokenizer for stop strings.
+        seed: seed of the sampling; by default a new one each time.
+        future: future of the list of new tokens, the end token included.
+        tokens: new tokens so far.
     """
 
     key: str
@@ -55,21 +57,21 @@ class Job:
         known = self.config.eos_token_id
         self._ends = {known} if isinstance(known, int) else set(known or ())
         settings = {name: value for name, value in self.config.to_diff_dict().items() if name not in _OF_NO_TEXT}
-        if settings.get("repetition_penalty") == 1:  # as models say that they have none
+        if settings.get("repetition_penalty") == 1:  # the value 1 means no penalty
             del settings["repetition_penalty"]
         self._alone = self.seed is not None or not settings.keys() <= _OF_ONE_TOKEN
         self._settings = json.dumps(settings, sort_keys=True, default=str)
 
     def joins(self, other: Job) -> bool:
-        """Whether one batch can compute both."""
+        """Return whether one batch can compute both jobs."""
         return not (self._alone or other._alone) and self._settings == other._settings
 
     def take(self, token: int) -> None:
-        """A new token; the last one ends the job."""
+        """Take a new token, and end the job if the token is its last."""
         self.tokens.append(token)
         try:
             heard = self.put(token)
-        except Exception as error:  # the others of its batch go on
+        except Exception as error:  # the other jobs of the batch go on
             self.future.set_exception(error)
             return
         if not heard or token in self._ends or len(self.tokens) >= (self.config.max_new_tokens or 0):
@@ -77,18 +79,18 @@ class Job:
 
 
 class Worker:
-    """Computes jobs, in a thread of its own that ends with the process."""
+    """A thread that computes jobs and tasks, and ends with the process."""
 
     def __init__(
         self, rows: Callable[[Sequence[str]], AbstractContextManager[Any]], most: int, pad: int, pads: bool = True
     ) -> None:
-        """Starts the thread.
+        """Start the thread.
 
         Args:
-            rows: gives the model to a context, for a batch whose rows have adapters of these names.
-            most: jobs of a batch.
-            pad: a token for the left of shorter prompts, which the model does not see.
-            pads: whether the model passes over such tokens; else a batch has prompts of one length.
+            rows: function from the adapters' keys of a batch to a context with the model, as :meth:`Adapters.rows`.
+            most: most jobs in a batch.
+            pad: token that pads shorter prompts on the left; the attention mask hides it from the model.
+            pads: whether the model honours that mask. If not, a batch has prompts of one length.
         """
         self._rows, self._most, self._pad, self._pads = rows, most, pad, pads
         self._waiting: deque[Job | _Task] = deque()
@@ -96,11 +98,11 @@ class Worker:
         threading.Thread(target=self._work, name="model", daemon=True).start()
 
     def submit(self, job: Job) -> None:
-        """Queues a job."""
+        """Queue a job."""
         self._add(job)
 
     def run(self, task: Callable[[], Any]) -> Future[Any]:
-        """Queues a call that has the model for itself; jobs submitted later come after it."""
+        """Queue a call that needs the model alone, and return its future. Jobs submitted later run after the call."""
         queued = _Task(task)
         self._add(queued)
         return queued.future
@@ -121,7 +123,7 @@ class Worker:
                 self._generate(jobs)
 
     def _next(self) -> list[Job] | _Task:
-        """What has waited longest, and the jobs before the next task that join it."""
+        """Return the oldest task, or the oldest job with the jobs before the next task that can join its batch."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting)
             first = self._waiting.popleft()
@@ -155,7 +157,7 @@ class Worker:
                 **({"tokenizer": first.tokenizer} if config.stop_strings else {}),
             )
         for job in jobs:
-            if not job.future.done():  # a stop string
+            if not job.future.done():  # a stop string has ended the text
                 job.future.set_result(job.tokens)
 
 
@@ -173,7 +175,7 @@ class _Task:
 
 
 class _EndOfRows(StoppingCriteria):
-    """Hands the new token of each row to its job, and ends the rows whose jobs are done."""
+    """A stopping criterion that gives each row's new token to its job, and ends the rows whose jobs are done."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = jobs

@@ -1,4 +1,4 @@
-"""The adapters that a command line names: runs, adapters, folders of them, each with a name or without."""
+"""The adapters on a command line: runs, adapters or folders of several, with or without names."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class NamedPath(NamedTuple):
     """An adapter to serve.
 
     Attributes:
-        name: for requests.
-        path: of its folder, or of its run's.
-        found: whether it was found in a folder of several, rather than named itself.
+        name: name in requests.
+        path: folder of the adapter or of its run.
+        found: whether the adapter was found in a folder of several, rather than named on the command line.
     """
 
     name: str
@@ -25,13 +25,13 @@ class NamedPath(NamedTuple):
 
 
 def named_paths(words: Iterable[str]) -> list[NamedPath]:
-    """Return the adapters that the words ``PATH`` and ``NAME=PATH`` name, in their order.
+    """Return the adapters named by words of the form ``PATH`` or ``NAME=PATH``, in the order of the words.
 
-    A folder of adapters and runs stands for all of them. Names are those of the folders, of an adapter in a run's
-    folder that of the run.
+    A folder of several adapters and runs means all of them. Without a NAME, an adapter is called like its folder, and
+    the adapter of a run like the run's folder.
 
     Raises:
-        ConfigError: if two have one name.
+        ConfigError: if two adapters have the same name.
     """
     found: dict[str, NamedPath] = {}
     for one in (one for word in words for one in _of_word(word)):

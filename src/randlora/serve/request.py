@@ -1,4 +1,4 @@
-"""The parts of OpenAI's requests that are understood here; all others are refused, so that none is passed over."""
+"""The fields of OpenAI's requests that the server supports. Other fields are refused rather than ignored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from randlora.errors import ConfigError
 
 _NO_EFFECT = {"user", "metadata", "store", "service_tier", "stream_options", "parallel_tool_calls", "safety_identifier"}
-"""Fields of clients and of OpenAI's accounts, which say nothing of the text. Usage is always told."""
+"""Fields that do not change the text and are ignored: clients' own, and those of OpenAI's accounts.
+
+Usage is always reported, so that ``stream_options`` changes nothing.
+"""
 _NEUTRAL: dict[str, list[Any]] = {
     "n": [1],
     "best_of": [1],
@@ -19,11 +22,11 @@ _NEUTRAL: dict[str, list[Any]] = {
     "response_format": [{"type": "text"}],
     "tool_choice": ["auto"],
 }
-"""Values that ask for nothing which is not done anyway."""
+"""Values that ask for the default behaviour, by field."""
 
 
 class Asked(BaseModel):
-    """What both kinds of request may say."""
+    """The fields of both kinds of request."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -38,14 +41,14 @@ class Asked(BaseModel):
 
 
 class TextPart(BaseModel):
-    """A part of a message."""
+    """A text within a message."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(BaseModel):
-    """A turn of a conversation; further fields are the chat template's."""
+    """A message of a conversation. Further fields are passed to the chat template."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -54,7 +57,7 @@ class Message(BaseModel):
 
 
 class AskedChat(Asked):
-    """A request for an answer in a conversation."""
+    """A request for the next message of a conversation."""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -63,17 +66,17 @@ class AskedChat(Asked):
 
 
 class AskedText(Asked):
-    """A request for text that goes on."""
+    """A request for the continuation of a prompt."""
 
     prompt: str
     suffix: str | None = None
 
 
 def understood(kind: type[Asked], body: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a request that say something, each of its type.
+    """Return the fields of a request that have an effect, with values of the declared types.
 
     Raises:
-        ConfigError: naming all that cannot be followed, in one line.
+        ConfigError: if a field is missing, unsupported or invalid; one line names all such fields.
     """
     said = {
         name: value

@@ -1,4 +1,4 @@
-"""OpenAI's endpoints: Transformers' own handlers of requests, with adapters in the place of its models."""
+"""OpenAI's endpoints: Transformers' request handlers, which serve adapters here instead of models."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from randlora.tuner.layers.rows import BASE
 
 
 class LoadRequest(BaseModel):
-    """Body of ``/v1/load_lora_adapter``, as vLLM has it."""
+    """The body of ``/v1/load_lora_adapter``, as in vLLM."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -49,7 +49,7 @@ class LoadRequest(BaseModel):
 
 
 class UnloadRequest(BaseModel):
-    """Body of ``/v1/unload_lora_adapter``, as vLLM has it."""
+    """The body of ``/v1/unload_lora_adapter``, as in vLLM."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -60,12 +60,12 @@ def make_app(adapters: Adapters, batch_size: int = 8, load_from: Path | None = N
     """Return the server's application.
 
     Args:
-        adapters: what is served; from now on only the application's own thread works with it.
-        batch_size: most requests that are computed together.
-        load_from: adapters may be loaded from this folder by request; ``None`` refuses it.
+        adapters: the adapters to serve; from now on only the application's own thread may load, unload or run them.
+        batch_size: most requests in a batch.
+        load_from: folder from which requests may load adapters; by default they may not.
     """
     base = adapters.base
-    pads = not getattr(base.model, "_is_stateful", False)  # recurrent models would read what pads a row
+    pads = not getattr(base.model, "_is_stateful", False)  # recurrent models would read the padding
     worker = Worker(adapters.rows, batch_size, base.processor.pad_token_id or 0, pads)
     chat, completion = (kind(adapters, worker) for kind in (_Chat, _Completion))
     app = FastAPI(title="randlora serve", docs_url=None, redoc_url=None)
@@ -95,7 +95,7 @@ def make_app(adapters: Adapters, batch_size: int = 8, load_from: Path | None = N
     async def unload(asked: UnloadRequest) -> Any:
         _require_hot_loading(load_from)
         served = adapters.withdraw(asked.lora_name)
-        await _in(worker, partial(adapters.forget, served))  # after the requests that have named it
+        await _in(worker, partial(adapters.forget, served))  # after the requests that use the adapter
         return {"id": served.name, "object": "model", "deleted": True}
 
     _answer_errors(app)
@@ -103,7 +103,7 @@ def make_app(adapters: Adapters, batch_size: int = 8, load_from: Path | None = N
 
 
 def _entry(one: Served, base: str) -> dict[str, Any]:
-    """A model of the list, with vLLM's fields for what an adapter is of."""
+    """Return an entry of the list of models, with vLLM's fields for an adapter's folder and base model."""
     entry: dict[str, Any] = {"id": one.name, "object": "model", "created": one.since, "owned_by": "randlora"}
     return entry | {"root": str(one.trained.path), "parent": None if one.key == BASE else base}
 
@@ -118,7 +118,11 @@ def _require_hot_loading(load_from: Path | None) -> None:
 
 
 def _allowed(path: str, load_from: Path | None) -> Path:
-    """The path of a request within the folder that it may name adapters of, which relative ones start from."""
+    """Return the path of an adapter that a request names; relative paths start at ``load_from``.
+
+    Raises:
+        HTTPException: if the path is outside of ``load_from``, or requests may not load adapters.
+    """
     _require_hot_loading(load_from)
     assert load_from is not None
     root = load_from.resolve()
@@ -129,7 +133,7 @@ def _allowed(path: str, load_from: Path | None) -> Path:
 
 
 class _ByName(BaseHandler):
-    """A handler that takes the adapter that a request names for its model."""
+    """A handler whose models are the served adapters, by name."""
 
     _asked: type[Asked]
 
@@ -144,14 +148,17 @@ class _ByName(BaseHandler):
 
     def _resolve_model(self, body: dict[str, Any]) -> Any:
         served = self._adapters.named(body["model"])
-        # the seed is for when its turn comes; Transformers' would be set now, and used by whoever computes
+        # the job carries the seed: Transformers would set it now, for whichever batch is being computed
         model = _Model(served, body.pop("seed", None))
         return served.name, model, _Prompts(served.trained.processor)
 
     def _build_generation_config(
         self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False
     ) -> GenerationConfig:
-        """As `randlora generate` samples: where a request says how, and greedily at a temperature of 0."""
+        """Return the config, with sampling as in `randlora generate`.
+
+        A request that gives a temperature or ``top_p`` is sampled; a temperature of 0 is greedy.
+        """
         config: GenerationConfig = super()._build_generation_config(body, model_generation_config, use_cb=use_cb)
         if body.get("temperature") == 0:
             config.do_sample, config.temperature, config.top_p = False, 1.0, 1.0
@@ -177,7 +184,7 @@ class _Completion(_ByName, CompletionHandler):
 
 
 class _Model:
-    """What Transformers' handlers ask of a model, for one request."""
+    """The attributes of a model that Transformers' handlers read, for one request."""
 
     def __init__(self, served: Served, seed: int | None) -> None:
         model = served.trained.model
@@ -188,7 +195,7 @@ class _Model:
 
 
 class _Prompts:
-    """A tokenizer whose prompts are those of `randlora generate`."""
+    """A tokenizer that makes the same prompts as `randlora generate`."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._of = tokenizer
@@ -212,7 +219,7 @@ def _inputs(ids: list[int]) -> BatchEncoding:
 
 
 class _TextOnly:
-    """In the place of Transformers' manager of models, which would load and unload them."""
+    """A substitute for Transformers' manager of models, which would load and unload models."""
 
     @staticmethod
     def get_model_modality(model: Any, processor: Any = None) -> Modality:
@@ -220,7 +227,7 @@ class _TextOnly:
 
 
 class _OneManager(GenerationState):
-    """One manager for all names, where Transformers has a thread for each model."""
+    """A state with one manager for all names. Transformers has one, with a thread, for each model."""
 
     def __init__(self, worker: Worker) -> None:
         super().__init__()
@@ -231,7 +238,7 @@ class _OneManager(GenerationState):
 
 
 class _Batches(BaseGenerateManager):
-    """Hands what Transformers' handlers have prepared to the worker."""
+    """A manager that passes prepared requests of Transformers' handlers to the worker."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -247,7 +254,7 @@ class _Batches(BaseGenerateManager):
     ) -> tuple[asyncio.Queue[Any], DirectStreamer]:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
         streamer = DirectStreamer(processor._tokenizer, loop, queue, response_parser=response_parser)
-        streamer.put(inputs["input_ids"])  # the prompt, which it passes over
+        streamer.put(inputs["input_ids"])  # the streamer skips the prompt
 
         def put(token: int) -> bool:
             try:
@@ -261,7 +268,7 @@ class _Batches(BaseGenerateManager):
             if error is None:
                 streamer.end()
             else:
-                text = json.dumps(f"{type(error).__name__}: {error}")[1:-1]  # it is put between quotes as it is
+                text = json.dumps(f"{type(error).__name__}: {error}")[1:-1]  # the handler only adds quotes
                 loop.call_soon_threadsafe(queue.put_nowait, _StreamError(text))
 
         self._submit(model, processor, inputs, gen_config, put).add_done_callback(told)
@@ -275,13 +282,13 @@ class _Batches(BaseGenerateManager):
         return processor.decode(found, skip_special_tokens=True), inputs["input_ids"].shape[-1], found
 
     def stop(self) -> None:
-        """The worker's thread ends with the process."""
+        """Do nothing: the worker's thread ends with the process."""
 
     def _submit(
         self, model: _Model, processor: Any, inputs: Any, config: GenerationConfig, put: Callable[[int], bool]
     ) -> Future[list[int]]:
         ids = inputs["input_ids"][0].tolist()
-        # in the handler's own config, from which it tells a text that has ended from one that was cut off
+        # in the handler's own config: by it the handler tells a finished text from one that was cut off
         config.max_new_tokens = room(model.served.trained, len(ids), config.max_new_tokens or 1)
         job = Job(model.served.key, ids, config, put, model.served.trained.processor, model.seed)
         self._worker.submit(job)
@@ -289,7 +296,7 @@ class _Batches(BaseGenerateManager):
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Errors in OpenAI's shape."""
+    """Let the application answer with errors in OpenAI's format."""
 
     @app.exception_handler(RandLoraError)
     async def ours(_request: Request, error: RandLoraError) -> JSONResponse:
