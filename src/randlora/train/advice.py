@@ -1,4 +1,4 @@
-"""Advice from measurements, for choices that a user left to the defaults."""
+"""Advice from measurements, for settings that a user left to the defaults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STRUCTURED = "advice: --structured makes a step cheaper, at a little less accura
 
 
 def advice(settings: TrainSettings) -> list[str]:
-    """Return a line for each choice that measurements would make otherwise and that the settings leave open."""
+    """Return a line of advice for each unset choice for which measurements favour another value than the default."""
     if settings.method != "randlora" or settings.resume is not None:
         return []
     given = settings.model_fields_set

@@ -1,4 +1,4 @@
-"""A run's settings as the Trainer takes them."""
+"""A run's settings as arguments of the Trainer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from randlora.train.tasks import TASKS
 def training_arguments(
     settings: TrainSettings, output: Path, kind: type[TrainingArguments] = TrainingArguments, **changes: Any
 ) -> TrainingArguments:
-    """Arguments of the Trainer for a run that writes to ``output``; of another ``kind``, with ``changes``."""
+    """Return the Trainer's arguments for a run that writes to ``output``, of class ``kind`` and with ``changes``."""
     values: dict[str, Any] = dict(
         output_dir=str(output / "checkpoints"),
         learning_rate=settings.peak_learning_rate,
@@ -35,8 +35,8 @@ def training_arguments(
         logging_nan_inf_filter=False,
         save_total_limit=2,
         report_to=[],  # the trackers are among the callbacks
-        run_name=output.name,  # in trackers, where each run would have a random name
-        disable_tqdm=False,  # which would follow the verbosity of Transformers
+        run_name=output.name,  # for trackers, which would choose a random name
+        disable_tqdm=False,  # by default it follows the verbosity of Transformers
         dataloader_pin_memory=False,
         remove_unused_columns=TASKS[settings.task].counts_tokens,  # images are opened from columns that no model takes
         include_num_input_tokens_seen="non_padding" if TASKS[settings.task].counts_tokens else "no",
@@ -46,16 +46,16 @@ def training_arguments(
 
 
 def early_stopping(settings: TrainSettings) -> list[TrainerCallback]:
-    """Ends the run when it no longer gets better, if it is to."""
+    """Return the callback for early stopping in a list; an empty list where the settings ask for none."""
     return [] if settings.early_stopping is None else [EarlyStoppingCallback(settings.early_stopping)]
 
 
 def _when(settings: TrainSettings) -> dict[str, Any]:
-    """When to evaluate and to write checkpoints; the best one is only known where both are done."""
+    """Return the arguments for evaluations and checkpoints; to keep the best one, both must be at the same steps."""
     best = settings.best_metric
     evaluate = "steps" if settings.eval_steps else "epoch" if best else "no"
     save = "steps" if settings.save_steps or settings.streaming or (best and settings.eval_steps) else "epoch"
-    tenth = max(1, (settings.max_steps or 0) // 10)  # of a run on a stream, which has no epochs
+    tenth = max(1, (settings.max_steps or 0) // 10)  # for a run on a stream, which has no epochs
     found = {
         "eval_strategy": evaluate,
         "eval_steps": settings.eval_steps,

@@ -1,4 +1,4 @@
-"""Intervals of metrics that are no mean over examples, by drawing the examples again."""
+"""Bootstrap intervals of metrics that are not means over examples."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _AT_ONCE = 4_000_000  # counts in memory
 def bootstrap_intervals(
     metrics: Callable[[np.ndarray], dict[str, np.ndarray]], examples: int
 ) -> dict[str, tuple[float, float]]:
-    """95% percentile intervals (Efron 1979), the same each time.
+    """Return 95% percentile intervals (Efron 1979) by metric; the draws are the same in each call.
 
     Args:
-        metrics: takes how often each example was drawn, (draws, examples), and gives each metric for each draw.
-        examples: their number; two at least, or there are no intervals.
+        metrics: takes how often each example was drawn, (draws, examples), and returns each metric for each draw.
+        examples: number of examples; with less than two, there are no intervals.
     """
     if examples < 2:
         return {}

@@ -1,4 +1,4 @@
-"""What ends a run before its last step, Ctrl-C or a loss that is no number; and a word on runs that came to nothing."""
+"""Callbacks that end a run early, at Ctrl-C or at a loss that is not finite; and a warning for runs without success."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from randlora.analysis import first_not_finite
 
 
 class CheckpointOnInterrupt(TrainerCallback):
-    """At Ctrl-C, finishes the step and writes a checkpoint; at a second one, ends at once.
+    """A callback that ends a run at Ctrl-C after a checkpoint of the current step; at a second Ctrl-C, at once.
 
-    Without it, a run would lose all since its last checkpoint.
+    Without the callback, a run would lose all steps since its last checkpoint.
     """
 
     def __init__(self) -> None:
@@ -26,22 +26,22 @@ class CheckpointOnInterrupt(TrainerCallback):
 
     @staticmethod
     def happened(trainer: Trainer) -> bool:
-        """Whether the run ended by Ctrl-C."""
+        """Return whether Ctrl-C ended the run."""
         found = (one for one in trainer.callback_handler.callbacks if isinstance(one, CheckpointOnInterrupt))
         return any(one._asked for one in found)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Listens to Ctrl-C, which only the main thread can."""
+        """Start to handle Ctrl-C, in the main thread; other threads cannot."""
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._ask)
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        """Writes and ends, if that was asked for."""
+        """Ask for a checkpoint and the end of the run, after a Ctrl-C."""
         if self._asked:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Listens no more."""
+        """Restore the earlier handler of Ctrl-C."""
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
 
@@ -52,16 +52,16 @@ class CheckpointOnInterrupt(TrainerCallback):
 
 
 class StopIfDiverged(TrainerCallback):
-    """Ends a run at its first loss that is no number, before a checkpoint of it could be written."""
+    """A callback that ends a run at its first loss that is not finite, before the next checkpoint."""
 
     def __init__(self, learning_rate: float) -> None:
         self._learning_rate = learning_rate
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Looks at the loss.
+        """Raise if the loss is not finite.
 
         Raises:
-            FloatingPointError: if it is infinite or NaN.
+            FloatingPointError: if the loss is infinite or NaN.
         """
         loss = kwargs["logs"].get("loss", 0.0)
         if not math.isfinite(loss):
@@ -73,9 +73,9 @@ class StopIfDiverged(TrainerCallback):
 
 
 def warn_unless_learned(state: TrainerState, learning_rate: float) -> None:
-    """Says so where the last tenth of the losses is no lower than the first; too few steps say nothing.
+    """Warn if the last tenth of the losses is not lower than the first tenth; runs of few steps are not judged.
 
-    A rate that is too high need not end in NaN: the loss goes up and comes back to that of guessing.
+    A rate that is too high need not end in NaN: the loss may rise and come back to the loss of guessing.
     """
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     tenth = len(losses) // 10

@@ -1,4 +1,4 @@
-"""The methods on one's own data: a rate found for each, and the same seeds, data and steps for all."""
+"""A comparison of methods on the user's data: a rate for each, and the same seeds, data and steps for all."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from randlora.tuner.files.atomic import write_json, write_text
 
 _SETTINGS, _PLAN, _RATES, _FORGOTTEN = "compare.yaml", "plan.json", "rates.json", "forgetting.json"
 _MAY_DIFFER = {"minutes", "output_dir"}
-_LEAST_TURNS = 3  # rates of each search, whatever the time: fewer do not enclose a best one
+_LEAST_TURNS = 3  # rates of each search, even when late: fewer do not enclose a best one
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row of the table.
+    """One method of the comparison, a row of the table.
 
     Attributes:
-        name: of its folders.
-        label: for people.
-        changes: what its settings have beside the shared ones.
+        name: name of its folders.
+        label: name in the output.
+        changes: its settings that differ from the shared ones.
         lora: name of the LoRA that trains about as many values, if there is one.
     """
 
@@ -59,13 +59,13 @@ class Prepared:
     """A comparison that is ready to start.
 
     Attributes:
-        settings: its own.
-        folder: where it writes.
-        shared: settings that read the data which it has split.
+        settings: settings of the comparison.
+        folder: output folder.
+        shared: settings of all runs, which read the data as split.
         candidates: in the order of the table.
-        costs: by name.
-        times: what they add up to.
-        plan: what is to be done.
+        costs: cost of each candidate by name.
+        times: durations that follow from the costs.
+        plan: the planned searches and runs.
     """
 
     settings: CompareSettings
@@ -83,13 +83,13 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a candidate came to.
+    """The results of a candidate.
 
     Attributes:
-        candidate: which it is.
+        candidate: the candidate.
         found: its learning rate.
         runs: the folders of its runs, by seed.
-        forgotten: by seed; empty where it was not measured.
+        forgotten: forgetting by seed; empty where none was measured.
     """
 
     candidate: Candidate
@@ -99,7 +99,7 @@ class Measured:
 
 
 def prepare(settings: CompareSettings, resume: bool, say: Say) -> Prepared:
-    """Split the data, measure each method and plan; or read what was planned before.
+    """Split the data, measure each method and plan; or read the plan of an earlier call.
 
     Raises:
         ConfigError: if data, model or methods cannot be used, the time is too short, or the folder has another
@@ -143,7 +143,7 @@ def prepare(settings: CompareSettings, resume: bool, say: Say) -> Prepared:
 
 
 def only_plan(settings: CompareSettings, say: Say) -> Prepared:
-    """Measure and plan as :func:`prepare`, and leave nothing."""
+    """Measure and plan as :func:`prepare`, and keep no files."""
     with tempfile.TemporaryDirectory() as nothing:
         return prepare(settings.model_copy(update={"output_dir": nothing}), False, say)
 
@@ -151,13 +151,13 @@ def only_plan(settings: CompareSettings, say: Say) -> Prepared:
 def search_rates(ready: Prepared, deadline: float, say: Say) -> dict[str, Found]:
     """Find a learning rate for each candidate.
 
-    They take turns, so that none has more tries than another when the time for three seeds is all that is left. A
-    candidate that no rate trains is left out, and named. What was found once stays, whatever time there is now.
+    The candidates take turns, so that all have as many tries when only the time for three seeds is left. A candidate
+    that no rate trains is left out, and named. Rates in the folder are read, not searched again.
 
     Args:
         ready: the comparison.
-        deadline: of the whole comparison, by ``time.monotonic``.
-        say: is told each rate and its loss.
+        deadline: end of the whole comparison, by ``time.monotonic``.
+        say: called with a line for each rate and its loss.
     """
     file = ready.folder / _RATES
     if file.is_file():
@@ -190,15 +190,15 @@ def search_rates(ready: Prepared, deadline: float, say: Say) -> dict[str, Found]
 
 
 def repeat(ready: Prepared, found: dict[str, Found], deadline: float, say: Say) -> list[Measured]:
-    """Train every candidate with one seed after the other, as many as were planned or as the time allows.
+    """Train every candidate with one seed after the other, as many as planned or as the time allows.
 
-    A candidate of which a run fails is left out from there on, and named. What is there already is not trained again.
+    A candidate whose run fails is left out of the following runs, and named. Finished runs are not trained again.
 
     Args:
         ready: the comparison.
-        found: the rates.
-        deadline: no further seed starts that would end after it, by ``time.monotonic``.
-        say: is told what happens.
+        found: learning rates by name of the candidate.
+        deadline: a seed that would end later does not start; by ``time.monotonic``.
+        say: called with lines about the progress.
     """
     kept = [one for one in ready.candidates if one.name in found]
     forgetting = forgetting_of(ready.settings)
@@ -224,24 +224,24 @@ def repeat(ready: Prepared, found: dict[str, Found], deadline: float, say: Say) 
 
 
 class _Pace:
-    """How runs go beside their plan."""
+    """The duration of runs, relative to the plan."""
 
     def __init__(self, ready: Prepared, kept: list[Candidate]) -> None:
         self._ready, self._kept = ready, kept
         self._planned = self._spent = 0.0
 
     def took(self, one: Candidate, seed: int, seconds: float) -> None:
-        """A run took so long."""
+        """Add the duration of a run that has ended."""
         self._planned += self._plan(one, seed)
         self._spent += seconds
 
     def expected(self, runs: list[Candidate], seed: int) -> float:
-        """Return the seconds of these runs."""
+        """Return the expected seconds of these runs."""
         slower = self._spent / self._planned if self._planned else 1.0
         return slower * sum(self._plan(one, seed) for one in runs)
 
     def left(self, seed: int) -> float:
-        """Return the seconds to the end of the last seed, ``seed`` being under way."""
+        """Return the expected seconds to the end of the last seed, during seed number ``seed``."""
         return sum(
             self.expected([one for one in self._kept if not _is_done(_run_folder(self._ready, one, other))], other)
             for other in range(seed, self._ready.plan.seeds)
@@ -253,12 +253,12 @@ class _Pace:
 
 
 def forgetting_of(settings: CompareSettings) -> Forgetting | None:
-    """Return what measures the forgetting, if there is other data; its columns are named as those of the data."""
+    """Return the measure of forgetting on the other data; ``None`` where the settings name no other data."""
     return None if settings.other_data is None else Forgetting(settings.of_run(), settings.other_data)
 
 
 def _claim(folder: Path, settings: CompareSettings, resume: bool) -> None:
-    """Make the folder this comparison's, or see that it is."""
+    """Write the settings into the folder; raise if the folder has another comparison, or may not go on."""
     file = folder / _SETTINGS
     now = json.loads(settings.model_dump_json())
     if file.is_file():
@@ -277,7 +277,7 @@ def _claim(folder: Path, settings: CompareSettings, resume: bool) -> None:
 
 
 def _measure(settings: CompareSettings, shared: TrainSettings, say: Say) -> tuple[list[Candidate], dict[str, Cost]]:
-    """The candidates that can be trained, and what they cost; LoRA's ranks are those that match RandLoRA's counts."""
+    """Return the candidates that can be trained, and their costs; LoRA's ranks match RandLoRA's counts."""
     costs: dict[str, Cost] = {}
 
     def takes(one: Candidate) -> bool:
@@ -327,14 +327,15 @@ def _run_folder(ready: Prepared, one: Candidate, seed: int) -> Path:
 
 
 def _is_done(run: Path) -> bool:
-    """Whether nothing is left to do: the checkpoints go last."""
+    """Return whether a run is complete: its checkpoints are removed last."""
     return (run / "metrics.json").is_file() and not (run / "checkpoints").exists()
 
 
 def _train(ready: Prepared, one: Candidate, rate: float, seed: int, forgetting: Forgetting | None) -> None:
-    """A run to its end, from its last checkpoint if it has one; whole models are not kept.
+    """Train a run to its end, from its last checkpoint if there is one; whole models are not kept.
 
-    The first is in a process of its own, the peak memory of which is its own. The others save the start.
+    The run of the first seed has a process of its own, so that the peak memory is that of the run. Runs of other seeds
+    save the time to start a process.
     """
     folder = _run_folder(ready, one, seed)
     run = ready.run(

@@ -1,4 +1,4 @@
-"""What a comparison is: the keys of its YAML file and the flags of ``randlora compare``."""
+"""The settings of a comparison: the keys of its YAML file and the flags of ``randlora compare``."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ DECIDED = (
     "report_to",
     "resume",
 )
-"""Settings of a run that the comparison decides itself. The last evaluations would be a choice by the test data."""
+"""Settings of a run that the comparison decides. Best checkpoints and early stopping would choose by the test data."""
 
 Way = Literal["randlora", "structured", "lora", "full", "head"]
 
 
 class CompareSettings(TrainSettings):
-    """One comparison: the settings that its runs share, and its own."""
+    """The settings of one comparison: those that its runs share, and its own."""
 
     minutes: float = Field(60.0, gt=0, description="Time for all of it; what fits is planned and shown first.")
     methods: list[Way] = Field(
@@ -61,6 +61,6 @@ class CompareSettings(TrainSettings):
         return self
 
     def of_run(self, **changes: Any) -> TrainSettings:
-        """Return the settings of one of its runs, with ``changes``."""
+        """Return the settings of a run of the comparison, with ``changes``."""
         shared = {name: getattr(self, name) for name in TrainSettings.model_fields if name not in DECIDED}
         return TrainSettings(**shared, **changes)

@@ -37,11 +37,11 @@ _Read: TypeAlias = _Rows | DatasetDict | IterableDatasetDict
 
 
 class Data(NamedTuple):
-    """What a run trains and evaluates on.
+    """The data of a run.
 
     Attributes:
-        train: the columns of the task, labels as numbers; or a stream of rows of which none was read.
-        evaluation: the same columns, none of its rows trained on.
+        train: rows in the columns of the task, labels as numbers; or an unread stream of rows.
+        evaluation: rows in the same columns, which are not trained on.
         labels: names of the labels in the order of their numbers; empty for language.
     """
 
@@ -51,7 +51,7 @@ class Data(NamedTuple):
 
 
 def load_data(settings: TrainSettings) -> Data:
-    """Reads, checks and splits the data that ``settings`` name.
+    """Return the data of ``settings``, checked and split.
 
     Raises:
         ConfigError: if data, a split or a column is missing, empty or malformed.
@@ -73,10 +73,10 @@ def load_data(settings: TrainSettings) -> Data:
 
 
 def load_inputs(source: Source, settings: TrainSettings) -> tuple[Dataset, list[Any]]:
-    """All rows of ``source``, or of its validation or test split, as they are, and what in them is to be labelled.
+    """Return all rows of ``source``, or of its validation or test split, unchanged, and the inputs in them.
 
     Raises:
-        ConfigError: as of :func:`load_rows`; labels are not asked for.
+        ConfigError: as :func:`load_rows`, but labels may be missing.
     """
     tables, inputs = [], []
     for one in _sources(source):
@@ -88,9 +88,9 @@ def load_inputs(source: Source, settings: TrainSettings) -> tuple[Dataset, list[
 
 
 def load_rows(source: Source, settings: TrainSettings) -> Dataset:
-    """All rows of ``source``, or of its validation or test split, in the columns of the task.
+    """Return all rows of ``source``, or of its validation or test split, in the columns of the task.
 
-    Labels are as the data has them.
+    Labels keep the values of the data.
 
     Raises:
         ConfigError: if data, a split or a column is missing, empty or malformed.
@@ -100,12 +100,13 @@ def load_rows(source: Source, settings: TrainSettings) -> Dataset:
 
 
 def with_task_of_labels(settings: TrainSettings) -> TrainSettings:
-    """Return ``settings`` with the task that the labels ask for: one label for each text is not all there is.
+    """Return ``settings`` with the task that fits the labels, where they name classification of texts.
 
-    Numbers with a fraction are a regression; lists, or several columns, are several labels. That is said.
+    Numbers with a fraction make the task a regression; lists, or several columns, make it multi-label classification. A
+    warning names the new task.
 
     Raises:
-        ConfigError: if the data cannot be read, or a setting does not go with the task.
+        ConfigError: if the data cannot be read, or a setting is not allowed for the new task.
     """
     if settings.task != "sequence-classification":
         return settings
@@ -133,7 +134,7 @@ def _task_of_labels(column: str | list[str], settings: TrainSettings) -> TaskNam
 
 
 def _load_stream(settings: TrainSettings) -> Data:
-    """The training data not read yet; a limited part evaluates."""
+    """Return the training data as an unread stream, and a limited number of rows for evaluation."""
     task = TASKS[settings.task]
     parts, part = _training(settings)
     if len(parts) > 1 and not task.counts_tokens:
@@ -158,7 +159,7 @@ def _load_stream(settings: TrainSettings) -> Data:
 
 
 def _training(settings: TrainSettings) -> tuple[list[tuple[_Rows, str]], _Rows | None]:
-    """The training data, each part with its source; and what evaluates it, where a single source has that."""
+    """Return the training data, each part with its source; and the evaluation split of a single source, if any."""
     parts, evaluation = [], None
     sources = _sources(settings.data)
     for source in sources:
@@ -199,13 +200,13 @@ def _joined(tables: list[Dataset], source: Source) -> Dataset:
 
 
 def _with_plain_texts(rows: Dataset) -> Dataset:
-    """Of the two types of text that readers give, one."""
+    """Return rows with one type of text; readers give two, which cannot be joined."""
     large = [name for name, feature in rows.features.items() if feature == Value("large_string")]
     return rows.cast(Features({**rows.features, **dict.fromkeys(large, Value("string"))})) if large else rows
 
 
 def _limited(rows: Dataset, most: int | None, settings: TrainSettings) -> Dataset:
-    """At most so many rows, drawn by the seed and in their order."""
+    """Return at most ``most`` rows, drawn by the seed, in their order."""
     if most is None or most >= len(rows):
         return rows
     kept = np.random.default_rng(settings.seed).choice(len(rows), most, replace=False)
@@ -242,13 +243,13 @@ def _one_split(data: _Read, source: str, settings: TrainSettings) -> Any:
 
 
 def _read_folder(source: str, settings: TrainSettings) -> _Read:
-    """What `datasets` saved; or images, whose folders are their labels."""
+    """Return the rows that `datasets` saved in a folder; or images, whose folders are their labels."""
     saved = any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
         if settings.task == "image-classification" and not saved:
             return load_dataset("imagefolder", data_dir=source, streaming=settings.streaming)
         saved_rows = load_from_disk(source)
-    except Exception as error:  # the readers raise whatever their parsers raise
+    except Exception as error:  # readers raise any error of their parsers
         saved_by = "not one that datasets' save_to_disk wrote"
         reason = (
             f"holds no images in folders named by their labels, and is {saved_by}: {error}"
@@ -274,7 +275,7 @@ def _checked(rows: Any, settings: TrainSettings, source: str) -> Dataset:
 
 
 def _split(data: Dataset, settings: TrainSettings) -> tuple[Dataset, Dataset]:
-    """A seeded split that keeps all copies of an example on one side, and has the same share of each label on both."""
+    """Return a seeded split with all copies of an example on one side, and the same share of each label on both."""
     task = TASKS[settings.task]
     given = task.identities(data)
     kinds = dict(zip(given, task.strata(data), strict=True))
@@ -294,7 +295,7 @@ def _split(data: Dataset, settings: TrainSettings) -> tuple[Dataset, Dataset]:
 
 
 def _drawn(shuffled: Sequence[str], kinds: dict[str, Any], wanted: int) -> set[str]:
-    """So many of ``shuffled``, of each kind its share; what is left by rounding goes to the largest rests."""
+    """Return ``wanted`` of ``shuffled``, in the share of each kind; places left by rounding go to the largest rests."""
     counts = Counter(kinds.values())
     exact = {kind: count * wanted / len(shuffled) for kind, count in counts.items()}
     quota = {kind: int(share) for kind, share in exact.items()}

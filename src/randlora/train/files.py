@@ -1,4 +1,4 @@
-"""Tables from files: of what kind a file is, and how it is read."""
+"""Readers of tables in files, by the kind of the file."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from datasets import Dataset, IterableDataset, load_dataset
 from randlora.errors import ConfigError
 
 _READERS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
-    # how all of it is read, and by which of datasets' readers a part
+    # reader of a whole file; name of the `datasets` builder that streams a file; arguments of both
     ".csv": (Dataset.from_csv, "csv", {}),
     ".tsv": (Dataset.from_csv, "csv", {"sep": "\t"}),
     ".jsonl": (Dataset.from_json, "json", {}),
     ".json": (Dataset.from_json, "json", {}),
     ".parquet": (Dataset.from_parquet, "parquet", {}),
-    ".txt": (Dataset.from_text, "text", {}),  # a text each line, in the column `text`
+    ".txt": (Dataset.from_text, "text", {}),  # a text in each line; the column is `text`
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def kind_of(path: Path) -> str | None:
-    """The ending that says how a file is read, without that of a compression; ``None`` for others."""
+    """Return the ending of a file that decides its reader, without a compression's ending; ``None`` for other files."""
     name = path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
     return name.suffix.lower() if name.suffix.lower() in _READERS else None
 
 
 def read_file(source: str, encoding: str | None, streaming: bool = False) -> Dataset | IterableDataset:
-    """The rows of a file.
+    """Return the rows of a file.
 
     Args:
-        source: its path.
-        encoding: of its text; UTF-8 if ``None``.
-        streaming: whether to read them as they are asked for, and to keep none.
+        source: path of the file.
+        encoding: encoding of the text; UTF-8 if ``None``.
+        streaming: whether to read rows on demand, and to keep none.
 
     Raises:
-        ConfigError: if it is not there, of an unknown kind, or cannot be read.
+        ConfigError: if the file does not exist, is of an unknown kind, or cannot be read.
     """
     path = Path(source)
     kind = kind_of(path)
@@ -55,7 +55,7 @@ def read_file(source: str, encoding: str | None, streaming: bool = False) -> Dat
         if streaming:
             return load_dataset(reader, data_files=source, split="train", streaming=True, **arguments)
         return read(source, **arguments)
-    except Exception as error:  # the readers raise whatever their parsers raise
+    except Exception as error:  # readers raise any error of their parsers
         raise ConfigError(f"cannot read the data file {source!r}: {_reason(error, encoding)}") from error
 
 

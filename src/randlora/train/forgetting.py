@@ -1,4 +1,4 @@
-"""How much of its earlier ability a tuned model has lost, on data of another kind than it was tuned on."""
+"""A measure of the ability that a tuned model has lost, on data of another kind than its training data."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _MOST = 1000  # rows of the other data
 
 
 class Forgetting:
-    """What runs forget, from the same rows for all.
+    """The forgetting of runs, measured on the same rows for all.
 
-    A language model's loss per token on them, less that of the model before training; after preferences, of plain
-    text. Of an encoder, the share of each text's ten nearest among them that are no longer among its ten nearest, by
-    the mean of the last hidden states.
+    The forgetting of a language model is its loss per token on the rows minus that of the model before training; after
+    preferences, the rows are plain text. The forgetting of an encoder is the share of each text's ten nearest texts
+    that are no longer among its ten nearest, by the mean of the last hidden states.
 
     Args:
-        settings: of the runs.
-        other_data: the rows.
+        settings: settings of the runs.
+        other_data: file, folder or name of the rows.
 
     Raises:
         ConfigError: if the data cannot be read, or the task has no texts.
@@ -44,7 +44,7 @@ class Forgetting:
         self._language = TASKS[settings.task].model_type == "CAUSAL_LM"
         if not self._language and not isinstance(TASKS[settings.task], Texts):
             raise ConfigError(f"other_data={other_data!r}: forgetting is measured on texts, not for {settings.task}")
-        plain = not self._language or isinstance(TASKS[settings.task], Preference)  # no labels, no pairs needed
+        plain = not self._language or isinstance(TASKS[settings.task], Preference)  # labels and pairs are not needed
         reader = _reader_of_texts(settings) if plain else settings
         rows = load_rows(other_data, reader).shuffle(seed=0)
         self._rows: Dataset = rows.select(range(min(len(rows), _MOST)))
@@ -54,14 +54,14 @@ class Forgetting:
 
     @property
     def unit(self) -> str:
-        """What the numbers are."""
+        """Unit of the numbers, in words."""
         return "loss per token gained" if self._language else "neighbours lost"
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def of(self, run: Path) -> float:
-        """Return what the run in this folder has forgotten."""
+        """Return the forgetting of the run in this folder, in ``unit``."""
         after = self._ability(load_trained(run))
         if self._language:
             return float(after - self._before)
@@ -84,7 +84,7 @@ class Forgetting:
 
     @torch.no_grad()
     def _neighbours(self, trained: Trained) -> Tensor:
-        """Nearest texts of each (texts, NEAREST) by the cosine of their vectors."""
+        """Return the nearest texts of each text (texts, NEAREST), by the cosine of their vectors."""
         vectors, size = [], self._settings.batch_size
         texts = list(self._rows["text"])
         for start in range(0, len(texts), size):
@@ -103,7 +103,7 @@ class Forgetting:
 
 
 def _reader_of_texts(settings: TrainSettings) -> TrainSettings:
-    """Settings that read the texts alone, without labels; of pairs the first."""
+    """Return settings that read only the texts, without labels; of a pair, only the first text."""
     column = settings.input_column
     first = column[0] if isinstance(column, list) else column
     return settings.model_copy(update={"task": "causal-lm", "input_column": first})

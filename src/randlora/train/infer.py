@@ -1,4 +1,4 @@
-"""Labels for texts and images, scores on data, and text that goes on."""
+"""Inference: labels of texts and images, scores on data, and generated text."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from randlora.train.trained import Columns, Trained
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a classifier says of a text or an image.
+    """The prediction of a classifier for a text or an image.
 
     Attributes:
-        text: the text; the path of the image.
+        text: the text, or the path of the image.
         label: the most probable label.
-        probabilities: by label.
+        probabilities: probabilities by label.
         text_pair: the other text of a pair.
     """
 
@@ -46,12 +46,12 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Labelled:
-    """What a classifier that gives any number of labels says of a text.
+    """The prediction of a multi-label classifier for a text.
 
     Attributes:
         text: the text.
         labels: those with a probability above a half.
-        probabilities: of each label for itself.
+        probabilities: probability of each label; they need not add up to 1.
         text_pair: the other text of a pair.
     """
 
@@ -63,11 +63,11 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The number that a regression gives to a text.
+    """The prediction of a regression for a text.
 
     Attributes:
         text: the text.
-        value: in the unit of the labels that it was trained on.
+        value: predicted number, in the unit of the training labels.
         text_pair: the other text of a pair.
     """
 
@@ -78,13 +78,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Tagged:
-    """What a token classifier says of a text.
+    """The prediction of a token classifier for a text.
 
     Attributes:
         text: the text.
-        words: parted by spaces, as many as fit.
+        words: words of the text, split at blanks, as many as fit into the model.
         labels: the most probable tag of each word.
-        probabilities: of these tags.
+        probabilities: probabilities of these tags.
     """
 
     text: str
@@ -95,13 +95,13 @@ class Tagged:
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model does on data.
+    """The score of a model on data.
 
     Attributes:
-        task: what was asked of it.
-        examples: texts or images; chunks of tokens for language.
+        task: name of the task.
+        examples: number of texts or images; of chunks of tokens for language models.
         outcome: metrics and counts.
-        intervals: of 95%, of metrics by name; where ``outcome`` has counts of right answers, they tell the interval.
+        intervals: 95% intervals by metric; where ``outcome`` counts right answers, the counts give the interval.
     """
 
     task: str
@@ -114,16 +114,16 @@ Answer: TypeAlias = Prediction | Labelled | Estimate | Tagged
 
 
 def predict_labels(trained: Trained, given: Sequence[Any], batch_size: int = 32) -> Iterator[Answer]:
-    """Labels of texts, or of images, in their order; numbers, where a regression gives such.
+    """Yield the prediction for each text or image, in their order.
 
     Args:
         trained: the model.
-        given: texts, or pairs of texts as tuples; or names of image files, or images as ``datasets`` holds them, with
-            ``path`` and ``bytes``.
-        batch_size: as many at a time.
+        given: texts, or pairs of texts as tuples; or names of image files, or images in the form of ``datasets``,
+            with ``path`` and ``bytes``.
+        batch_size: number of examples in a forward pass.
 
     Raises:
-        ConfigError: if the model is no classifier, or a file no image.
+        ConfigError: if the model is for another task, or a file is not an image.
     """
     if isinstance(TASKS[trained.task], Texts):
         return _answers(trained, given, batch_size, lambda batch: _tokens(trained, batch))
@@ -137,7 +137,7 @@ def predict_labels(trained: Trained, given: Sequence[Any], batch_size: int = 32)
 def predict(
     model: Any, examples: Any, task: Task, processor: Any, batch_size: int, kind: type[Trainer] = Trainer
 ) -> PredictionOutput:
-    """What a model says of prepared examples, as a ``kind`` of Trainer gathers it."""
+    """Return the predictions of a model for prepared examples, gathered by a Trainer of class ``kind``."""
     with tempfile.TemporaryDirectory() as nothing:
         trainer = kind(
             model=model,
@@ -163,12 +163,12 @@ def score(
     input_column: Columns = None,
     label_column: Columns = None,
 ) -> Score:
-    """Scores a model on data.
+    """Return the score of a model on data.
 
     Args:
         trained: the model.
         data: files, folders or names on the hub, as for training; ``None`` takes the evaluation data of its run.
-        batch_size: examples at a time.
+        batch_size: number of examples in a forward pass.
         input_column: column of the input, as for training; by default the run's.
         label_column: column of the labels, likewise.
 
@@ -200,22 +200,24 @@ def generate_text(
     top_p: float = 0.95,
     seed: int | None = None,
 ) -> str:
-    """Goes on from a prompt, or answers a conversation by the tokenizer's chat template, as a chat model does prompts.
+    """Return text that continues a prompt, or answers a conversation by the tokenizer's chat template.
+
+    A chat model with a template takes a text as the first message of a conversation.
 
     Args:
         trained: a causal language model.
         prompt: text, or messages with ``role`` and ``content``.
-        on_text: is given each piece of text when it is there.
-        max_new_tokens: most tokens to write; fewer where the model has no more positions.
-        temperature: of the sampling; 0 always takes the most probable token.
-        top_p: the most probable tokens that together have this probability are sampled from.
-        seed: of the sampling; ``None`` takes another each time.
+        on_text: called with each new piece of text.
+        max_new_tokens: most tokens to write; fewer where the model runs out of positions.
+        temperature: temperature of the sampling; 0 always takes the most probable token.
+        top_p: total probability of the most probable tokens, among which a token is sampled.
+        seed: seed of the sampling; ``None`` samples differently in each call.
 
     Returns:
-        What was written.
+        The new text, without the prompt.
 
     Raises:
-        ConfigError: if the model is none of language, a value cannot mean anything, or the prompt is empty or too long.
+        ConfigError: if the model is not a language model, a value is out of range, or the prompt is empty or too long.
     """
     if TASKS[trained.task].model_type != "CAUSAL_LM":
         raise ConfigError(f"generate is for language models, and the model in {trained.path} is for {trained.task}")
@@ -253,19 +255,19 @@ def generate_text(
 
 
 def asked_tokens(tokenizer: Any, prompt: str | list[dict[str, Any]], **arguments: Any) -> list[int]:
-    """Return the tokens of a text, or of messages as the chat template asks for the answer to them.
+    """Return the tokens of a text, or of messages up to the beginning of the answer, by the chat template.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         prompt: text, or messages with ``role`` and ``content``.
-        **arguments: for the chat template, such as ``tools``.
+        **arguments: arguments of the chat template, such as ``tools``.
 
     Raises:
-        ConfigError: if there are none, or the template cannot write the messages.
+        ConfigError: if there are no tokens, or the template cannot write the messages.
     """
     if isinstance(prompt, str):
         asked = prompt_tokens(tokenizer, prompt)
-    else:  # without a blank at its end, which in training was one token with the first word of the answer
+    else:  # without its last blank, which in training was part of the answer's first token
         text = templated(prompt, tokenizer, add_generation_prompt=True, **arguments)
         asked = tokens_of(text.rstrip(" "), tokenizer)
     if not asked:
@@ -282,10 +284,10 @@ def answer_ends(trained: Trained) -> list[int]:
 
 
 def room(trained: Trained, asked: int, wanted: int) -> int:
-    """Return how many of the tokens wanted can be written before the model runs out of positions.
+    """Return how many of the ``wanted`` tokens can be written before the model runs out of positions.
 
     Raises:
-        ConfigError: if the prompt takes all of them.
+        ConfigError: if the prompt takes all positions.
     """
     positions = getattr(trained.model.config, "max_position_embeddings", None)
     if positions is None:
@@ -296,7 +298,7 @@ def room(trained: Trained, asked: int, wanted: int) -> int:
 
 
 class _Streamer(TextStreamer):
-    """Hands each piece of new text on."""
+    """A streamer that calls a function with each piece of new text."""
 
     def __init__(self, tokenizer: Any, take: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -320,7 +322,7 @@ def _answers(
 
 
 def _answer(trained: Trained, text: str, logits: Tensor, other: str | None) -> Answer:
-    """In the form of the task, from an example's logits."""
+    """Return the answer of the task's class, from the logits of one example."""
     if trained.task == "regression":
         return Estimate(text, float(logits[0]), other)
     if trained.task == "multi-label-classification":

@@ -1,4 +1,4 @@
-"""What a run cost: time per step and memory."""
+"""Measurements of a run: time of a step, and memory."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from transformers import TrainerCallback
 
 
 class StepTimer(TrainerCallback):
-    """Measures each optimizer step from its first forward to its update."""
+    """A callback that measures each optimizer step, from its first forward to its update."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self._start = 0.0
 
     def on_step_begin(self, *_args: Any, **_kwargs: Any) -> None:
-        """Starts the watch."""
+        """Start the clock."""
         self._start = time.perf_counter()
 
     def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
-        """Reads the watch."""
+        """Record the time of the step."""
         self.seconds.append(time.perf_counter() - self._start)
 
     @property
     def median_seconds(self) -> float | None:
-        """Median over all steps, ``None`` if there were none."""
+        """Median time of a step; ``None`` without a step."""
         return median(self.seconds) if self.seconds else None
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has held so far (resident set)."""
+    """Return the largest resident set of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def memory_bytes() -> int:
-    """The memory that this process holds now (resident set)."""
+    """Return the resident set of this process now."""
     return int(psutil.Process().memory_info().rss)
 
 
 def device_memory_bytes() -> int:
-    """The most memory that torch has held on the current GPU so far."""
+    """Return the most memory that torch has allocated on the current GPU so far."""
     return int(torch.cuda.max_memory_allocated())

@@ -1,4 +1,4 @@
-"""The ways of fine-tuning that a run can take."""
+"""The methods of fine-tuning, applied to a model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from randlora.train.settings import TrainSettings
 from randlora.train.tasks import TASKS
 from randlora.tuner.config import RandLoraConfig
 
-_HEADS = ("classifier", "score")  # what Transformers calls a new classification head, and PEFT trains in full
+_HEADS = ("classifier", "score")  # Transformers' names of a new classification head, which PEFT trains in full
 
 
 def prepare(model: PreTrainedModel, settings: TrainSettings) -> nn.Module:
-    """Makes ``model`` ready to train as ``settings.method`` says; a new classification head trains in every method.
+    """Return ``model`` ready to train by ``settings.method``; a new classification head trains in every method.
 
     Raises:
         ConfigError: if the method cannot be applied to the model or the task.
@@ -44,7 +44,7 @@ def prepare(model: PreTrainedModel, settings: TrainSettings) -> nn.Module:
 def _config(model: PreTrainedModel, settings: TrainSettings) -> PeftConfig:
     task = TASKS[settings.task]
     targets, heads = settings.targets, []
-    if task.classifies and task.peft_type is not TaskType.SEQ_CLS:  # the one kind of head that PEFT leaves to itself
+    if task.classifies and task.peft_type is not TaskType.SEQ_CLS:  # PEFT finds heads of this type itself
         heads = [name for name in _HEADS if hasattr(model, name)]
         targets = _linear_names(model, heads) if targets == "all-linear" else targets
     common: dict[str, Any] = {
@@ -72,7 +72,7 @@ def _config(model: PreTrainedModel, settings: TrainSettings) -> PeftConfig:
 
 
 def _linear_names(model: PreTrainedModel, heads: list[str]) -> list[str]:
-    """All linear layers but the heads."""
+    """Return the names of all linear layers but the heads."""
     return [
         name
         for name, module in model.named_modules()
@@ -96,7 +96,7 @@ def _only_head(model: PreTrainedModel, settings: TrainSettings) -> nn.Module:
 
 
 def _require_modules(model: nn.Module, wanted: list[str]) -> None:
-    """PEFT passes over names of ``modules_to_save`` that the model does not have."""
+    """Raise for names of ``modules_to_save`` that the model does not have: PEFT ignores these."""
     names = [name for name, _ in model.named_modules()]
     unknown = [one for one in wanted if not any(_is_named(name, one) for name in names)]
     if unknown:

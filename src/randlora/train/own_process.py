@@ -17,21 +17,21 @@ from randlora.train.settings import TrainSettings
 from randlora.tuner.files.atomic import write_text
 
 _WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""OpenMP's threads sleep while they wait. By default they spin, and take the core from the thread that they wait for if
-something else runs too: on two cores with a load of 3.5 a step took 5.6 seconds, with sleeping threads 2.5; with a load
-above 8, 15.5 and 2.5."""
+"""Environment in which OpenMP's waiting threads sleep. By default they spin. On a busy machine, spinning threads take
+the core from the thread that they wait for: on two cores with a load of 3.5, a step took 5.6 seconds with spinning
+threads, and 2.5 with sleeping ones; with a load above 8, 15.5 and 2.5."""
 
 
 def train_in_own_process(settings: TrainSettings, offline: bool = True) -> dict[str, Any]:
-    """``randlora train`` on ``settings``; its progress goes to stderr.
+    """Run ``randlora train`` on ``settings`` and return its result; the progress goes to stderr.
 
     Args:
-        settings: of the run.
-        offline: whether all it needs is here.
+        settings: settings of the run.
+        offline: whether the hub is not needed.
 
     Raises:
-        RandLoraError: if it fails.
-        KeyboardInterrupt: on Ctrl-C, when it has ended, with a checkpoint if it had begun to train.
+        RandLoraError: if the run fails.
+        KeyboardInterrupt: on Ctrl-C, after the run has ended, with a checkpoint if the training had begun.
     """
     config = Path(settings.output_dir) / "run.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
@@ -43,14 +43,14 @@ def run_python(module: str, *arguments: str, offline: bool = True) -> dict[str, 
     """Return the JSON object that ``python -m module arguments`` prints.
 
     Raises:
-        RandLoraError: if it fails.
-        KeyboardInterrupt: on Ctrl-C, when it has ended.
+        RandLoraError: if the process fails.
+        KeyboardInterrupt: on Ctrl-C, after the process has ended.
     """
     with subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         stdout=subprocess.PIPE,
         env={**_WAITING, **os.environ, **({"HF_HUB_OFFLINE": "1"} if offline else {})},
-        start_new_session=True,  # else the terminal would send it a Ctrl-C of its own, and two end a run at once
+        start_new_session=True,  # else the terminal sends Ctrl-C to it too, and two end a run at once
     ) as process:
         try:
             printed, _ = process.communicate()

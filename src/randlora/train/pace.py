@@ -1,4 +1,4 @@
-"""How long the demo takes on this machine, how many sentences fit into the time that it has, and what is left."""
+"""The duration of the demo on this machine, the number of sentences that fit, and the time left."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SECONDS = 480.0  # of the ten minutes: the rest is for a machine that gets busie
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much of the data the demo uses."""
+    """The numbers of sentences that the demo uses."""
 
     train: int
     test: int
@@ -24,7 +24,7 @@ QUICK = DemoSize(train=320, test=200)
 
 @dataclass(frozen=True)
 class Pace:
-    """What the first steps have cost.
+    """The cost of the first steps.
 
     Attributes:
         start: seconds of a process besides its steps: imports, data, evaluation, saving.
@@ -35,11 +35,11 @@ class Pace:
     step: float
 
     def seconds(self, size: DemoSize, shares: Sequence[float]) -> float:
-        """Of a demo of ``size``, whose parts take ``shares`` of the steps of RandLoRA, each in a process of its own."""
+        """Return the seconds of a demo of ``size``; each part has a process, and its share of the steps' time."""
         return len(shares) * self.start + sum(shares) * self.step * size.train / BATCH
 
     def fitting(self, seconds: float, shares: Sequence[float]) -> DemoSize:
-        """The largest size that takes no longer, in steps of ten batches; ``QUICK`` at least and ``WHOLE`` at most."""
+        """Return the largest size within ``seconds``, in steps of ten batches, from ``QUICK`` to ``WHOLE``."""
         steps = (seconds - len(shares) * self.start) / (sum(shares) * self.step)
         train = int(steps * BATCH) // (10 * BATCH) * 10 * BATCH
         train = WHOLE.train if steps * BATCH >= WHOLE.train else max(train, QUICK.train)
@@ -47,18 +47,18 @@ class Pace:
 
 
 class Clock:
-    """The time left for all parts of something, in words.
+    """The time left for all parts of a task, in words.
 
     Args:
         expected: seconds of each part, or numbers in proportion to them.
-        exact: whether they are seconds, so that something can be said before the first has ended.
+        exact: whether ``expected`` is in seconds, so that the time left is known before the first part has ended.
     """
 
     def __init__(self, expected: Sequence[float], exact: bool) -> None:
         self._expected, self._exact, self._start = list(expected), exact, time.monotonic()
 
     def left(self, done: int) -> str:
-        """After so many parts; as the parts before took longer or shorter than expected, so will the rest."""
+        """Return the time left after ``done`` parts, scaled by the duration of these parts over the expected one."""
         rest = sum(self._expected[done:])
         if done:
             rest *= (time.monotonic() - self._start) / sum(self._expected[:done])
@@ -68,6 +68,6 @@ class Clock:
 
 
 def minutes(seconds: float) -> str:
-    """Whole minutes as people say them."""
+    """Return whole minutes in words."""
     count = max(round(seconds / 60), 1)
     return f"{count} minute{'' if count == 1 else 's'}"

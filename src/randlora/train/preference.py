@@ -1,4 +1,4 @@
-"""TRL's trainers of preferences as a run has them: with its tokens, its measure, and no second base model."""
+"""TRL's trainers of preferences, changed for a run: its own tokens, its own measure, no second base model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COPY = "ref"  # TRL's name of the adapter that it compares a trained one with
 
 
 def require_trl(task: str) -> None:
-    """Refuses to start without TRL.
+    """Raise if TRL is not installed.
 
     Raises:
         ConfigError: saying how to install it.
@@ -34,10 +34,10 @@ def preference_trainer(settings: TrainSettings, task: Preference, output: Path, 
     """Return TRL's trainer for a task.
 
     Args:
-        settings: of the run.
-        task: its task.
+        settings: settings of the run.
+        task: task of the run.
         output: the run's folder.
-        parts: what every Trainer is given, the model and prepared examples among them.
+        parts: arguments of every Trainer, the model and prepared examples among them.
 
     Raises:
         ConfigError: if TRL refuses the model.
@@ -59,14 +59,14 @@ def preference_trainer(settings: TrainSettings, task: Preference, output: Path, 
                 beta=settings.preference_beta,
                 max_length=settings.max_length,
                 per_device_eval_batch_size=settings.batch_size,  # of a pair, two answers
-                remove_unused_columns=False,  # the model takes none: they are put together by the collator
+                remove_unused_columns=False,  # the collator makes the model's inputs of them
                 **weights,
             ),
         )
     except ValueError as error:
         raise ConfigError(f"task={task.name!r}: {error}") from error
     trainer.preference = task
-    if adapted and _COPY in model.peft_config:  # of an adapter that has learned nothing: the base model is the same
+    if adapted and _COPY in model.peft_config:  # equal to the base model before training
         model.delete_adapter(_COPY)
     for name, values in trained.items():  # TRL rounds them to bfloat16 where the base model is in codes
         model.get_parameter(name).data = values
@@ -74,11 +74,11 @@ def preference_trainer(settings: TrainSettings, task: Preference, output: Path, 
 
 
 def _classes(task: str) -> tuple[Any, type[TrainingArguments]]:
-    """TRL's trainer, with what a run changes in it, and its arguments."""
+    """Return TRL's trainer, changed for a run, and the class of its arguments."""
     base: Any
     arguments: Any
     if task == "orpo":
-        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # TRL's own way to say that one knows
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # TRL's switch for its warning
         from trl.experimental.orpo import ORPOConfig as arguments  # noqa: PLC0415
         from trl.experimental.orpo import ORPOTrainer as base  # noqa: PLC0415
     elif task == "kto":
@@ -89,17 +89,17 @@ def _classes(task: str) -> tuple[Any, type[TrainingArguments]]:
         from trl import DPOTrainer as base  # noqa: PLC0415
 
     class OfARun(Rewards, base):
-        """Takes tokens as they are, sends nothing, and leaves the card to ``push``."""
+        """TRL's trainer that takes prepared tokens, sends no telemetry and writes no model card."""
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
         def tokenize_row(self, feature: Any, model: Any = None) -> dict[str, Any]:
-            """ORPO's."""
+            """Return nothing: ORPO's trainer would make tokens here, and the examples have them."""
             return {}
 
         def create_model_card(self, *_: Any, **__: Any) -> None:
-            """None in the folder of checkpoints."""
+            """Write no card into the folder of checkpoints: ``push`` makes one."""
 
         def _send_telemetry(self) -> None:
             pass

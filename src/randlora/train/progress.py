@@ -1,4 +1,4 @@
-"""How a run goes, for whoever watches: on a bar in a terminal, in lines elsewhere."""
+"""The progress of a run: on a bar in a terminal, in lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Pace:
     """Loss, tokens per second, memory and the time left.
 
     Args:
-        state: of the Trainer when the run begins, or goes on.
+        state: state of the Trainer when the run begins, or goes on.
     """
 
     def __init__(self, state: TrainerState) -> None:
         self._start, self._steps, self._tokens = time.perf_counter(), state.global_step, state.num_input_tokens_seen
 
     def said(self, loss: float, state: TrainerState) -> dict[str, str]:
-        """By name, in the order in which they are shown."""
+        """Return loss, tokens per second and memory by name, in the order of display."""
         shown = {"loss": f"{loss:.4f}"}
         if state.num_input_tokens_seen > self._tokens:
             pace = (state.num_input_tokens_seen - self._tokens) / (time.perf_counter() - self._start)
@@ -36,19 +36,16 @@ class Pace:
         return shown | {"memory": f"{held / 1e9:.2f} GB"}
 
     def left(self, state: TrainerState) -> str:
-        """Time to the last step, as h:mm:ss."""
+        """Return the time to the last step, as h:mm:ss."""
         each = (time.perf_counter() - self._start) / max(state.global_step - self._steps, 1)
         return str(timedelta(seconds=round(each * (state.max_steps - state.global_step))))
 
 
 class CostOnBar(ProgressCallback):
-    """The Trainer's progress bar, which tells the time left, with the run's pace on it.
-
-    It takes the place of a line of output for each step.
-    """
+    """The Trainer's progress bar with the time left and the run's pace, instead of a line for each step."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts to count; where a run goes on, from there."""
+        """Start to count, from the last step of a run that goes on."""
         super().on_train_begin(args, state, control, **kwargs)
         self._pace = Pace(state)
         self.current_step = state.global_step
@@ -56,8 +53,8 @@ class CostOnBar(ProgressCallback):
             self.training_bar.initial = self.training_bar.n = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Shows a training loss on the bar, and writes an evaluation above it."""
-        if self.training_bar is None:  # of several processes, one has it
+        """Show a training loss on the bar, or write an evaluation above the bar."""
+        if self.training_bar is None:  # only one of several processes has a bar
             return
         if "loss" in logs:
             self.training_bar.set_postfix(self._pace.said(logs["loss"], state), refresh=False)
@@ -66,10 +63,10 @@ class CostOnBar(ProgressCallback):
 
 
 class CostInLines(TrainerCallback):
-    """The same for a file or a pipe, where a bar is one endless line.
+    """The progress in lines, for a file or a pipe, where a bar would be one endless line.
 
     Args:
-        seconds: from one line to the next, at least. An evaluation and the last step always have theirs.
+        seconds: least time from one line to the next; an evaluation and the last step always have a line.
     """
 
     def __init__(self, seconds: float = 15.0) -> None:
@@ -77,11 +74,11 @@ class CostInLines(TrainerCallback):
         self._last = -math.inf
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts to count."""
+        """Start to count."""
         self._pace = Pace(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Writes a line, if it is time for one."""
+        """Write a line, if ``seconds`` have passed."""
         if state.is_world_process_zero and (text := evaluation_text(logs, state) or self._step_text(logs, state)):
             print(text, file=sys.stderr, flush=True)
 
@@ -95,7 +92,7 @@ class CostInLines(TrainerCallback):
 
 
 def evaluation_text(logs: Mapping[str, Any], state: TrainerState) -> str:
-    """An evaluation in one line; empty if ``logs`` are of something else."""
+    """Return an evaluation in one line; empty if ``logs`` are not of an evaluation."""
     cost = ("runtime", "_per_second", "_time")
     found = [
         f"{name.removeprefix('eval_')} {value:.4f}"

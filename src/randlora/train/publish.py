@@ -1,4 +1,4 @@
-"""An adapter on the hub, with a model card that is filled from its run."""
+"""Upload of an adapter to the hub, with a model card made from its run."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _NOT_UPLOADED = ["checkpoint*", "*.bin", "optimizer*", ".*"]
 
 @dataclass(frozen=True)
 class Published:
-    """What was uploaded, or would be.
+    """An upload, done or only planned.
 
     Attributes:
         repo_id: the repository.
-        url: of the commit; empty where nothing was uploaded.
+        url: address of the commit; empty where nothing was uploaded.
         files: names of the files.
-        nbytes: their bytes.
+        nbytes: total size of the files.
         card: the model card.
     """
 
@@ -62,17 +62,17 @@ def publish(
     message: str = "Upload RandLoRA adapter",
     upload: bool = True,
 ) -> Published:
-    """Uploads a run's adapter, or an adapter folder.
+    """Upload a run's adapter, or an adapter folder.
 
-    A README.md that is no card of ours stays as it is; else one is written into the folder.
+    A README.md of the user stays unchanged; else a model card is written into the folder.
 
     Args:
         path: folder of a run or of an adapter.
-        repo_id: ``user/name``; made if it is not there.
+        repo_id: ``user/name``; created if it does not exist.
         private: whether a new repository is private.
         licence: for the card, such as "apache-2.0".
         message: of the commit.
-        upload: whether to upload; without it, nothing but the card is made, and nothing is written.
+        upload: whether to upload; if false, only the card is made, and no file is written.
 
     Raises:
         CheckpointError: if there is no adapter.
@@ -98,7 +98,7 @@ def publish(
 
 
 def model_card(folder: Path, run: Path | None, repo_id: str, licence: str | None = None) -> str:
-    """The card of an adapter: what it is, how to load it, how it was trained and what it reached."""
+    """Return the model card of an adapter: its base model, its use, its training and its results."""
     config = read_config(folder)
     base = base_path_of(config)
     here = Path(base).exists()  # a folder of this machine means nothing to others
@@ -132,7 +132,7 @@ def model_card(folder: Path, run: Path | None, repo_id: str, licence: str | None
 
 
 def _folders(path: Path) -> tuple[Path, Path | None]:
-    """Folder of the adapter, and of the run."""
+    """Return the folder of the adapter, and the folder of its run if there is one."""
     if (path / "adapter" / CONFIG).is_file():
         return path / "adapter", path
     if not (path / CONFIG).is_file():
@@ -141,12 +141,12 @@ def _folders(path: Path) -> tuple[Path, Path | None]:
 
 
 def _text(run: Path | None, name: str) -> str:
-    """Content of a run's file, JSON or YAML; empty where there is none."""
+    """Return the content of a run's file, JSON or YAML; empty where there is none."""
     return (run / name).read_text(encoding="utf-8") if run is not None and (run / name).is_file() else ""
 
 
 def _own_card(folder: Path) -> str:
-    """A README that somebody wrote; the one that PEFT saves with every adapter is a form with nothing filled in."""
+    """Return the README of the user; empty for an earlier card, and for the empty form that PEFT saves."""
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     return "" if "[More Information Needed]" in text or "made with [randlora]" in text else text
@@ -192,7 +192,7 @@ def _metrics(metrics: dict[str, Any]) -> str:
 
 
 def _settings(settings: dict[str, Any]) -> str:
-    """Without paths of the machine that it ran on."""
+    """Return the settings of a run for the card, without paths of the machine."""
     private = ("model", "data", "eval_data", "output_dir", "resume")
     shown = {name: value for name, value in settings.items() if name not in private and value not in (None, [], False)}
     return f"## Training\n\n```yaml\n{yaml.safe_dump(shown, sort_keys=False).strip()}\n```" if shown else ""

@@ -1,4 +1,4 @@
-"""What a run writes down while it runs and when it ends, as JSON, for people and for ``randlora report``."""
+"""The JSON files that a run writes, for people and for ``randlora report``."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _MOST_TEXT = 1000  # characters of an example that are kept
 
 
 class HistoryFile(TrainerCallback):
-    """Keeps ``history.jsonl``: one line for everything that is logged, there as soon as it is.
+    """The writer of ``history.jsonl``: one line for each entry of the Trainer's log, written at once.
 
-    A line of a training step also says what the step cost: ``seconds``, ``memory_bytes`` and, where there is a GPU,
-    ``device_memory_bytes``. They are part of the Trainer's own log too, so that a resumed run has them. A number that
-    is none (NaN, infinity) is ``null``. A process that is killed leaves whole lines but perhaps for the last.
+    The line of a training step also has the cost of the step: ``seconds``, ``memory_bytes`` and, with a GPU,
+    ``device_memory_bytes``. These are part of the Trainer's own log too, so that a resumed run has them. NaN and
+    infinity are written as ``null``. After a killed process, only the last line may be cut off.
 
     Args:
-        folder: the run's.
-        timer: measures the steps; must come before this among the callbacks.
+        folder: the run's folder.
+        timer: measures the steps; must come before this callback in the list of callbacks.
     """
 
     def __init__(self, folder: Path, timer: StepTimer) -> None:
@@ -45,18 +45,18 @@ class HistoryFile(TrainerCallback):
         self._timer = timer
 
     def write(self, log: Sequence[Mapping[str, Any]]) -> None:
-        """Writes the whole file anew."""
+        """Write the whole file anew."""
         write_text(self._path, _lines(log))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
     ) -> None:
-        """What was logged before a resume, without the steps that were lost."""
+        """Write the log from before a resume, without the steps that were lost."""
         if state.is_world_process_zero:
             self.write(state.log_history)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any) -> None:
-        """Adds the newest entry."""
+        """Add the newest entry of the log."""
         entry = state.log_history[-1]
         if "loss" in entry:
             entry |= {"seconds": self._timer.seconds[-1], "memory_bytes": memory_bytes()}
@@ -68,7 +68,7 @@ class HistoryFile(TrainerCallback):
 
 
 def write_environment(folder: Path) -> None:
-    """Versions and machine, in ``environment.json``; no names of host or user."""
+    """Write versions and machine to ``environment.json``, without names of host or user."""
     content = {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -82,21 +82,21 @@ def write_environment(folder: Path) -> None:
 
 
 def write_base_config(model: Any, folder: Path) -> None:
-    """The config of the base model, in ``base_model/config.json``.
+    """Write the config of the base model to ``base_model/config.json``.
 
-    The shapes of an adapter's layers follow from it, and without them nothing can be said of its updates: the folder
-    can go to a machine that does not have the model.
+    The config gives the shapes of an adapter's layers, without which its updates are unknown on a machine that does not
+    have the model.
     """
     (folder / BASE_MODEL).mkdir(exist_ok=True)
     write_text(folder / BASE_MODEL / "config.json", model.config.to_json_string())
 
 
 def write_predictions(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """What was predicted of each evaluation example, in ``predictions.jsonl``.
+    """Write the prediction for each evaluation example to ``predictions.jsonl``.
 
     Args:
-        folder: the run's.
-        rows: of ``Task.records``; their texts are cut.
+        folder: the run's folder.
+        rows: as ``Task.records`` yields them; texts are cut.
     """
     write_text(folder / PREDICTIONS, _lines({**row, **_cut(row)} for row in rows))
 
@@ -112,7 +112,7 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """Return a value, or ``None`` for NaN and infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it is a checkpoint of that very run."""
+"""The checkpoint from which a run goes on, and checks that it belongs to the same run."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings, load_settings
 
-_STATE = "trainer_state.json"  # the Trainer writes it last, so that a checkpoint which has all of it is complete
+_STATE = "trainer_state.json"  # the Trainer writes this file last: if it is whole, so is the checkpoint
 
-# Settings that say where and how often a run writes, not what it computes.
+# Settings of where and how often a run writes, which do not change its results.
 _MAY_DIFFER = {"output_dir", "resume", "save_steps", "eval_steps"}
 
 
 def checkpoint_to_resume(settings: TrainSettings) -> Path | None:
-    """The checkpoint to go on from, ``None`` to start at the beginning.
+    """Return the checkpoint to go on from; ``None`` to start at the beginning.
 
     Raises:
-        ConfigError: if the checkpoint is incomplete or another run's, or if a run that does not resume would mix its
-            checkpoints with those of an earlier one.
+        ConfigError: if the checkpoint is incomplete or of another run, or if a run that does not resume would mix its
+            checkpoints with those of an earlier run.
     """
     found = (Path(settings.output_dir) / "checkpoints").glob("checkpoint-*")
     complete = [folder for folder in found if _is_complete(folder)]
@@ -43,7 +43,7 @@ def checkpoint_to_resume(settings: TrainSettings) -> Path | None:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Whether its state is there to the end: a run that was killed while it wrote left a part."""
+    """Return whether the state in a checkpoint is whole: a run killed during the writing leaves a part."""
     try:
         return isinstance(json.loads((checkpoint / _STATE).read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
@@ -51,13 +51,13 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def is_finished(checkpoint: Path) -> bool:
-    """Whether the run had taken its last step when it wrote ``checkpoint``."""
+    """Return whether ``checkpoint`` is of the last step of its run."""
     state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
     return bool(state["global_step"] >= state["max_steps"])
 
 
 def _require_same_run(settings: TrainSettings, checkpoint: Path) -> None:
-    """Optimizer state only fits the parameters, data order and schedule that it came from."""
+    """Raise if the checkpoint has other settings: optimizer state fits only its parameters, data order and schedule."""
     resolved = checkpoint.parent.parent / "resolved.yaml"
     if not resolved.is_file():
         raise ConfigError(f"checkpoint {str(checkpoint)!r} is of no randlora run: there is no {str(resolved)!r}")

@@ -1,4 +1,4 @@
-"""A Trainer that evaluates by rewards: what the model gives to answers, beside what the reference gives."""
+"""A Trainer that evaluates by rewards, which compare the model's probabilities with those of a reference."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from randlora.tuner.base_model import load_base
 
 
 class Rewards:
-    """What is mixed into a class of Trainers.
+    """Mixin of Trainers that evaluates by rewards.
 
     Attributes:
         preference: the task.
-        beta: its β.
-        ref_model: the reference; ``None`` where it is the model without its adapter.
+        beta: β of the task.
+        ref_model: the reference model; ``None`` where the reference is the model without its adapter.
     """
 
     preference: Preference
@@ -33,7 +33,7 @@ class Rewards:
     def prediction_step(
         self: Any, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, Tensor, Tensor]:
-        """Return what ``Preference.measure`` keeps, and labels; the loss is a matter of ``outcome``."""
+        """Return ``None`` for the loss, which ``outcome`` computes, then the result of ``measure``, and labels."""
         batch = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             kept = self.preference.measure(batch, partial(log_probs, model), partial(self._reference, model), self.beta)
@@ -48,10 +48,10 @@ class Rewards:
 
 
 def reward_trainer(task: Preference, trained: Trained, settings: TrainSettings) -> type[Trainer]:
-    """Return a class of Trainers that evaluate what a run has left; it needs no TRL.
+    """Return a class of Trainers that evaluate a trained model by rewards, without TRL.
 
     Raises:
-        ConfigError: if there is no reference to compare it with.
+        ConfigError: if there is no reference model.
     """
     reference = _reference_of(task, trained) if task.compares else None
 
@@ -62,7 +62,7 @@ def reward_trainer(task: Preference, trained: Trained, settings: TrainSettings) 
 
 
 def _reference_of(task: Preference, trained: Trained) -> Any:
-    """The model that a model trained in full started from; ``None`` where it is the model without its adapter."""
+    """Return the reference of a trained model: its base model after full fine-tuning; ``None`` for an adapter."""
     if isinstance(trained.model, PeftModel):
         return None
     if trained.run is None or trained.run.method != "full":

@@ -1,4 +1,4 @@
-"""One training run, from settings to an adapter folder."""
+"""A training run, from settings to an adapter folder."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ from randlora.tuner.files.atomic import disk_errors, write_atomically, write_jso
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run ended with; also the content of its ``metrics.json``.
+    """The result of a run, and the content of its ``metrics.json``.
 
     Attributes:
         method: randlora, lora, full or head.
         trainable_parameters: number of values that train, new heads included.
-        steps: optimizer steps taken in all, those before a resume included.
+        steps: number of optimizer steps, those before a resume included.
         metrics: mean training loss of all steps, and loss with accuracy or perplexity on the evaluation data.
-        seconds_per_step: median over the steps of this process.
-        peak_memory_bytes: most memory that this process has held, model and libraries included.
+        seconds_per_step: median time of the steps of this process; ``None`` without a step.
+        peak_memory_bytes: most memory of this process at one moment, model and libraries included.
         result_path: folder of the adapter, the model or the head.
-        result_bytes: bytes of its weights.
+        result_bytes: bytes of the weights in that folder.
     """
 
     method: str
@@ -80,10 +80,10 @@ class Resolved:
 
 
 def resolve(settings: TrainSettings) -> Resolved:
-    """Loads data and model and applies the method; trains nothing.
+    """Load data and model, and apply the method, without training.
 
     Raises:
-        ConfigError: naming what cannot be used.
+        ConfigError: naming a setting, data or a model that cannot be used.
     """
     task = TASKS[settings.task]
     if isinstance(task, Preference):
@@ -97,7 +97,7 @@ def resolve(settings: TrainSettings) -> Resolved:
     processor = task.load_processor(settings)
     set_seed(settings.seed)  # the head's initial weights
     model = task.load_model(settings, data.labels, processor)
-    if getattr(model, "_hf_peft_config_loaded", False):  # one of the hub
+    if getattr(model, "_hf_peft_config_loaded", False):  # an adapter on the hub
         _refuse_adapter(settings.model)
     if task.counts_tokens:
         require_length(model, settings)
@@ -105,18 +105,18 @@ def resolve(settings: TrainSettings) -> Resolved:
 
 
 def train(settings: TrainSettings) -> TrainResult:
-    """Trains, evaluates and saves; in several processes if it was started by ``accelerate launch`` or ``torchrun``.
+    """Train, evaluate and save; in several processes under ``accelerate launch`` or ``torchrun``.
 
-    Writes into ``settings.output_dir``: ``adapter/`` (or ``model/``, ``head/``), ``resolved.yaml``, ``metrics.json``,
-    ``environment.json``, ``base_model/config.json``, ``history.jsonl``, ``predictions.jsonl``,
+    The run writes into ``settings.output_dir``: ``adapter/`` (or ``model/``, ``head/``), ``resolved.yaml``,
+    ``metrics.json``, ``environment.json``, ``base_model/config.json``, ``history.jsonl``, ``predictions.jsonl``,
     ``predictions.npz`` for classification, and the checkpoints.
 
     Raises:
-        ConfigError: naming what cannot be used.
-        KeyboardInterrupt: on Ctrl-C, when a checkpoint of the last step has been written.
-        OSError: if the disk is full, or may not be written.
+        ConfigError: naming a setting, data or a model that cannot be used.
+        KeyboardInterrupt: on Ctrl-C, after a checkpoint of the last step is written.
+        OSError: if the disk is full, or cannot be written.
     """
-    trackers(settings)  # refused before the data is read
+    trackers(settings)  # raises for wrong names before the data is read
     settings = with_task_of_labels(settings)
     checkpoint = checkpoint_to_resume(settings)
     run = resolve(settings)
@@ -160,7 +160,7 @@ def _train(run: Resolved, checkpoint: Path | None, output: Path) -> TrainResult:
 
 
 def _refuse_adapter(model: str) -> None:
-    """Says what to do instead: Transformers would put it into its base model, where it would not train nor be saved."""
+    """Raise for an adapter as base model: Transformers would load it into its own base, untrained and never saved."""
     raise ConfigError(
         f"model={model!r} is an adapter: merge it first, `randlora merge {model} merged`, and train on the "
         "merged model, which is then the reference of preferences"
@@ -168,7 +168,7 @@ def _refuse_adapter(model: str) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Return whether this process is the one that writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -181,13 +181,13 @@ def make_trainer(
         run: as :func:`resolve` returned it.
         output: the run's folder.
         evaluation: prepared examples.
-        callbacks: called before the run's own.
+        callbacks: callbacks to call before the run's own.
     """
     settings, task = run.settings, TASKS[run.settings.task]
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         found = task.outcome(np.asarray(prediction.predictions), np.asarray(prediction.label_ids), run.data.labels)
-        ours = isinstance(task, Preference)  # the loss of others is the Trainer's
+        ours = isinstance(task, Preference)  # the Trainer computes the loss of other tasks
         return {name: value for name, value in found.metrics.items() if ours or name != "loss"}
 
     parts: dict[str, Any] = {
@@ -221,7 +221,7 @@ def make_trainer(
 
 
 def _prepared(run: Resolved) -> Dataset | Prepared:
-    """The training data as the model takes it."""
+    """Return the training data in the form of the model's inputs."""
     data = run.data.train
     if isinstance(data, Stream):
         return Prepared(data, run.processor)
@@ -229,7 +229,7 @@ def _prepared(run: Resolved) -> Dataset | Prepared:
 
 
 def _weighted_loss(run: Resolved) -> Callable[..., Tensor] | None:
-    """The loss in which labels count the same, if that was asked for."""
+    """Return the loss with equal weights of labels; ``None`` where the settings ask for no class weights."""
     data = run.data.train
     if run.settings.class_weights == "none" or isinstance(data, Stream):  # the settings refuse both together
         return None
@@ -246,7 +246,7 @@ def _make_folder(path: str) -> Path:
 
 
 def _take_steps(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Trains to the end; a run that was cut off between its last step and its result only needs its weights back."""
+    """Train to the last step; if a checkpoint is of the last step already, only load its weights."""
     if checkpoint is None or not is_finished(checkpoint):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if CheckpointOnInterrupt.happened(trainer):
@@ -259,7 +259,7 @@ def _take_steps(trainer: Trainer, checkpoint: Path | None) -> None:
 
 
 def _evaluate(trainer: Trainer, prepared: Dataset, run: Resolved, output: Path) -> dict[str, float]:
-    """Metrics on the evaluation data; what was predicted there is kept, but no logits of a whole vocabulary."""
+    """Return the metrics on the evaluation data; write the predictions, but no logits of a whole vocabulary."""
     task, labels = TASKS[run.settings.task], run.data.labels
     prediction = trainer.predict(prepared, metric_key_prefix="eval")
     kept, targets = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
@@ -274,12 +274,12 @@ def _evaluate(trainer: Trainer, prepared: Dataset, run: Resolved, output: Path) 
 
 
 def _mean_loss(state: TrainerState) -> float:
-    """Over all steps, those before a resume included, which the Trainer's own mean leaves out."""
+    """Return the mean loss of all steps, including those before a resume, which the Trainer's mean leaves out."""
     return fmean(entry["loss"] for entry in state.log_history if "loss" in entry)
 
 
 def _save_result(trainer: Trainer, run: Resolved, output: Path) -> Path:
-    """The trained weights, gathered if processes share them, and written by one of these."""
+    """Save the trained weights, gathered from all processes and written by one; return their folder."""
     model: Any = run.model
     kind = "adapter" if isinstance(model, PeftModel) else "model" if run.settings.method == "full" else "head"
     folder = output / kind

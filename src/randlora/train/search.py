@@ -1,10 +1,10 @@
-"""The learning rate of a run, found by short runs on a part of its training data.
+"""The search for the learning rate of a run, by short runs on a part of its training data.
 
 Rates are 1 and 3 of each decade. The search begins at the method's default and goes to the better neighbour until both
-neighbours of the best are worse, so that the best is no end of a grid. Every rate gets a whole run, warm-up and decay
-included, of the same steps, data and seed; the loss on held-out training data decides, since it tells rates apart that
-the accuracy of few examples does not. Optuna keeps what was tried, for a search that goes on, and ends a run that is
-behind the others half-way.
+neighbours of the best rate are worse, so that the best rate is not an end of a grid. Every rate gets a whole run,
+warm-up and decay included, of the same steps, data and seed. The loss on held-out training data decides, because it
+tells rates apart that the accuracy on few examples does not. Optuna keeps the rates tried, so that a search can go on,
+and ends a run that is behind the others half-way.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         rate: the best learning rate.
-        losses: by rate, on the held-out training data; infinite where the run was ended before its last step.
+        losses: loss on the held-out training data by rate; infinite where the run was ended before its last step.
         enclosed: whether both neighbours of the best were tried and are worse.
     """
 
@@ -56,10 +56,10 @@ class Search:
     """A search, one short run at a time.
 
     Args:
-        settings: of the run; its evaluation data is not looked at.
-        folder: keeps what was tried.
-        name: of this search, among several of the folder.
-        steps: of each short run.
+        settings: settings of the run; its evaluation data is not read.
+        folder: folder for the rates tried.
+        name: name of this search among those of the folder.
+        steps: steps of each short run.
 
     Raises:
         ConfigError: if the folder has a search of this name with other settings.
@@ -75,7 +75,7 @@ class Search:
         return next_rate(_tried(self._study), self._short.default_rate)
 
     def go_on(self) -> str:
-        """Try the next rate; return what came of it."""
+        """Try the next rate; return a line with its loss."""
         rate = self.next
         if rate is None:
             raise RuntimeError("the search has ended")
@@ -84,7 +84,7 @@ class Search:
 
     @property
     def found(self) -> Found:
-        """The best so far.
+        """The best rate so far.
 
         Raises:
             RandLoraError: if no rate gave a finite loss.
@@ -98,9 +98,9 @@ class Search:
 
 
 def with_found_rate(settings: TrainSettings, say: Callable[[str], None] = lambda _: None) -> TrainSettings:
-    """Return ``settings`` with the number that ``learning_rate: auto`` stands for.
+    """Return ``settings`` with a learning rate found by a search, if theirs is ``auto``.
 
-    Each rate gets a run of a fifth of the steps, 20 at least. The folder ``search`` of the run keeps what was tried.
+    Each rate gets a run of a fifth of the steps, 20 at least. The folder ``search`` of the run keeps the rates tried.
 
     Raises:
         ConfigError: if the data or the model cannot be used, or in one of several processes.
@@ -124,7 +124,7 @@ def with_found_rate(settings: TrainSettings, say: Callable[[str], None] = lambda
 
 
 def require_one_process(what: str) -> None:
-    """Refuse what several processes would do each for themselves.
+    """Raise in one of several processes, each of which would do the same work.
 
     Raises:
         ConfigError: in one of several processes.
@@ -143,7 +143,7 @@ def next_rate(losses: dict[float, float], start: float) -> float | None:
     """Return the rate to try next; ``None`` if the best is between two worse ones, or enough were tried.
 
     Args:
-        losses: by rate.
+        losses: losses by rate.
         start: the first rate.
     """
     if not losses:
@@ -157,13 +157,17 @@ def next_rate(losses: dict[float, float], start: float) -> float | None:
 
 
 def _step(rate: float, up: int) -> float:
-    """The rate so many half decades up, of 1 and 3 of each decade."""
+    """Return the rate ``up`` half decades higher, among 1 and 3 of each decade."""
     decade, half = divmod(round(2 * math.log10(rate)) + up, 2)
     return float(f"{3 if half else 1}e{decade}")
 
 
 def _study(folder: Path, name: str, short: TrainSettings) -> optuna.Study:
-    """What was tried under this name; fresh if nothing was."""
+    """Return the study of this name in the folder, or a new study.
+
+    Raises:
+        ConfigError: if the study of this name has other settings.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
@@ -185,7 +189,7 @@ def _study(folder: Path, name: str, short: TrainSettings) -> optuna.Study:
 
 
 def _tried(study: optuna.Study) -> dict[float, float]:
-    """Losses by rate."""
+    """Return the losses by rate, infinite where a run was ended."""
     done = TrialState.COMPLETE
     return {
         trial.params["learning_rate"]: math.inf if trial.value is None or trial.state != done else trial.value
@@ -194,8 +198,8 @@ def _tried(study: optuna.Study) -> dict[float, float]:
 
 
 def _try(study: optuna.Study, short: TrainSettings, rate: float) -> float:
-    """The loss of a short run at this rate; infinite if it was ended early."""
-    if not study.get_trials(states=(TrialState.WAITING,)):  # one is, if the process was killed between these lines
+    """Return the loss of a short run at this rate; infinite if the run was ended early."""
+    if not study.get_trials(states=(TrialState.WAITING,)):  # one waits if the process was killed between these lines
         study.enqueue_trial({"learning_rate": rate})
     trial = study.ask({"learning_rate": _RATE})
     report = _Report(trial)
@@ -215,14 +219,14 @@ def _try(study: optuna.Study, short: TrainSettings, rate: float) -> float:
 
 
 class _Report(TrainerCallback):
-    """Tells Optuna the loss of each evaluation, and ends the run if Optuna says so."""
+    """A callback that reports the loss of each evaluation to Optuna, and ends the run if Optuna prunes it."""
 
     def __init__(self, trial: optuna.Trial) -> None:
         self.loss = math.inf
         self._trial = trial
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Reports the loss; a run that ends here has an infinite one."""
+        """Report the loss; a run that ends here gets an infinite loss."""
         self.loss = float(kwargs["metrics"]["eval_loss"])
         if not math.isfinite(self.loss):
             control.should_training_stop = True

@@ -1,4 +1,4 @@
-"""What a training run is: the keys of its YAML file and the flags of ``randlora train``."""
+"""The settings of a training run: the keys of its YAML file and the flags of ``randlora train``."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ PREFERENCES = ("dpo", "kto", "orpo")
 Quantization = Literal["none", "4bit", "8bit"]
 
 LEARNING_RATES: dict[str, float] = {"randlora": 3e-4, "lora": 1e-3, "vera": 1e-2, "full": 1e-4, "head": 3e-3}
-"""Where none is given. Measured on the demo's data, see ``docs/choosing.md``; VeRA's is that of its paper."""
+"""Default learning rates, measured on the demo's data (``docs/choosing.md``); VeRA's is that of its paper."""
 _LOWER = 20
-"""Of the rate of a preference task, where none is given: TRL's default for DPO is a twentieth of that for SFT."""
+"""Divisor of the default rate for preference tasks: TRL's default for DPO is a twentieth of that for SFT."""
 ALPHAS = {"randlora": 20, "lora": 2}
-"""Where none is given, times r. Other methods have none."""
+"""Default alphas divided by r. Other methods have no alpha."""
 PAPER_LEARNING_RATE, PAPER_ALPHA = 3e-3, 2
-"""The same for RandLoRA with the paper's scaling."""
+"""Default learning rate, and alpha divided by r, for RandLoRA with the paper's scaling."""
 
 _SEVERAL_LABELS = ("sequence-classification", "multi-label-classification")
 _WEIGHTED = (*_SEVERAL_LABELS, "image-classification", "kto")
@@ -44,7 +44,7 @@ _PAIRED = ("sequence-classification", "regression", "multi-label-classification"
 
 
 class TrainSettings(BaseModel):
-    """One training run.
+    """The settings of one training run.
 
     Raises:
         ConfigError: from :func:`load_settings`, naming every unknown key and every bad value.
@@ -181,7 +181,7 @@ class TrainSettings(BaseModel):
         """The learning rate given, or the method's.
 
         Raises:
-            ConfigError: if it is to be found first.
+            ConfigError: if a search has to find the learning rate first.
         """
         if self.learning_rate == "auto":
             raise ConfigError(
@@ -213,7 +213,7 @@ class TrainSettings(BaseModel):
         return (PAPER_ALPHA if self.as_in_the_paper else ALPHAS[self.method]) * self.r
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting by name, learning rate and alpha as the numbers that the method takes."""
+        """Return every setting by name; learning rate, alpha and beta are the numbers that the run uses."""
         rate = "auto" if self.learning_rate == "auto" else self.peak_learning_rate
         return self.model_dump() | {"learning_rate": rate, "alpha": self.scaling_alpha, "beta": self.preference_beta}
 
@@ -271,7 +271,7 @@ class TrainSettings(BaseModel):
         return self
 
     def _require_preference(self) -> None:
-        """What preference tasks need, and what is theirs alone."""
+        """Raise for settings that preference tasks cannot have, or that only they can have."""
         if self.task not in PREFERENCES:
             if self.beta is not None:
                 raise ValueError(f"beta={self.beta} is for dpo, kto and orpo, not {self.task!r}")
@@ -318,7 +318,7 @@ class TrainSettings(BaseModel):
 
     @property
     def targets(self) -> str | list[str]:
-        """Modules to adapt as PEFT takes them."""
+        """Modules to adapt, in PEFT's form."""
         given = self.target_modules
         return _names(given) if isinstance(given, str) and (given.isidentifier() or "," in given) else given
 
@@ -327,10 +327,10 @@ Settings = TypeVar("Settings", bound=TrainSettings)
 
 
 def load_settings(config: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> TrainSettings:
-    """Settings of a YAML file, with ``overrides`` (flags) over it.
+    """Return the settings of a YAML file; ``overrides`` (flags) take precedence over the file.
 
     Raises:
-        ConfigError: if the file cannot be read, or naming every unknown key and bad value at once.
+        ConfigError: if the file cannot be read; or naming every unknown key and every bad value.
     """
     return read_settings(TrainSettings, config, overrides)
 
@@ -338,7 +338,7 @@ def load_settings(config: str | Path | None = None, overrides: Mapping[str, Any]
 def read_settings(
     kind: type[Settings], config: str | Path | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Settings:
-    """The same for settings of any kind."""
+    """Return settings of the class ``kind``, read as :func:`load_settings` does."""
     values = {} if config is None else _read_yaml(Path(config))
     values.update(overrides or {})
     try:
@@ -367,8 +367,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _explain(fault: Any, kind: type[TrainSettings]) -> str:
-    name = ".".join(str(part) for part in fault["loc"][:1])  # what follows tells pydantic's ways to read it apart
-    if not name:  # settings that do not go together, said by ours
+    name = ".".join(str(part) for part in fault["loc"][:1])  # later parts name members of a union of types
+    if not name:  # an error of our own validators: settings that exclude each other
         return str(fault["ctx"]["error"])
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, kind.model_fields, n=1)

@@ -1,4 +1,4 @@
-"""Runs that leave nothing: a few steps, to find a learning rate or to take the time."""
+"""Short runs that keep no files, to find a learning rate or to measure time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from randlora.train.run import Resolved, make_trainer, resolve
 from randlora.train.settings import TrainSettings
 from randlora.train.tasks import TASKS
 
-SELECTION = 0.15  # of the training data: what rates are chosen by
-MOST_SELECTED = 500  # examples of it
+SELECTION = 0.15  # part of the training data by which rates are chosen
+MOST_SELECTED = 500  # examples of that part
 
 
 def shortened(settings: TrainSettings, steps: int) -> TrainSettings:
-    """Return settings of so many steps, evaluated half-way and at the end on a part of the training data."""
+    """Return settings of a run of ``steps``, evaluated half-way and at the end on a part of the training data."""
     half = max(1, steps // 2)
     return settings.model_copy(
         update={
@@ -42,7 +42,7 @@ def shortened(settings: TrainSettings, steps: int) -> TrainSettings:
 
 @contextmanager
 def short_run(settings: TrainSettings, callbacks: Sequence[TrainerCallback]) -> Iterator[tuple[Resolved, Trainer]]:
-    """A run that is ready to take its steps, and its Trainer; both are gone afterwards."""
+    """Yield a run that is ready to take its steps, and its Trainer; free the memory of both afterwards."""
     with tempfile.TemporaryDirectory() as nothing:
         run = resolve(settings)
         held_out = run.data.evaluation.shuffle(seed=0)
@@ -59,12 +59,12 @@ def short_run(settings: TrainSettings, callbacks: Sequence[TrainerCallback]) -> 
 
 
 def free_memory() -> None:
-    """Give back what models that are gone have held; they are in circles with their Trainers."""
+    """Free the memory of models without an owner: reference cycles with their Trainers keep them alive."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def whole_examples(trainer: Trainer) -> int:
-    """Return the number of prepared examples that a run has which holds none out."""
+    """Return the number of prepared examples of a run without held-out data, estimated from a short run."""
     return round(len(trainer.train_dataset) / (1 - SELECTION))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A run's training and evaluation data in a folder, so that other runs learn from the very same examples."""
+"""A run's training and evaluation data in a folder, so that other runs have the same examples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRAINING, EVALUATION = "train", "evaluation"
 
 
 def keep_split(settings: TrainSettings, folder: Path) -> TrainSettings:
-    """Write the data that ``settings`` name into ``folder``, unless it is there; return settings that read it there.
+    """Write the data of ``settings`` into ``folder``, unless it is there; return settings that read the folder.
 
     Raises:
         ConfigError: if the data cannot be read.
@@ -38,7 +38,7 @@ def keep_split(settings: TrainSettings, folder: Path) -> TrainSettings:
 
 
 def _with_names(rows: Dataset, labels: list[str], settings: TrainSettings) -> Dataset:
-    """Labels with the names of all, those that no row has included."""
+    """Return rows whose labels carry the names of all labels, also of those that no row has."""
     column = TASKS[settings.task].label_column
     if not labels or settings.task == "regression":
         return rows

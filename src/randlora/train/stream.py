@@ -1,4 +1,4 @@
-"""Training data that is read while training: a window of rows is in memory, from which the next is drawn."""
+"""Training data that is read during training; each row is drawn from a window of rows in memory."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
 from randlora.train.tasks import TASKS
 
-MOST_EVALUATED = 1000  # examples of a stream, where the settings say nothing
-_WINDOW = 10_000  # rows among which the next is drawn
-_IMAGES = 1000  # the same of images, which are larger
+MOST_EVALUATED = 1000  # examples of a stream, by default
+_WINDOW = 10_000  # rows in the window
+_IMAGES = 1000  # images in the window: these are larger
 _BLOCK = 1000  # rows that are read, checked and prepared together
 
 Row = dict[str, Any]
@@ -28,14 +28,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stream:
-    """Rows as they come, in the columns of the data and unchecked.
+    """A stream of rows, in the columns of the data and unchecked.
 
     Attributes:
-        rows: all of them.
-        features: of their columns.
-        source: where they are from.
-        settings: of the run.
-        held_out: numbers of rows that are not trained on.
+        rows: all rows.
+        features: features of the columns.
+        source: file, folder or name of the rows.
+        settings: settings of the run.
+        held_out: numbers of the rows that are not trained on.
         labels: names of the labels.
     """
 
@@ -50,7 +50,7 @@ class Stream:
         """Return the first rows in the columns of the task.
 
         Raises:
-            ConfigError: if there are none, or they are malformed.
+            ConfigError: if there are no rows, or a row is malformed.
         """
         return self.checked(list(islice(_read(self.rows, self.source), count)))
 
@@ -59,16 +59,16 @@ class Stream:
         return self._table(list(islice(_read(self.rows, self.source), _BLOCK)))
 
     def without_evaluation(self, count: int) -> tuple[Stream, Dataset]:
-        """Return the stream without ``count`` rows, drawn by the seed from its first window, and these."""
+        """Return the stream without ``count`` rows of its first window, drawn by the seed, and these rows."""
         window = list(islice(_read(self.rows, self.source), self._window))
         drawn = np.random.default_rng(self.settings.seed).permutation(len(window))[:count].tolist()
         return replace(self, held_out=frozenset(drawn)), self.checked([window[number] for number in sorted(drawn)])
 
     def named(self, local: bool) -> Stream:
-        """Return the stream with its labels: those that the data names, or those that a pass finds.
+        """Return the stream with its labels: the names in the data, or the labels that a pass finds.
 
         Args:
-            local: whether a pass downloads nothing.
+            local: whether the data is on this machine.
 
         Raises:
             ConfigError: if a pass would be needed, and would download everything.
@@ -85,7 +85,7 @@ class Stream:
         return replace(self, labels=tuple(task.labels(known)))
 
     def examples(self, processor: Any, epoch: int) -> Iterator[Row]:
-        """The examples of one pass, each in an order of its own."""
+        """Yield the prepared examples of one pass; each pass has an order of its own."""
         kept = (row for number, row in enumerate(_read(self.rows, self.source)) if number not in self.held_out)
         drawn = _drawn(islice(kept, self.settings.max_samples), self._window, f"{self.settings.seed} {epoch}")
         task = TASKS[self.settings.task]
@@ -96,10 +96,10 @@ class Stream:
             yield from prepared
 
     def checked(self, block: list[Row]) -> Dataset:
-        """Return rows in the columns of the task.
+        """Return a block of rows in the columns of the task.
 
         Raises:
-            ConfigError: if there are none, or they are malformed.
+            ConfigError: if there are no rows, or a row is malformed.
         """
         rows = self._table(block)
         with _no_bars():
@@ -119,7 +119,7 @@ class Stream:
             raise ConfigError(f"{self.source!r} has rows of another kind than its first ones: {error}") from None
 
     def _telling(self, column: str) -> Dataset:
-        """Rows that have all labels among them, of a pass over everything."""
+        """Return rows that together have all labels, from a pass over the stream."""
         seen: set[Any] = set()
         kept: list[Dataset] = []
         for block in _blocks(_read(self.rows, self.source)):
@@ -127,7 +127,7 @@ class Stream:
             new = []
             for number, value in enumerate(rows[column]):
                 values = value if isinstance(value, list) else [value]
-                told = {*values, len(values) > 1}  # one row with several, too
+                told = {*values, len(values) > 1}  # keeps a row with several labels, too
                 if not seen.issuperset(told):
                     seen |= told
                     new.append(number)
@@ -139,7 +139,7 @@ class Stream:
 class Prepared(IterableDataset[Row]):
     """The examples of a stream, for the Trainer: pass after pass without an end.
 
-    The Trainer takes all steps of a stream for one epoch, and skips from its beginning when a run goes on.
+    The Trainer counts all steps on a stream as one epoch. When a run goes on, it skips examples from the beginning.
     """
 
     def __init__(self, stream: Stream, processor: Any) -> None:
@@ -158,10 +158,10 @@ class Prepared(IterableDataset[Row]):
 
 
 def as_stream(rows: datasets.IterableDataset, source: str, settings: TrainSettings) -> Stream:
-    """Rows with the columns that they name, or those of the first rows.
+    """Return a stream of rows with the columns that the rows declare, or those of the first rows.
 
     Raises:
-        ConfigError: if there are no rows, or they cannot be read.
+        ConfigError: if there are no rows, or a row cannot be read.
     """
     features = rows.features
     if features is None:
@@ -173,15 +173,15 @@ def as_stream(rows: datasets.IterableDataset, source: str, settings: TrainSettin
 
 
 def _read(rows: datasets.IterableDataset, source: str) -> Iterator[Row]:
-    """The rows; images as files or their bytes."""
+    """Yield the rows; images as files, or as the bytes of files."""
     try:
         yield from rows.decode(False) if rows.features else rows
-    except Exception as error:  # the readers raise whatever their parsers raise
+    except Exception as error:  # readers raise any error of their parsers
         raise ConfigError(f"cannot read {source!r}: {error.__cause__ or error}") from error
 
 
 def _drawn(rows: Iterable[Row], window: int, seed: str) -> Iterator[Row]:
-    """Each row is drawn from those of a window, and the next takes its place."""
+    """Yield rows at random from a window of rows; the next row takes the place of the yielded one."""
     draw = random.Random(seed)
     held: list[Row] = []
     for row in rows:
@@ -208,7 +208,7 @@ def _names_labels(rows: Dataset, column: str) -> bool:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """No bar for each thousand rows."""
+    """Disable the bars of ``datasets`` within the context: each block of rows would have one."""
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

@@ -1,4 +1,4 @@
-"""What a comparison does in the minutes that it has: measured costs first, then arithmetic."""
+"""The plan of a comparison within its minutes, computed from measured costs."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from randlora.train.settings import TrainSettings
 from randlora.train.short_run import MOST_SELECTED, short_run, shortened, whole_examples
 from randlora.tuner.layers.base import adapted
 
-MOST_SEEDS, LEAST_SEEDS = 5, 3  # fewer have a spread that says little, more cost more than they tell
-RATES = 4  # of a search, as planned: the first is between two worse ones after three
-_LEAST_STEPS = 20  # of a run, if the settings ask for as many: what is learned in fewer tells nothing apart
+MOST_SEEDS, LEAST_SEEDS = 5, 3  # fewer give a poor spread; more cost too much
+RATES = 4  # planned for a search: after three, the first can be between two worse ones
+_LEAST_STEPS = 20  # of a run, if the settings ask for as many: fewer do not tell methods apart
 _PROBE_STEPS = 4
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one method costs on this machine.
+    """The cost of one method on this machine.
 
     Attributes:
         trainable: number of values that train, the head included.
-        whole_run: optimizer steps of a run as the settings have it.
+        whole_run: optimizer steps of a run by the settings.
         load: seconds to load data and model.
         step: seconds of a training step.
         example: seconds to evaluate a row of the data, which may be a part of a chunk or several.
-        lora_rank: of the LoRA that trains about as many values; for RandLoRA only.
+        lora_rank: rank of the LoRA that trains about as many values; only for RandLoRA.
     """
 
     trainable: int
@@ -49,17 +49,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison does.
+    """The plan of a comparison.
 
     Attributes:
-        steps: of each run.
-        whole_run: of a run as the settings have it; more than ``steps`` where the time does not allow that.
-        search_steps: of each short run of a search.
+        steps: steps of each run.
+        whole_run: steps of a run by the settings; more than ``steps`` where the time is too short for these.
+        search_steps: steps of each short run of a search.
         seeds: runs of each method.
-        search_seconds: that the searches are to take, all methods together.
-        start_seconds: of the processes in which the first runs are, so that their peak memory is their own.
-        round_seconds: that a seed is to take, all methods together.
-        minutes_for_whole: that it would take to shorten nothing.
+        search_seconds: planned time of the searches of all methods.
+        start_seconds: time to start the processes of the first runs, which measure the peak memory.
+        round_seconds: planned time of one seed for all methods.
+        minutes_for_whole: time of the comparison with runs of full length.
     """
 
     steps: int
@@ -73,15 +73,15 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of everything."""
+        """Planned time of the whole comparison."""
         return self.search_seconds + self.start_seconds + self.seeds * self.round_seconds
 
 
 class Times:
-    """Seconds of searches and runs, for methods of these costs.
+    """The durations of searches and runs, for methods of given costs.
 
     Args:
-        costs: of each method.
+        costs: cost of each method.
         start: seconds that a process takes to start.
         selection: examples that a search evaluates.
         test: examples that a run is tested on.
@@ -91,7 +91,7 @@ class Times:
         self.costs, self.start, self.selection, self.test = costs, start, selection, test
 
     def of(self, cost: Cost) -> Times:
-        """Return the same for one method."""
+        """Return the durations for one method alone."""
         return Times([cost], self.start, self.selection, self.test)
 
     def search(self, steps: int) -> float:
@@ -99,7 +99,7 @@ class Times:
         return sum(RATES * (one.load + steps * one.step + 2 * self.selection * one.example) for one in self.costs)
 
     def run(self, cost: Cost, steps: int) -> float:
-        """Return the seconds of one run, in a process that runs already."""
+        """Return the seconds of one run in a process that has started."""
         return cost.load + steps * cost.step + self.test * cost.example
 
     def round(self, steps: int) -> float:
@@ -108,16 +108,17 @@ class Times:
 
 
 def make_plan(times: Times, seconds: float) -> Plan:
-    """Return the longest runs that fit, the settings' own at most; then as many seeds, then as long searches as fit.
+    """Return a plan: the longest runs that fit, up to the settings' own, then most seeds, then the longest searches.
 
-    The short runs of a search have a quarter of a run's steps at least, or they would find rates for another length.
+    The short runs of a search have at least a quarter of a run's steps: shorter runs would find rates for another
+    length.
 
     Args:
-        times: of this machine.
-        seconds: that there are.
+        times: durations on this machine.
+        seconds: time for the comparison.
 
     Raises:
-        ConfigError: if not even short runs fit.
+        ConfigError: if even the shortest runs do not fit.
     """
     whole = max(one.whole_run for one in times.costs)
     starts = times.start * len(times.costs)
@@ -152,7 +153,7 @@ def make_plan(times: Times, seconds: float) -> Plan:
 
 
 def measure_cost(settings: TrainSettings) -> Cost:
-    """Load a run's data and model, take a few steps and evaluate, with the clock in the hand.
+    """Return the cost of a method: load data and model, take a few steps, evaluate, and measure the time of each.
 
     Raises:
         ConfigError: if the method cannot be applied to the model.
@@ -171,7 +172,7 @@ def measure_cost(settings: TrainSettings) -> Cost:
 
 
 def seconds_to_start() -> float:
-    """Return what a process takes until it can load a model."""
+    """Return the seconds until a new process can load a model."""
     begin = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import randlora.train.run"], stderr=subprocess.DEVNULL, check=True)
     return time.perf_counter() - begin
@@ -182,7 +183,7 @@ def _least_search(steps: int) -> int:
 
 
 def _lora_rank(model: Any) -> int:
-    """The rank of the LoRA on the same layers whose number of values is nearest."""
+    """Return the rank of the LoRA on the same layers whose number of values is nearest."""
     layers = adapted(model.base_model.model).values()
     shapes = [(one.in_features, one.out_features) for one in layers for _ in range(one.num_matrices)]
     ours = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "randlora_" in name)
@@ -190,16 +191,16 @@ def _lora_rank(model: Any) -> int:
 
 
 class _Clock(TrainerCallback):
-    """Seconds from one step's end to the next, the fetching of its batch included."""
+    """A callback that measures the time from one step's end to the next, including the time to fetch the batch."""
 
     def __init__(self) -> None:
         self._ends: list[float] = []
 
     def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
-        """Reads the clock."""
+        """Record the time."""
         self._ends.append(time.perf_counter())
 
     @property
     def seconds(self) -> float:
-        """Of a step, the first one aside."""
+        """Median time of a step, without the first one."""
         return median(b - a for a, b in zip(self._ends, self._ends[1:], strict=False))

@@ -1,4 +1,4 @@
-"""What a run reports to, besides its own files: trackers of Transformers, to the end of the run."""
+"""Trackers of Transformers, to which a run reports besides its own files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from randlora.train.settings import TrainSettings
 
 
 class Trackers(TrainerCallback):
-    """Trackers that stay open after the last step, and get the metrics of the evaluation that comes then.
+    """Trackers that stay open after the last step, and get the metrics of the final evaluation.
 
-    By themselves TensorBoard's and MLflow's would not have them, and Trackio's would put them into a second run.
+    By default TensorBoard's and MLflow's trackers do not get these metrics, and Trackio's puts them into a second run.
     """
 
     def __init__(self, trackers: Sequence[TrainerCallback]) -> None:
@@ -28,18 +28,18 @@ class Trackers(TrainerCallback):
                 setattr(self, event, partial(self._tell, event))
 
     def on_train_end(self, *given: Any, **more: Any) -> None:
-        """Waits for :meth:`close`."""
+        """Put off the end of the run in the trackers until :meth:`close`."""
         self._end = partial(self._tell, "on_train_end", *given, **more)
 
     def on_predict(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **more: Any
     ) -> None:
-        """Logs the metrics as those of any evaluation, where the run has begun here."""
+        """Log the metrics as those of an evaluation, if training has ended in this process."""
         if self._end is not None:
             self._tell("on_log", args, state, control, logs=metrics, **more)
 
     def close(self) -> None:
-        """Ends the run in each tracker, if it has come to its last step."""
+        """End the run in each tracker, if training has ended."""
         if self._end is not None:
             self._end()
             self._end = None
@@ -50,10 +50,10 @@ class Trackers(TrainerCallback):
 
 
 def trackers(settings: TrainSettings) -> Trackers:
-    """The trackers of a run, as one callback.
+    """Return the trackers of a run, as one callback.
 
     Raises:
-        ConfigError: naming a tracker that Transformers does not know, or that is not installed.
+        ConfigError: naming a tracker that Transformers does not know, or whose package is not installed.
     """
     names = settings.report_to
     if names is None:
@@ -69,7 +69,7 @@ def trackers(settings: TrainSettings) -> Trackers:
 
 
 def close_trackers(trainer: Trainer) -> None:
-    """Ends the runs of all trackers."""
+    """End the run in all trackers of a Trainer."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, Trackers):
             callback.close()

@@ -1,4 +1,4 @@
-"""What training left, loaded to be used: the model with its adapter, its tokenizer, its task and its labels."""
+"""Loading of trained models: the model with its adapter, its tokenizer, its task and its labels."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from randlora.tuner.base_model import base_path_of, load_base, model_config, wit
 from randlora.tuner.files.adapter_folder import CONFIG, head_size, label_names, read_config, unfinished
 
 Columns: TypeAlias = str | list[str] | None
-"""Of the data: one, or several as a run's settings name them."""
-_LENGTH = 256  # of an input, where no run says
+"""A column of the data, or several; ``None`` for the default."""
+_LENGTH = 256  # longest input of a model without a run
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model to be used, in evaluation mode.
+    """A trained model, in evaluation mode.
 
     Attributes:
         path: folder of the adapter, or of the whole model.
-        base: name of the base model; of the model itself where there is no adapter.
-        model: on the accelerator, if there is one.
-        processor: its tokenizer, with a padding token; of images, what scales and normalises them.
-        task: what it does.
+        base: name of the base model; name of the model itself where there is no adapter.
+        model: the model, on the accelerator if there is one.
+        processor: tokenizer with a padding token; for images, the image processor.
+        task: name of the task.
         labels: names of a classifier's labels.
         max_length: longest input in tokens.
-        run: the settings of the run that it came from, if they are beside it.
+        run: settings of the run that trained the model, if the folder belongs to a run.
     """
 
     path: Path
@@ -51,11 +51,11 @@ class Trained:
 
     @property
     def reads_pairs(self) -> bool:
-        """Whether the run that it came from read pairs of texts."""
+        """Whether the model was trained on pairs of texts."""
         return self.run is not None and isinstance(self.run.input_column, list)
 
     def settings_for(self, data: Source, input_column: Columns = None, label_column: Columns = None) -> TrainSettings:
-        """The settings with which data is read for this model: those of its run, but for what is of the run's data."""
+        """Return settings to read data for this model: those of its run, without those of the run's own data."""
         named = list(data) if not isinstance(data, str) else data
         known = TrainSettings(model=self.base, data=named) if self.run is None else self.run
         changes: dict[str, Any] = dict.fromkeys(("data_config", "split", "eval_split", "encoding"))
@@ -72,17 +72,17 @@ def load_trained(
     task: TaskName | None = None,
     adapter: bool = True,
 ) -> Trained:
-    """Loads a run's folder, whatever its method, an adapter of any method of PEFT's, or a whole model.
+    """Load a run of any method, an adapter of any of PEFT's methods, or a whole model.
 
     Args:
-        path: the folder.
-        base_model_path: where an adapter's base model is, if not where its config says.
-        task: by default what the adapter's config, or else the class of the model, says.
-        adapter: whether to load the adapter, or the head of a run that trained nothing else; without it, the base
-            model answers.
+        path: folder of the run, adapter or model.
+        base_model_path: folder or name of an adapter's base model, if not the one in its config.
+        task: name of the task, by default that of the run, the adapter's config or the class of the model.
+        adapter: whether to load the adapter, or the head of a run that trained only a head; if false, the result is
+            the base model.
 
     Raises:
-        CheckpointError: if there is nothing to load, or an adapter that cannot be read.
+        CheckpointError: if there is nothing to load, or the adapter cannot be read.
         ConfigError: if the base model or tokenizer is not at hand, or the task is not known.
     """
     place = locate(path)
@@ -104,12 +104,12 @@ def load_trained(
 
 
 def load_language_model(base: str, run: TrainSettings | None, tokenizer_beside: str) -> Trained:
-    """Loads the base model of adapters, without any of them.
+    """Load the base model of adapters, without an adapter.
 
     Args:
         base: a folder, or a name on the hub.
-        run: settings of a run on it, for the codes of its weights.
-        tokenizer_beside: where its tokenizer is, if not with it.
+        run: settings of a run on this model, for the codes of its weights.
+        tokenizer_beside: folder of the tokenizer, if the base model has none.
 
     Raises:
         ConfigError: if the model or a tokenizer is not at hand.
@@ -144,13 +144,13 @@ def _ready(
 
 
 class Place(NamedTuple):
-    """Where something trained is.
+    """The place of a trained model.
 
     Attributes:
-        folder: of the adapter, or of the model.
-        run_folder: of the run that made it, if it is known.
-        run: the settings of that run.
-        config: of the adapter; ``None`` for a model.
+        folder: folder of the adapter, or of the model.
+        run_folder: folder of the run that wrote ``folder``, if it is known.
+        run: settings of that run.
+        config: config of the adapter; ``None`` for a model.
     """
 
     folder: Path
@@ -160,10 +160,10 @@ class Place(NamedTuple):
 
 
 def locate(path: str | os.PathLike[str]) -> Place:
-    """Return what a folder of a run, an adapter or a model is; no weights are read.
+    """Return the place of a run, an adapter or a model; no weights are read.
 
     Raises:
-        CheckpointError: if it is none of these, or its config cannot be read.
+        CheckpointError: if ``path`` is not a run, an adapter or a model, or its config cannot be read.
     """
     folder, run_folder = _folders(Path(path))
     run = load_settings(run_folder / "resolved.yaml") if run_folder is not None else None
@@ -171,7 +171,7 @@ def locate(path: str | os.PathLike[str]) -> Place:
 
 
 def _folders(path: Path) -> tuple[Path, Path | None]:
-    """Folder of adapter or model, and of the run."""
+    """Return the folder of the adapter or model, and the folder of its run if there is one."""
     for inner in ("adapter", "model", "head"):
         if (path / inner).is_dir() and (path / "resolved.yaml").is_file():
             return path / inner, path
@@ -191,21 +191,21 @@ _CLASSES: dict[str, TaskName] = {
     "ForTokenClassification": "token-classification",
     "ForImageClassification": "image-classification",
 }
-"""How the names of model classes end."""
+"""Tasks by the end of the name of a model class."""
 
 
 _PROBLEMS: dict[str, TaskName] = {
     "regression": "regression",
     "multi_label_classification": "multi-label-classification",
 }
-"""Tasks of one class of model by what its config says of its loss."""
+"""Tasks that share a class of models, by the ``problem_type`` of the model's config."""
 
 
 def task_of(place: Place, base: str) -> TaskName:
-    """Return what a run, an adapter's config or else the class of a base model is for.
+    """Return the task of a run, or that of an adapter's config, or else that of the class of a base model.
 
     Raises:
-        ConfigError: if none of them says.
+        ConfigError: if none of these names a task.
     """
     if place.run is not None:
         return place.run.task
@@ -226,7 +226,7 @@ def task_of(place: Place, base: str) -> TaskName:
 
 
 def _labels(folder: Path, run_folder: Path | None, run: TrainSettings | None, base: str) -> tuple[str, ...]:
-    """Names of the labels: of the run's model, of its data, of the model; else numbers."""
+    """Return the names of the labels: those of the run's model, of its data or of the base model; else numbers."""
     if run_folder is not None and (known := label_names(folder)) is not None:
         return known
     count = head_size(folder)
@@ -245,7 +245,7 @@ def load_processor(places: tuple[str, str], task: Task) -> Any:
     """Return the tokenizer or image processor of the first of two places that has one.
 
     Raises:
-        ConfigError: if neither has.
+        ConfigError: if neither place has one.
     """
     for place in places:
         try:

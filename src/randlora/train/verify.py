@@ -1,4 +1,4 @@
-"""Whether a saved adapter predicts what it predicted when it was trained; run in a process of its own.
+"""A check that a saved adapter predicts the same as the trained model; run in a process of its own.
 
 ``python -m randlora.train.verify RUN`` reads a run's folder, loads the adapter onto a fresh base model, predicts,
 merges, predicts again, and prints one JSON object.
@@ -44,12 +44,12 @@ class Verification:
 
     @property
     def holds(self) -> bool:
-        """Whether the three models are the same."""
+        """Whether the three models predict the same, up to ``TOLERANCE``."""
         return self.same_labels and max(self.reloaded_difference, self.merged_difference) <= TOLERANCE
 
 
 def verify(run: Path) -> Verification:
-    """Compares the predictions that a classification run saved with those of its adapter, loaded and merged."""
+    """Compare the saved predictions of a classification run with those of its adapter, loaded and merged."""
     settings = load_settings(run / "resolved.yaml")
     data = load_data(settings)
     trained = np.load(run / "predictions.npz")["logits"]

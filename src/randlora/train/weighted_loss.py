@@ -1,4 +1,4 @@
-"""The loss of a classifier in which labels count the same, however rare they are."""
+"""Losses of classifiers in which rare and frequent labels have the same weight."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.nn import functional
 
 
 def balanced_loss(labels: Sequence[int], count: int) -> Callable[..., Tensor]:
-    """A loss as the Trainer takes one: a label that n of N examples have, of K labels, counts N / (K·n).
+    """Return a loss for the Trainer in which a label of n of N examples, of K labels, has the weight N / (K·n).
 
-    Evaluations are not weighted, so that their losses compare with those of other runs.
+    Evaluations are not weighted, so that their losses can be compared with those of other runs.
 
     Args:
         labels: of the training data.
@@ -34,10 +34,10 @@ def balanced_loss(labels: Sequence[int], count: int) -> Callable[..., Tensor]:
 
 
 def balanced_decisions(labels: Sequence[Sequence[int]], count: int) -> Callable[..., Tensor]:
-    """The same where an example has any number of labels, each of which is a decision of its own.
+    """Return a loss for the Trainer where an example has any number of labels, and each label is a decision.
 
-    That n of N examples have a label counts (N - n) / n, PyTorch's ``pos_weight``, so that having it and not having it
-    count the same. A label that no example has counts 1.
+    Having a label of n of N examples has the weight (N - n) / n, PyTorch's ``pos_weight``, so that examples with the
+    label and examples without it have the same total weight. A label of no example has the weight 1.
 
     Args:
         labels: of each example of the training data.

@@ -1,4 +1,4 @@
-"""The tasks that a run can learn, one file each."""
+"""The tasks that a run can learn, one file for each."""
 
 from randlora.train.tasks.base import Outcome, Task, require_length
 from randlora.train.tasks.chat import Chat

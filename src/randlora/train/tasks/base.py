@@ -1,4 +1,4 @@
-"""What a task is: which data it reads, which model it trains, and how well that does."""
+"""The interface of a task: its data, its model, its batches and its metrics."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
 
-IGNORED = -100  # the label of a token that counts for nothing
+IGNORED = -100  # the label of a token without a loss
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """How well the best constant answer does, on the same examples.
+    """The metrics of the best constant answer, on the same examples.
 
     Attributes:
         answer: in words, such as "always saying the mean, 3.2".
@@ -35,14 +35,14 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How well a model did.
+    """The metrics and counts of a model on data.
 
     Attributes:
         metrics: by name; ``loss`` among them.
-        tokens: number of tokens that counted; 0 where examples count.
-        correct: examples, or tokens, with the right label; ``None`` where none is right or wrong as a whole.
-        by_label: for each label how many have it, and how many of these were found.
-        confusion: for each label, in their order, how many of its examples were given which; empty for tags.
+        tokens: number of tokens that the metrics count; 0 where they count examples.
+        correct: number of examples, or of tokens, with the right label; ``None`` where answers are not right or wrong.
+        by_label: for each label, the number of examples or tokens that have the label, and the number of these found.
+        confusion: for each label, how many of its examples were given each label; empty for tags.
         baseline: the best constant answer, where that is not the most frequent label.
     """
 
@@ -64,7 +64,7 @@ class Outcome:
 
     @property
     def shortfall(self) -> str:
-        """What there is to say where a model does no better than always giving the same answer."""
+        """A sentence for a model that does no better than a constant answer; empty for a better model."""
         if self.baseline is not None:
             name, constant = next(iter(self.baseline.metrics.items()))
             if self.metrics[name] > constant:
@@ -84,14 +84,14 @@ class Outcome:
 
 
 class Task(ABC):
-    """One kind of thing to learn. Tasks hold no state; there is one object of each in ``tasks.TASKS``.
+    """A kind of learning problem. Tasks have no state; ``tasks.TASKS`` has one object of each class.
 
     Attributes:
-        name: as ``TrainSettings.task`` has it.
+        name: the value of ``TrainSettings.task``.
         model_type: key of the model's class in ``tuner.base_model``; PEFT's task type where PEFT has one.
-        input_column: name of the input, in the data by default and always in what ``read`` returns.
+        input_column: name of the input, in the data by default and always in the result of ``read``.
         label_column: likewise of the label; empty where the input is its own label.
-        metric_names: what ``outcome`` measures.
+        metric_names: names of the metrics that ``outcome`` returns.
         loss_is_mean: whether the model's loss is a mean over examples, so that accumulated losses are averaged.
         counts_tokens: whether inputs are tokens.
     """
@@ -115,7 +115,7 @@ class Task(ABC):
         return bool(self.label_column)
 
     def head(self, labels: Sequence[str]) -> dict[str, Any]:
-        """Arguments of ``from_pretrained`` for a head for ``labels``, in place of one for others."""
+        """Return the arguments of ``from_pretrained`` for a new head for ``labels``."""
         return {
             "ignore_mismatched_sizes": True,
             "num_labels": len(labels),
@@ -127,14 +127,14 @@ class Task(ABC):
 
     @abstractmethod
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
-        """The columns of the task under its own names; every row checked.
+        """Return the columns of the task under its own names; every row is checked.
 
         Raises:
             ConfigError: if a column is missing, empty or of another kind.
         """
 
     def inputs(self, rows: Dataset, settings: TrainSettings, source: str) -> list[Any]:
-        """What is to be labelled, of rows that need not have labels: texts, or images as ``datasets`` holds them.
+        """Return the inputs of rows, which need no labels: texts, or images in the form of ``datasets``.
 
         Raises:
             ConfigError: if the column is missing, empty or of another kind.
@@ -145,30 +145,34 @@ class Task(ABC):
 
     @abstractmethod
     def identities(self, rows: Dataset) -> list[str]:
-        """What makes two rows copies of each other, which a split keeps on one side."""
+        """Return an identity for each row; a split keeps rows of one identity on one side."""
 
     def labels(self, rows: Dataset) -> list[str]:
-        """Names of the labels, in the order of their numbers."""
+        """Return the names of the labels, in the order of their numbers."""
         return []
 
     def strata(self, rows: Dataset) -> list[Any]:
-        """Of which kind each row is, where a split is to have as much of each kind on either side."""
+        """Return the kind of each row; a split has the same share of each kind on both sides."""
         return [None] * len(rows)
 
     def encode(self, rows: Dataset, labels: list[str]) -> Dataset:
-        """Labels as numbers.
+        """Return the rows with labels as numbers.
 
         Raises:
-            ConfigError: if there are others than ``labels``.
+            ConfigError: if a row has a label that is not in ``labels``.
         """
         return rows
 
     # model
 
     def load_processor(self, settings: TrainSettings) -> Any:
-        """The model's tokenizer, with a padding token."""
+        """Return the model's tokenizer, with a padding token.
+
+        Raises:
+            ConfigError: if there is no tokenizer that can be loaded.
+        """
         tokenizer = from_pretrained(AutoTokenizer, settings)
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what Transformers makes where there are no files
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # of a model without tokenizer files
             raise ConfigError(_missing_part(AutoTokenizer, settings.model))
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -176,13 +180,13 @@ class Task(ABC):
 
     @abstractmethod
     def load_model(self, settings: TrainSettings, labels: list[str], processor: Any) -> PreTrainedModel:
-        """The pretrained model with the task's head."""
+        """Return the pretrained model with the task's head."""
 
     # batches
 
     @abstractmethod
     def prepare(self, rows: Dataset, processor: Any, settings: TrainSettings) -> Dataset:
-        """Examples as the model takes them.
+        """Return the examples in the form of the model's inputs.
 
         Raises:
             ConfigError: if nothing is left to learn from.
@@ -190,41 +194,41 @@ class Task(ABC):
 
     @abstractmethod
     def collator(self, processor: Any) -> Callable[[Any], Any]:
-        """Makes a batch of prepared examples."""
+        """Return a function that makes a batch of prepared examples."""
 
     # results
 
     def reduce(self, logits: Any, labels: Any) -> Any:
-        """What is kept of a batch's logits for ``outcome``."""
+        """Return the part of a batch's logits that ``outcome`` needs."""
         return logits[0] if isinstance(logits, tuple) else logits
 
     def intervals(self, kept: np.ndarray, targets: np.ndarray) -> dict[str, tuple[float, float]]:
-        """95% intervals of metrics, from what ``outcome`` takes; where :class:`Outcome` has counts, from these."""
+        """Return 95% intervals by metric; where :class:`Outcome` has counts, the interval follows from the counts."""
         return {}
 
     @abstractmethod
     def outcome(self, kept: np.ndarray, targets: np.ndarray, labels: list[str]) -> Outcome:
-        """How well the model did, from what ``reduce`` kept and the right labels."""
+        """Return the metrics of the model, from the results of ``reduce`` and the right labels."""
 
     @abstractmethod
     def records(
         self, rows: Dataset, prepared: Dataset, kept: np.ndarray, labels: list[str], processor: Any
     ) -> Iterable[dict[str, Any]]:
-        """What is written of each evaluation example: ``text``, ``confidence``, ``loss`` and what else there is."""
+        """Yield the record of each evaluation example: ``text``, ``confidence``, ``loss`` and fields of the task."""
 
 
 def require_column(rows: Dataset, column: str, setting: str, source: str, fits: Callable[[Any], bool]) -> None:
-    """Checks that a column is there, of the right kind and without gaps.
+    """Raise unless a column exists, is of the right kind and has no gaps.
 
     Args:
         rows: the data.
         column: its name.
         setting: the setting that names another one.
-        source: where the data is from, for the message.
-        fits: says of a feature whether it is of the right kind.
+        source: the file, folder or name of the data, for the message.
+        fits: returns whether a feature is of the right kind.
 
     Raises:
-        ConfigError: if it is not.
+        ConfigError: if the column is missing, of another kind, or has gaps.
     """
     if column not in rows.column_names:
         raise ConfigError(
@@ -241,12 +245,12 @@ def require_column(rows: Dataset, column: str, setting: str, source: str, fits: 
 
 
 def one_column(setting: str, settings: TrainSettings, default: str) -> str:
-    """Name of a column, of a task that has no use for several.
+    """Return the name of a column, for a task that reads one.
 
     Args:
         setting: ``input_column`` or ``label_column``.
         settings: of the run.
-        default: where none is named.
+        default: the name if the settings give none.
 
     Raises:
         ConfigError: if several are named.
@@ -261,15 +265,15 @@ _PARTS = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}
 
 
 def is_text(feature: Any) -> bool:
-    """Whether a column holds text."""
+    """Return whether a column has text."""
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
 def from_pretrained(auto_class: Any, settings: TrainSettings, **kwargs: Any) -> Any:
-    """A part of the pretrained model.
+    """Return a part of the pretrained model: model, tokenizer or image processor.
 
     Raises:
-        ConfigError: if it cannot be loaded.
+        ConfigError: if the part cannot be loaded.
     """
     try:
         return auto_class.from_pretrained(settings.model, trust_remote_code=settings.trust_remote_code, **kwargs)
@@ -291,7 +295,7 @@ def _missing_part(auto_class: Any, model: str) -> str:
 
 
 def require_length(model: PreTrainedModel, settings: TrainSettings) -> None:
-    """Refuses inputs longer than the model has positions for.
+    """Refuse inputs longer than the model's positions.
 
     Raises:
         ConfigError: naming both lengths.
@@ -302,11 +306,11 @@ def require_length(model: PreTrainedModel, settings: TrainSettings) -> None:
 
 
 def log_shares(logits: np.ndarray) -> np.ndarray:
-    """Logarithms of the probabilities (..., labels)."""
+    """Return the logarithms of the probabilities (..., labels)."""
     exact = logits.astype(np.float64)
     return exact - np.logaddexp.reduce(exact, axis=-1, keepdims=True)
 
 
 def exp_of(loss: float) -> float:
-    """e to the loss; huge, not infinite, where it would overflow."""
+    """Return e^loss; losses above 700 count as 700, so that the result is finite."""
     return math.exp(min(loss, 700.0))

@@ -1,4 +1,4 @@
-"""Conversations and instructions: only what the model is to answer counts."""
+"""The task of answering in conversations: the loss counts only the tokens of answers."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ Said: TypeAlias = str | list[dict[str, Any]]
 
 
 class Chat(Language):
-    """Answers in conversations.
+    """Training on the answers in conversations.
 
-    The data has a column of messages, each with ``role`` and ``content``, of which the tokenizer's chat template makes
-    text; or the columns ``prompt`` and ``completion``, which are text, or messages, themselves; or Alpaca's or
-    ShareGPT's shape (``chat_shapes.py``).
+    The data has a column of messages, each with ``role`` and ``content``, which the tokenizer's chat template turns
+    into text; or the columns ``prompt`` and ``completion``, of text or of messages; or Alpaca's or ShareGPT's shape
+    (``chat_shapes.py``).
     """
 
     name = "chat"
     input_column = "messages"
 
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
-        """Column ``messages``, or the columns ``prompt`` and ``completion``."""
+        """Return the column ``messages``, or the columns ``prompt`` and ``completion``."""
         rows, named = _renamed_parts(rows, settings, source)
         rows = as_messages(rows, named, source)
         column = named or "messages"
@@ -50,11 +50,15 @@ class Chat(Language):
         return renamed(rows, {"messages": column})
 
     def identities(self, rows: Dataset) -> list[str]:
-        """Everything that is said."""
+        """Return each conversation as JSON."""
         return [json.dumps(row, sort_keys=True) for row in rows]
 
     def load_processor(self, settings: TrainSettings) -> Any:
-        """The tokenizer, with the chat template of the settings if they have one."""
+        """Return the tokenizer, with the chat template of the settings if they name one.
+
+        Raises:
+            ConfigError: if the template or the tokenizer cannot be read.
+        """
         tokenizer = super().load_processor(settings)
         if settings.chat_template is not None:
             try:
@@ -66,7 +70,11 @@ class Chat(Language):
         return tokenizer
 
     def prepare(self, rows: Dataset, processor: Any, settings: TrainSettings) -> Dataset:
-        """Tokens, with labels only where an answer stands."""
+        """Return tokens, with labels only for the tokens of answers.
+
+        Raises:
+            ConfigError: if no example has an answer within ``max_length``.
+        """
         ids, labels = [], []
         for row in rows:
             found, wanted = _tokens(row, processor)
@@ -88,8 +96,8 @@ class Chat(Language):
 
 
 def _renamed_parts(rows: Dataset, settings: TrainSettings, source: str) -> tuple[Dataset, str | None]:
-    """Prompts and completions, or Alpaca's columns, by their names, where the settings give others; and the column of
-    conversations, where the settings name one."""
+    """Return the rows with prompts and completions, or Alpaca's columns, under their usual names; and the column of
+    conversations, if the settings name one."""
     given, answers = settings.input_column, settings.label_column
     if answers is None:
         if isinstance(given, list):
@@ -106,7 +114,7 @@ def _renamed_parts(rows: Dataset, settings: TrainSettings, source: str) -> tuple
 
 
 def _tokens(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Tokens of an example, and its labels."""
+    """Return the tokens of an example, and its labels."""
     if "messages" in row:
         return _conversation(row["messages"], tokenizer)
     prompt, completion = (row[name] for name in _PAIR)
@@ -121,10 +129,10 @@ def _tokens(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def prompt_and_answer(prompt: Said, answer: Said, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Tokens of a prompt and of an answer to it, both text or both messages, as a model is trained on them.
+    """Return the tokens of a prompt and of its answer, both text or both messages, as in training.
 
     Raises:
-        ConfigError: if there is no chat template for messages, or it writes the prompt anew when the answer is there.
+        ConfigError: if there is no chat template for messages, or the template rewrites the prompt before an answer.
     """
     if isinstance(prompt, str) and isinstance(answer, str):
         return _text_tokens(prompt, answer, tokenizer)
@@ -139,7 +147,7 @@ def prompt_and_answer(prompt: Said, answer: Said, tokenizer: Any) -> tuple[list[
 
 
 def _text_tokens(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The completion is closed by the end-of-text token."""
+    """Return the tokens of the prompt and of the completion, which the end-of-text token closes."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return prompt_tokens(tokenizer, prompt), [*tokenizer(completion, add_special_tokens=False)["input_ids"], *end]
 
@@ -153,7 +161,7 @@ def _require_template(tokenizer: Any) -> None:
 
 
 def _conversation(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Labels are the tokens that an assistant's turn adds to the conversation before it."""
+    """Return the tokens of a conversation, and labels: the tokens that each turn of the assistant adds."""
     _require_template(tokenizer)
     text = templated(messages, tokenizer)
     ids = tokens_of(text, tokenizer)
@@ -172,10 +180,10 @@ def _conversation(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[
 
 
 def templated(messages: Said, tokenizer: Any, **arguments: Any) -> str:
-    """Messages as the tokenizer's chat template writes them.
+    """Return the text that the tokenizer's chat template makes of messages.
 
     Raises:
-        ConfigError: if it cannot.
+        ConfigError: if the template cannot write them.
     """
     if not messages:
         return ""
@@ -186,12 +194,12 @@ def templated(messages: Said, tokenizer: Any, **arguments: Any) -> str:
 
 
 def tokens_of(text: str, tokenizer: Any) -> list[int]:
-    """Tokens of what a template has written, which has all special tokens in it."""
+    """Return the tokens of a template's text, which includes all special tokens."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The token by which the chat template closes an answer, if that is one token and not a part of plain text."""
+    """Return the token by which the chat template closes an answer; ``None`` if that is not one special token."""
     asked = [{"role": "user", "content": "anything"}]
     answered = templated([*asked, {"role": "assistant", "content": "xyzzy"}], tokenizer)
     before = templated(asked, tokenizer, add_generation_prompt=True)
@@ -201,7 +209,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def _shared(one: list[int], other: list[int]) -> int:
-    """How many tokens both begin with."""
+    """Return the number of tokens that both lists begin with."""
     return next(
         (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
     )

@@ -1,4 +1,4 @@
-"""The shapes in which conversations are published: Alpaca's columns and ShareGPT's turns, as messages."""
+"""Conversion of published shapes of conversations, Alpaca's columns and ShareGPT's turns, to messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 
 
 def fields_of(feature: Any) -> set[str]:
-    """The keys of what a list of mappings holds; none for other features."""
+    """Return the keys of the mappings in a list; an empty set for other features."""
     inner = getattr(feature, "feature", None)
     if inner is None and isinstance(feature, list) and feature:
         inner = feature[0]
@@ -22,12 +22,12 @@ def fields_of(feature: Any) -> set[str]:
 
 
 def as_messages(rows: Dataset, column: str | None, source: str) -> Dataset:
-    """Column ``messages`` in place of the columns of Alpaca, or of a column of ShareGPT; other data as it is.
+    """Return the column ``messages``, made from Alpaca's columns or ShareGPT's column; other data unchanged.
 
     Args:
         rows: the data.
-        column: of the conversations, by default ``conversations``.
-        source: where the data is from, for messages.
+        column: name of the column of conversations, by default ``conversations``.
+        source: the file, folder or name of the data, for error messages.
 
     Raises:
         ConfigError: if a value is missing, or a turn is neither the user's nor the assistant's.

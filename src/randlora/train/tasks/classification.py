@@ -1,4 +1,4 @@
-"""One label for each example: of a text, and what is the same for an image."""
+"""The tasks of giving one label to each example: the base class, and the task for texts."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ from randlora.train.tasks.texts import Texts
 
 
 class Classification(Task):
-    """One label for each example."""
+    """A task with one label for each example."""
 
     label_column = "label"
     metric_names = ("loss", "accuracy", "macro_f1")
     loss_is_mean = True
 
     def strata(self, rows: Dataset) -> list[Any]:
-        """The labels."""
+        """Return the labels of the rows."""
         return list(rows["label"])
 
     def labels(self, rows: Dataset) -> list[str]:
-        """Names of the labels: of the data, or its values in order."""
+        """Return the names of the labels: those that the data gives, or its values in order.
+
+        Raises:
+            ConfigError: for a single label, or for numbers with a fraction.
+        """
         feature = rows.features["label"]
         if hasattr(feature, "names"):
             return list(feature.names)
@@ -43,14 +47,14 @@ class Classification(Task):
         return [str(label) for label in found]
 
     def encode(self, rows: Dataset, labels: list[str]) -> Dataset:
-        """Labels as numbers, by their names."""
+        """Return the rows with labels as numbers, by their names."""
         feature = rows.features["label"]
         given = [str(feature.int2str(one)) for one in rows["label"]] if hasattr(feature, "names") else rows["label"][:]
         numbers = numbers_of(given, labels)
         return rows.remove_columns("label").add_column("label", numbers)
 
     def outcome(self, kept: np.ndarray, targets: np.ndarray, labels: list[str]) -> Outcome:
-        """Accuracy, the mean of the labels' F1, and for each label the share found and what was found instead."""
+        """Return accuracy, the mean F1 of the labels, and the counts of labels and predictions."""
         shares = log_shares(kept)
         guessed = shares.argmax(-1)
         counts = np.zeros((len(labels), len(labels)), dtype=np.int64)
@@ -67,7 +71,7 @@ class Classification(Task):
     def records(
         self, rows: Dataset, prepared: Dataset, kept: np.ndarray, labels: list[str], processor: Any
     ) -> Iterable[dict[str, Any]]:
-        """Label, what was predicted, and how confidently."""
+        """Yield the label, the prediction, and its confidence, for each example."""
         for shown, label, shares in zip(self.shown(rows), rows["label"], log_shares(kept), strict=True):
             guess = int(shares.argmax())
             yield {
@@ -80,24 +84,24 @@ class Classification(Task):
 
     @abstractmethod
     def shown(self, rows: Dataset) -> Iterable[dict[str, str]]:
-        """What stands for each example in a list: ``text``, and of a pair ``text_pair``."""
+        """Yield the text that names each example in a list: ``text``, and for a pair ``text_pair``."""
 
 
 def macro_f1(counts: np.ndarray) -> float:
-    """Mean over labels of F1, from counts (labels, predicted labels); of labels that are there or were predicted."""
+    """Return the mean F1 of the labels that occur or were predicted, from counts (labels, predicted labels)."""
     either = counts.sum(0) + counts.sum(1)
     there = either > 0
     return float((2 * counts.diagonal()[there] / either[there]).mean())
 
 
 class SequenceClassification(Texts, Classification):
-    """A label for a text, or for a pair of texts."""
+    """Classification of texts, or of pairs of texts."""
 
     name = "sequence-classification"
     problem_type = "single_label_classification"
 
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
-        """Columns ``text`` and ``label``, of pairs also ``text_pair``."""
+        """Return the columns ``text`` and ``label``; for pairs also ``text_pair``."""
         column = one_column("label_column", settings, "label")
         require_column(rows, column, "label_column", source, is_label)
         texts = self.texts(rows, settings, source)
@@ -105,15 +109,15 @@ class SequenceClassification(Texts, Classification):
 
 
 def is_label(feature: Any) -> bool:
-    """Whether a column holds words or numbers."""
+    """Return whether a column has words or numbers."""
     return isinstance(feature, Value | ClassLabel)
 
 
 def numbers_of(given: Iterable[Any], labels: list[str]) -> list[int]:
-    """Labels as numbers.
+    """Return the numbers of labels: their places in ``labels``.
 
     Raises:
-        ConfigError: naming those that ``labels`` does not have.
+        ConfigError: naming the labels that ``labels`` does not have.
     """
     numbers = {label: number for number, label in enumerate(labels)}
     found = [str(label) for label in given]

@@ -1,4 +1,4 @@
-"""A label for an image."""
+"""The task of giving a label to an image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from randlora.train.tasks.texts import renamed
 
 
 class ImageClassification(Classification):
-    """A label for an image. Images are files, and are only opened for the batch that they are in."""
+    """Classification of images. Images are files; a file is opened only for its batch."""
 
     name = "image-classification"
     model_type = "IMAGE_CLS"
@@ -25,34 +25,34 @@ class ImageClassification(Classification):
     counts_tokens = False
 
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
-        """Columns ``image`` and ``label``; paths of images are taken from the folder of the data."""
+        """Return the columns ``image`` and ``label``; paths of images are relative to the folder of the data."""
         label = one_column("label_column", settings, "label")
         require_column(rows, label, "label_column", source, is_label)
         return _images(rows, {"label": label}, settings, source)
 
     def inputs(self, rows: Dataset, settings: TrainSettings, source: str) -> list[Any]:
-        """Images as files, or as the bytes of files, not opened yet."""
+        """Return the images as files, or as the bytes of files, not opened yet."""
         return list(_images(rows, {}, settings, source).cast_column("image", Image(decode=False))["image"])
 
     def identities(self, rows: Dataset) -> list[str]:
-        """Paths of the files, or numbers where there are none."""
+        """Return the paths of the files, or numbers where there are no paths."""
         files = rows.cast_column("image", Image(decode=False))["image"]
         return [file["path"] or f"image {number}" for number, file in enumerate(files)]
 
     def shown(self, rows: Dataset) -> Iterable[dict[str, str]]:
-        """The files."""
+        """Yield the names of the files."""
         return ({"text": name} for name in self.identities(rows))
 
     def load_processor(self, settings: TrainSettings) -> Any:
-        """What scales and normalises images for the model."""
+        """Return the processor that scales and normalises images for the model."""
         return from_pretrained(AutoImageProcessor, settings)
 
     def load_model(self, settings: TrainSettings, labels: list[str], processor: Any) -> PreTrainedModel:
-        """With a head for ``labels``."""
+        """Return the pretrained model with a head for ``labels``."""
         return from_pretrained(AutoModelForImageClassification, settings, **self.head(labels), **weights_as(settings))
 
     def prepare(self, rows: Dataset, processor: Any, settings: TrainSettings) -> Dataset:
-        """Pixels, made when a batch asks for them."""
+        """Return examples whose pixels are computed when a batch asks for them."""
 
         def pixels(batch: dict[str, Any]) -> dict[str, Any]:
             images = [image.convert("RGB") for image in batch["image"]]
@@ -61,12 +61,12 @@ class ImageClassification(Classification):
         return rows.with_transform(pixels)
 
     def collator(self, processor: Any) -> Callable[[Any], Any]:
-        """Stacks images, which are of one size now."""
+        """Return a function that stacks images; the processor has given all of them one size."""
         return default_data_collator
 
 
 def _images(rows: Dataset, others: dict[str, str], settings: TrainSettings, source: str) -> Dataset:
-    """Column ``image``, and ``others`` by their names in the data."""
+    """Return the column ``image``, and the columns ``others``, given by their names in the data."""
     column = one_column("input_column", settings, "image")
     require_column(rows, column, "input_column", source, lambda one: isinstance(one, Image) or is_text(one))
     rows = renamed(rows, {"image": column, **others})

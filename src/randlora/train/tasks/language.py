@@ -1,4 +1,4 @@
-"""Language models: the tokens of a text, or only those of the answers in it, each predicted from what stands before."""
+"""The task of predicting the next token of a text, and the base class of all tasks of language models."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from randlora.train.tasks.texts import renamed
 
 
 class Language(Task):
-    """What language models share."""
+    """Base class of the tasks of language models."""
 
     model_type = "CAUSAL_LM"
     metric_names: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
 
     def load_model(self, settings: TrainSettings, labels: list[str], processor: Any) -> PreTrainedModel:
-        """With the head that it has.
+        """Return the pretrained model with its own head.
 
         Raises:
-            ConfigError: if the model looks ahead, as an encoder does.
+            ConfigError: if the model looks ahead, as encoders do.
         """
         model: PreTrainedModel = from_pretrained(AutoModelForCausalLM, settings, **weights_as(settings))
         if looks_ahead(model):
@@ -49,11 +49,11 @@ class Language(Task):
         return model
 
     def collator(self, processor: Any) -> Callable[[Any], Any]:
-        """Pads to the longest; what is padded counts for nothing."""
+        """Return a function that pads a batch to its longest text; padding has no loss."""
         return DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
 
     def reduce(self, logits: Any, labels: Any) -> Tensor:
-        """(batch, 2): each example's summed loss, and the number of its tokens that count."""
+        """Return (batch, 2): the summed loss of each example, and the number of its labelled tokens."""
         scores = logits[0] if isinstance(logits, tuple) else logits
         wanted = labels[:, 1:]
         losses = functional.cross_entropy(
@@ -62,7 +62,7 @@ class Language(Task):
         return torch.stack([losses.sum(-1), (wanted != IGNORED).sum(-1).to(losses.dtype)], dim=-1)
 
     def outcome(self, kept: np.ndarray, targets: np.ndarray, labels: list[str]) -> Outcome:
-        """Loss per token, and its perplexity."""
+        """Return the loss per token, and the perplexity."""
         total, tokens = kept.astype(np.float64).sum(0)
         loss = float(total / tokens)
         return Outcome({"loss": loss, "perplexity": exp_of(loss)}, int(tokens))
@@ -70,7 +70,7 @@ class Language(Task):
     def records(
         self, rows: Dataset, prepared: Dataset, kept: np.ndarray, labels: list[str], processor: Any
     ) -> Iterable[dict[str, Any]]:
-        """Each example's text and loss; its confidence is the geometric mean of its tokens' probabilities."""
+        """Yield the text and loss of each example; the confidence is the geometric mean of token probabilities."""
         texts = processor.batch_decode(prepared["input_ids"][:])
         for text, (total, tokens) in zip(texts, kept.tolist(), strict=True):
             loss = total / max(tokens, 1.0)
@@ -78,23 +78,27 @@ class Language(Task):
 
 
 class CausalLanguage(Language):
-    """All tokens of a text."""
+    """Training on all tokens of a text."""
 
     name = "causal-lm"
     input_column = "text"
 
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
-        """Column ``text``."""
+        """Return the column ``text``."""
         column = one_column("input_column", settings, "text")
         require_column(rows, column, "input_column", source, is_text)
         return renamed(rows, {"text": column})
 
     def identities(self, rows: Dataset) -> list[str]:
-        """The texts."""
+        """Return the texts."""
         return list(rows["text"])
 
     def prepare(self, rows: Dataset, processor: Any, settings: TrainSettings) -> Dataset:
-        """Each text, closed by the end-of-text token; packed, unless the settings say no."""
+        """Return the tokens of texts, each closed by the end-of-text token; packed unless the settings forbid it.
+
+        Raises:
+            ConfigError: if no text has two tokens.
+        """
         end = [] if processor.eos_token_id is None else [processor.eos_token_id]
         texts = [[*ids, *end] for ids in processor(rows["text"][:], add_special_tokens=False)["input_ids"]]
         if settings.packing is not False:
@@ -107,7 +111,7 @@ class CausalLanguage(Language):
 
 @torch.no_grad()
 def looks_ahead(model: PreTrainedModel) -> bool:
-    """Whether what a model says of a token depends on the tokens behind it."""
+    """Return whether a model's output for a token depends on later tokens."""
     training, device = model.training, next(model.parameters()).device
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=device) % model.config.get_text_config().vocab_size
     one, other = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1].float()
@@ -117,7 +121,7 @@ def looks_ahead(model: PreTrainedModel) -> bool:
 
 
 def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text that is to go on: not closed by the end-of-text token, as some tokenizers close every text."""
+    """Return the tokens of a prompt, without the end-of-text token that some tokenizers add to every text."""
     ids: list[int] = tokenizer(text)["input_ids"]
     end = tokenizer.eos_token_id
     closed = end is not None and ids[-1:] == [end] and tokenizer.bos_token_id != end
@@ -125,10 +129,10 @@ def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
 
 
 def packed(ids: list[list[int]], labels: list[list[int]], length: int) -> Dataset:
-    """Texts joined and cut into chunks of ``length``; a shorter rest is kept only if it is all there is.
+    """Return texts joined and cut into chunks of ``length``; a shorter rest is kept only if there is no whole chunk.
 
     Raises:
-        ConfigError: if there are less than two tokens.
+        ConfigError: if there are fewer than two tokens.
     """
     all_ids, all_labels = ([token for text in texts for token in text] for texts in (ids, labels))
     whole = len(all_ids) // length * length or len(all_ids)
@@ -142,5 +146,5 @@ def packed(ids: list[list[int]], labels: list[list[int]], length: int) -> Datase
 
 
 def as_dataset(ids: list[list[int]], labels: list[list[int]]) -> Dataset:
-    """Rows of tokens, all of them attended to."""
+    """Return rows of tokens with an attention mask of ones."""
     return Dataset.from_dict({"input_ids": ids, "labels": labels, "attention_mask": [[1] * len(one) for one in ids]})

@@ -1,4 +1,4 @@
-"""Any number of labels for each text, none included."""
+"""The task of giving any number of labels to a text, none included."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from randlora.train.tasks.classification import is_label, numbers_of
 from randlora.train.tasks.texts import Texts
 
 BETWEEN = ";"
-"""What parts the labels of a row in a column of text."""
+"""The separator of the labels of a row in a column of text."""
 THRESHOLD = 0.5
-"""The probability above which a text is given a label."""
+"""The probability above which a text gets a label."""
 
 
 class MultiLabel(Texts):
-    """Labels of a text, or of a pair of texts, each decided for itself."""
+    """Multi-label classification of texts, or of pairs of texts; each label is a decision of its own."""
 
     name = "multi-label-classification"
     problem_type = "multi_label_classification"
     metric_names = ("loss", "micro_f1", "macro_f1", "exact_match")
 
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
-        """Columns ``text`` and ``label``, a list; of pairs also ``text_pair``."""
+        """Return the columns ``text`` and ``label``, a list; for pairs also ``text_pair``."""
         column = settings.label_column or "label"
         found, feature = (
             _of_columns(rows, column, source) if isinstance(column, list) else _of_column(rows, column, source)
@@ -38,7 +38,11 @@ class MultiLabel(Texts):
         return self.texts(rows, settings, source).add_column("label", found, feature=feature)
 
     def labels(self, rows: Dataset) -> list[str]:
-        """Names of the labels: of the data or its columns, or its values in order."""
+        """Return the names of the labels: those of the data or its columns, or its values in order.
+
+        Raises:
+            ConfigError: if there are fewer than two labels, or no row has several.
+        """
         inner = rows.features["label"].feature
         if isinstance(inner, ClassLabel):
             return list(inner.names)
@@ -53,25 +57,25 @@ class MultiLabel(Texts):
         return [str(label) for label in found]
 
     def strata(self, rows: Dataset) -> list[Any]:
-        """The rarest label of each row, so that a split has rare ones on both sides."""
+        """Return the rarest label of each row, so that a split has rare labels on both sides."""
         counts = Counter(label for labels in rows["label"] for label in labels)
         return [min(labels, key=lambda one: (counts[one], str(one)), default="") for labels in rows["label"]]
 
     def encode(self, rows: Dataset, labels: list[str]) -> Dataset:
-        """Labels as numbers in order, by their names."""
+        """Return the rows with labels as sorted numbers, by their names."""
         inner = rows.features["label"].feature
         names = inner.int2str if isinstance(inner, ClassLabel) else str
         numbers = [sorted(numbers_of(map(names, given), labels)) for given in rows["label"]]
         return rows.remove_columns("label").add_column("label", numbers, feature=List(ClassLabel(names=labels)))
 
     def prepare(self, rows: Dataset, processor: Any, settings: TrainSettings) -> Dataset:
-        """Texts as tokens; of each label 1.0 or 0.0."""
+        """Return texts as tokens, with 1.0 or 0.0 for each label."""
         count = len(rows.features["label"].feature.names)
         wanted = [_marks(labels, count) for labels in rows["label"]]
         return super().prepare(rows.remove_columns("label"), processor, settings).add_column("labels", wanted)
 
     def outcome(self, kept: np.ndarray, targets: np.ndarray, labels: list[str]) -> Outcome:
-        """F1 over all decisions, mean F1 of the labels, share of texts with exactly the right labels."""
+        """Return the F1 of all decisions, the mean F1 of the labels, and the share of texts without a mistake."""
         guessed, wanted = given(kept), targets > 0.5
         metrics = {
             name: float(values[0]) for name, values in _metrics(guessed, wanted, np.ones((1, len(wanted)))).items()
@@ -83,14 +87,14 @@ class MultiLabel(Texts):
         return Outcome({"loss": float(losses.mean()), **metrics}, by_label=found, baseline=_constant(wanted, labels))
 
     def intervals(self, kept: np.ndarray, targets: np.ndarray) -> dict[str, tuple[float, float]]:
-        """Of all metrics but the loss."""
+        """Return 95% intervals of all metrics but the loss."""
         guessed, wanted = given(kept), targets > 0.5
         return bootstrap_intervals(lambda counts: _metrics(guessed, wanted, counts), len(wanted))
 
     def records(
         self, rows: Dataset, prepared: Dataset, kept: np.ndarray, labels: list[str], processor: Any
     ) -> Iterable[dict[str, Any]]:
-        """Labels, those predicted, and the confidence of the least certain decision."""
+        """Yield the labels, the predicted labels, and the confidence of the least certain decision."""
         wanted = np.array([_marks(one, len(labels)) for one in rows["label"]]) > 0.5
         shares, losses = probabilities(kept), _losses(kept, wanted)
         for shown, right, guess, row, loss in zip(self.shown(rows), wanted, given(kept), shares, losses, strict=True):
@@ -104,17 +108,17 @@ class MultiLabel(Texts):
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Of each label, (examples, labels)."""
+    """Return the probability of each label (examples, labels)."""
     return np.exp(-np.logaddexp(0, -logits.astype(np.float64)))
 
 
 def given(logits: np.ndarray) -> np.ndarray:
-    """Which labels are given to which examples (examples, labels)."""
+    """Return whether each example gets each label (examples, labels)."""
     return probabilities(logits) > THRESHOLD
 
 
 def _of_columns(rows: Dataset, columns: list[str], source: str) -> tuple[list[list[int]], List]:
-    """Numbers of the columns that hold 1."""
+    """Return, for each row, the numbers of the columns with a 1; and the feature of these lists."""
     for column in columns:
         require_column(rows, column, "label_column", source, is_label)
         wrong = next(((row, value) for row, value in enumerate(rows[column]) if value not in (0, 1)), None)
@@ -126,7 +130,7 @@ def _of_columns(rows: Dataset, columns: list[str], source: str) -> tuple[list[li
 
 
 def _of_column(rows: Dataset, column: str, source: str) -> tuple[list[list[Any]], Any]:
-    """Lists as they are, or of text parted; an empty text has no labels."""
+    """Return the lists of labels, texts split at ``BETWEEN``, and their feature; an empty text has no labels."""
     feature = rows.features.get(column)
     if is_text(feature):
         parts = [[part.strip() for part in (text or "").split(BETWEEN)] for text in rows[column]]
@@ -147,14 +151,14 @@ def _marks(labels: Iterable[int], count: int) -> list[float]:
 
 
 def _losses(logits: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Cross entropy of each decision."""
+    """Return the cross entropy of each decision (examples, labels)."""
     return np.logaddexp(0, np.where(wanted, -1, 1) * logits.astype(np.float64))
 
 
 def _metrics(guessed: np.ndarray, wanted: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Each metric (draws,), of examples that were drawn ``counts`` (draws, examples) times.
+    """Return each metric (draws,) of examples that were drawn ``counts`` (draws, examples) times.
 
-    The mean of the labels' F1 is of labels that are there or were predicted, as for single labels.
+    The mean F1 is that of the labels that occur or were predicted, as for single labels.
     """
     hits = counts @ (guessed & wanted).astype(float)
     either = counts @ (guessed.astype(float) + wanted)
@@ -168,12 +172,12 @@ def _metrics(guessed: np.ndarray, wanted: np.ndarray, counts: np.ndarray) -> dic
 
 
 def _f1(hits: np.ndarray, either: np.ndarray) -> np.ndarray:
-    """Twice the hits by those there and those predicted; 0 where there is nothing of either."""
+    """Return F1: twice the hits divided by labels plus predictions; 0 where there are neither."""
     return 2 * hits / np.maximum(either, 1)
 
 
 def _constant(wanted: np.ndarray, labels: list[str]) -> Baseline:
-    """The same labels for all texts, those of the best F1: the most frequent ones, as many as it takes."""
+    """Return the best constant answer by F1: the most frequent labels, as many as raise it."""
     frequent = np.argsort(-wanted.sum(0), kind="stable")
     sizes = np.arange(1, len(labels) + 1)
     scores = _f1(wanted.sum(0)[frequent].cumsum(), len(wanted) * sizes + wanted.sum())

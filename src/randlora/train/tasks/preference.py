@@ -1,7 +1,7 @@
-"""Preferences: of two answers the better one (DPO, ORPO), or of one answer whether it is good (KTO).
+"""The preference tasks: the better of two answers (DPO, ORPO), or one answer that is good or bad (KTO).
 
-A reward is β times the logarithm of how much more probable an answer has become than it is to the reference. TRL
-trains; here are the data as its trainers take them, and the measure of a model on held-out data, for ``eval`` too.
+A reward is β·log(p / p_ref): p is the probability that the model gives to an answer, p_ref that of the reference. TRL
+trains. This file prepares the data for TRL's trainers, and measures a model on held-out data, for ``eval`` too.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from randlora.train.tasks.chat import Chat, prompt_and_answer
 from randlora.train.tasks.preference_shapes import as_pairs, as_singles
 
 LogProbs: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Of tokens and their attention mask (rows, length): of each token but the first (rows, length − 1)."""
+"""A function that takes tokens and their attention mask (rows, length), and returns the log-probability of each token
+but the first (rows, length − 1)."""
 
 
 class Preference(Chat):
-    """What the preference tasks share.
+    """Base class of the preference tasks.
 
     Attributes:
         compares: whether the loss compares the model with a reference.
@@ -41,11 +42,15 @@ class Preference(Chat):
     compares: ClassVar[bool] = True
 
     def identities(self, rows: Dataset) -> list[str]:
-        """The prompts: no prompt that was trained on is held out with another answer."""
+        """Return the prompts, so that a split keeps all answers to one prompt on one side."""
         return [json.dumps(prompt, sort_keys=True) for prompt in rows["prompt"]]
 
     def prepare(self, rows: Dataset, processor: Any, settings: TrainSettings) -> Dataset:
-        """Tokens of prompt and answers, answers cut off at ``max_length``."""
+        """Return the tokens of prompts and answers; answers are cut off at ``max_length``.
+
+        Raises:
+            ConfigError: if no example has an answer within ``max_length``.
+        """
         found = [self._prepared(row, processor, settings.max_length) for row in rows]
         kept = [one for one in found if one is not None]
         limit = f"within max_length={settings.max_length} tokens"
@@ -57,27 +62,27 @@ class Preference(Chat):
         return Dataset.from_list(kept)
 
     def training(self, prepared: Dataset, settings: TrainSettings) -> tuple[Dataset, dict[str, float]]:
-        """Prepared examples as the trainer is to meet them, and weights among its arguments."""
+        """Return the prepared examples in the order of training, and weights for the trainer's arguments."""
         return prepared, {}
 
     def reduce(self, logits: Any, labels: Any) -> Any:
-        """What ``measure`` gave."""
+        """Return the numbers that ``measure`` returned, unchanged."""
         return logits
 
     @abstractmethod
     def _prepared(self, row: dict[str, Any], processor: Any, length: int) -> dict[str, Any] | None:
-        """One example; ``None`` where no token of an answer is left to predict."""
+        """Return the tokens of one example; ``None`` where no token of an answer is left to predict."""
 
     @abstractmethod
     def measure(self, batch: dict[str, Tensor], model: LogProbs, reference: LogProbs, beta: float) -> Tensor:
-        """What is kept of a batch for ``outcome``: (examples, numbers), rewards among them."""
+        """Return the numbers of a batch that ``outcome`` needs, (examples, numbers), rewards among them."""
 
 
 class _Pairs(Preference):
-    """Two answers to one prompt; ``measure`` gives both rewards and the loss."""
+    """Tasks with two answers to one prompt; ``measure`` returns both rewards and the loss."""
 
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
-        """Columns ``prompt``, ``chosen`` and ``rejected``."""
+        """Return the columns ``prompt``, ``chosen`` and ``rejected``."""
         _refuse_columns(self.name, settings.input_column, settings.label_column)
         return as_pairs(rows, source)
 
@@ -90,7 +95,7 @@ class _Pairs(Preference):
         return {"prompt_ids": both[0][0][:start], "chosen_ids": chosen, "rejected_ids": rejected}
 
     def collator(self, processor: Any) -> Callable[[Any], Any]:
-        """All chosen answers, then all rejected ones."""
+        """Return a function that makes a batch: all chosen answers, then all rejected ones."""
 
         def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
             answers = [(row["prompt_ids"], row[name]) for name in ("chosen_ids", "rejected_ids") for row in rows]
@@ -99,7 +104,7 @@ class _Pairs(Preference):
         return collate
 
     def outcome(self, kept: np.ndarray, targets: np.ndarray, labels: list[str]) -> Outcome:
-        """Mean loss; in how many pairs the chosen answer has the higher reward, and by how much on average."""
+        """Return the mean loss, the share of pairs whose chosen answer has the higher reward, and the mean margin."""
         numbers = kept.astype(np.float64)
         chosen, rejected = numbers[:, 0], numbers[:, 1]
         right = int((chosen > rejected).sum())
@@ -118,7 +123,7 @@ class _Pairs(Preference):
     def records(
         self, rows: Dataset, prepared: Dataset, kept: np.ndarray, labels: list[str], processor: Any
     ) -> Iterable[dict[str, Any]]:
-        """Each pair with its margin; its confidence is the probability that the margin gives to the choice."""
+        """Yield each pair with its margin; the confidence is the probability that the margin gives to the choice."""
         texts = zip(*(processor.batch_decode(prepared[f"{name}_ids"][:]) for name in _PARTS), strict=True)
         for (prompt, better, worse), (chosen, rejected, loss, *_) in zip(texts, kept.tolist(), strict=True):
             text = f"{prompt}\nchosen: {better}\nrejected: {worse}"
@@ -134,13 +139,13 @@ class DirectPreference(_Pairs):
     name = "dpo"
 
     def measure(self, batch: dict[str, Tensor], model: LogProbs, reference: LogProbs, beta: float) -> Tensor:
-        """(pairs, 3): the rewards of both answers, and the loss."""
+        """Return (pairs, 3): the rewards of both answers, and the loss."""
         chosen, rejected = (beta * _gain(batch, model, reference)).chunk(2)
         return torch.stack([chosen, rejected, -logsigmoid(chosen - rejected)], dim=-1)
 
 
 class OddsRatioPreference(_Pairs):
-    """ORPO: likelihood of what was chosen, and the odds of the two answers; it has no reference.
+    """ORPO: a loss of the chosen answer's likelihood and the odds of both answers, without a reference.
 
     Rewards are β times the mean log-probability of an answer's tokens.
     """
@@ -149,7 +154,7 @@ class OddsRatioPreference(_Pairs):
     compares = False
 
     def measure(self, batch: dict[str, Tensor], model: LogProbs, reference: LogProbs, beta: float) -> Tensor:
-        """(pairs, 5): the rewards of both answers, the loss by the odds, summed loss and tokens of what was chosen."""
+        """Return (pairs, 5): both rewards, the loss by the odds, and the chosen answer's summed loss and tokens."""
         found = model(batch["input_ids"], batch["attention_mask"])
         counted, there = batch["completion_mask"][:, 1:], batch["attention_mask"][:, 1:]
         chosen, rejected = ((found * counted).sum(-1) / counted.sum(-1)).chunk(2)
@@ -158,7 +163,7 @@ class OddsRatioPreference(_Pairs):
         return torch.stack([beta * chosen, beta * rejected, -beta * logsigmoid(odds), likelihood, tokens], dim=-1)
 
     def collator(self, processor: Any) -> Callable[[Any], Any]:
-        """The same answers under the names that TRL's ORPO reads, too."""
+        """Return a function that makes a batch of pairs, also under the names that TRL's ORPO reads."""
         both = super().collator(processor)
 
         def collate(rows: Any) -> dict[str, Tensor]:
@@ -178,14 +183,14 @@ class OddsRatioPreference(_Pairs):
 class UnpairedPreference(Preference):
     """KTO: single answers, good or bad.
 
-    Its loss sets a reward beside an estimate of the divergence from the reference, which is the mean reward of
-    answers to other prompts: ``KL_completion_ids``. On held-out data the estimate is of all examples at once.
+    The loss compares a reward with an estimate of the divergence from the reference. The estimate is the mean reward
+    of answers to other prompts (``KL_completion_ids``); on held-out data, the mean over all examples.
     """
 
     name = "kto"
 
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
-        """Columns ``prompt``, ``completion`` and ``label``."""
+        """Return the columns ``prompt``, ``completion`` and ``label``."""
         _refuse_columns(self.name, settings.input_column, None)
         return as_singles(rows, one_column("label_column", settings, "label"), source)
 
@@ -197,12 +202,14 @@ class UnpairedPreference(Preference):
         return {"prompt_ids": prompt, "completion_ids": answer, "label": row["label"]}
 
     def prepare(self, rows: Dataset, processor: Any, settings: TrainSettings) -> Dataset:
-        """Each with the answer of its neighbour."""
+        """Return the prepared examples, each with the answer of its neighbour."""
         found = super().prepare(rows, processor, settings)
         return _with_neighbours(found, len(found), settings.max_length)
 
     def training(self, prepared: Dataset, settings: TrainSettings) -> tuple[Dataset, dict[str, float]]:
-        """In an order drawn once, since TRL takes them as they come; neighbours are of the same batch.
+        """Return the examples in random order, each with a neighbour of its batch, and the weights of both kinds.
+
+        The order is drawn here, because TRL takes examples in the given order.
 
         Raises:
             ConfigError: if all answers are good, or all bad.
@@ -215,7 +222,7 @@ class UnpairedPreference(Preference):
             raise ConfigError(f"kto learns from good answers and from bad ones, and all {len(rows)} are {kind}")
         if settings.class_weights == "balanced":
             return rows, {"desirable_weight": len(rows) / (2 * good), "undesirable_weight": len(rows) / (2 * bad)}
-        if not 3 / 4 <= good / bad <= 4 / 3:  # what the paper of KTO advises
+        if not 3 / 4 <= good / bad <= 4 / 3:  # the range that KTO's paper advises
             warnings.warn(
                 f"{good} answers are good and {bad} bad, and each of them counts the same; class_weights=balanced lets "
                 "both kinds count the same",
@@ -224,7 +231,7 @@ class UnpairedPreference(Preference):
         return rows, {}
 
     def collator(self, processor: Any) -> Callable[[Any], Any]:
-        """Answers, and answers of neighbours."""
+        """Return a function that makes a batch of answers, and of the answers of their neighbours."""
 
         def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
             batch = {"label": torch.tensor([row["label"] for row in rows])}
@@ -237,12 +244,12 @@ class UnpairedPreference(Preference):
         return collate
 
     def measure(self, batch: dict[str, Tensor], model: LogProbs, reference: LogProbs, beta: float) -> Tensor:
-        """(examples, 2): the reward, and that of the neighbour's answer."""
+        """Return (examples, 2): the reward of the answer, and the reward of the neighbour's answer."""
         gains = [_gain(batch, model, reference, prefix) for prefix in ("", "KL_")]
         return beta * torch.stack(gains, dim=-1)
 
     def outcome(self, kept: np.ndarray, targets: np.ndarray, labels: list[str]) -> Outcome:
-        """Mean loss; in how many couples of a good and a bad answer the good one has the higher reward."""
+        """Return the mean loss, and the share of couples (good, bad) whose good answer has the higher reward."""
         good = targets.astype(bool)
         reward = kept[:, 0].astype(np.float64)
         chosen, rejected = reward[good], reward[~good]
@@ -259,7 +266,7 @@ class UnpairedPreference(Preference):
     def records(
         self, rows: Dataset, prepared: Dataset, kept: np.ndarray, labels: list[str], processor: Any
     ) -> Iterable[dict[str, Any]]:
-        """Each answer with its reward; its confidence is what the loss lacks to 1."""
+        """Yield each answer with its reward; the confidence is 1 − loss."""
         good = np.array(prepared["label"][:], dtype=bool)
         texts = zip(
             *(processor.batch_decode(prepared[name][:]) for name in ("prompt_ids", "completion_ids")), strict=True
@@ -272,7 +279,7 @@ class UnpairedPreference(Preference):
 
 
 def log_probs(model: Any, ids: Tensor, attention: Tensor) -> Tensor:
-    """Logarithms of the probabilities that a model gives to each token but the first, in float32 (rows, length − 1)."""
+    """Return the log-probabilities that a model gives to each token but the first, in float32 (rows, length − 1)."""
     logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1]
     wanted = ids[:, 1:]
     # row by row: float32 logits of a whole batch would be the most memory that a run takes
@@ -282,13 +289,13 @@ def log_probs(model: Any, ids: Tensor, attention: Tensor) -> Tensor:
 
 
 def _gain(batch: dict[str, Tensor], model: LogProbs, reference: LogProbs, prefix: str = "") -> Tensor:
-    """By how much more probable each answer is to the model than to the reference, as a logarithm (rows)."""
+    """Return log(p / p_ref) of each answer, from the model and the reference (rows)."""
     ids, attention = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"]
     return ((model(ids, attention) - reference(ids, attention)) * batch[f"{prefix}completion_mask"][:, 1:]).sum(-1)
 
 
 def _padded(answers: Sequence[tuple[list[int], list[int]]], padding: int) -> dict[str, Tensor]:
-    """Prompts with their answers, all of one length."""
+    """Return prompts joined to their answers, padded to one length, with the masks of attention and of answers."""
     length = max(len(prompt) + len(answer) for prompt, answer in answers)
 
     def filled(rows: Iterable[list[int]], value: int) -> Tensor:
@@ -302,7 +309,7 @@ def _padded(answers: Sequence[tuple[list[int], list[int]]], padding: int) -> dic
 
 
 def _with_neighbours(rows: Dataset, together: int, length: int) -> Dataset:
-    """Column ``KL_completion_ids``: the answer before in each group of so many, the last for the first of them."""
+    """Add the column ``KL_completion_ids``, the previous answer in each group of ``together`` rows, in a circle."""
     answers = rows["completion_ids"][:]
     groups = [answers[start : start + together] for start in range(0, len(answers), together)]
     before = [answer for group in groups for answer in (group[-1], *group[:-1])]
@@ -312,7 +319,7 @@ def _with_neighbours(rows: Dataset, together: int, length: int) -> Dataset:
 
 
 def _rightness(kept: np.ndarray, good: np.ndarray) -> np.ndarray:
-    """How far each reward is on the right side of the estimated divergence: 0 to 1."""
+    """Return how far each reward is on the right side of the estimated divergence, from 0 to 1."""
     reward, neighbours = kept.astype(np.float64).T
     distance = reward - max(neighbours.mean(), 0.0)
     return _sigmoid(np.where(good, distance, -distance))
@@ -323,7 +330,7 @@ def _sigmoid(value: Any) -> Any:
 
 
 def _log_of_rest(log_share: Tensor) -> Tensor:
-    """log(1 − e^x): of all that an answer is not."""
+    """Return log(1 − e^x), the log-probability of everything but an answer."""
     return torch.log(-torch.expm1(log_share))
 
 

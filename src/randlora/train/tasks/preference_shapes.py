@@ -1,4 +1,4 @@
-"""The shapes in which preferences are published, as pairs or as single answers with a label."""
+"""Conversion of published shapes of preferences to pairs, or to single answers with a label."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SINGLE = ("prompt", "completion", "label")
 
 
 def as_pairs(rows: Dataset, source: str) -> Dataset:
-    """Columns ``prompt``, ``chosen`` and ``rejected``, all of them text or all of them messages.
+    """Return the columns ``prompt``, ``chosen`` and ``rejected``; each row has only text, or only messages.
 
-    Where there is no prompt, and where both answers are whole conversations, it is what the two begin with.
+    Where there is no prompt, or where both answers are whole conversations, the prompt is their common beginning.
 
     Raises:
-        ConfigError: if a column is missing or holds something else, or two answers have no prompt in common.
+        ConfigError: if a column is missing or of another kind, or two answers have no prompt in common.
     """
     answers = PAIR[1:]
     if not set(answers) <= set(rows.column_names):
@@ -40,17 +40,17 @@ def as_pairs(rows: Dataset, source: str) -> Dataset:
 
 
 def as_singles(rows: Dataset, label: str, source: str) -> Dataset:
-    """Columns ``prompt``, ``completion`` and ``label``: whether the completion is a good one.
+    """Return the columns ``prompt``, ``completion`` and ``label``, which is true of a good completion.
 
-    Pairs become two rows each, first all that were chosen.
+    A pair becomes two rows. The rows of all chosen answers come first, then those of all rejected ones.
 
     Args:
         rows: the data.
-        label: its column in the data.
-        source: where the data is from, for messages.
+        label: the column of labels in the data.
+        source: the file, folder or name of the data, for messages.
 
     Raises:
-        ConfigError: if a column is missing or holds something else.
+        ConfigError: if a column is missing or of another kind.
     """
     wanted = (*SINGLE[:2], label)
     if not set(wanted) <= set(rows.column_names):
@@ -93,7 +93,7 @@ def _table(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> Dataset:
 
 
 def _apart(pairs: Dataset) -> Dataset:
-    """Not one beside the other: a completion and its neighbour are to have different prompts."""
+    """Return pairs as single answers, all chosen ones first: neighbours must have different prompts."""
     singles = [(row["prompt"], row[name], name == "chosen") for name in PAIR[1:] for row in pairs]
     return _table(SINGLE, singles)
 
@@ -114,7 +114,7 @@ def _pair(prompt: Said | None, chosen: Said, rejected: Said, row: int, source: s
 
 
 def _said(prompt: Said, answer: Said) -> tuple[Said, Said]:
-    """Both as text, or both as messages."""
+    """Return prompt and answer, both as text or both as messages."""
     if isinstance(prompt, str) == isinstance(answer, str):
         return prompt, answer
     return (
@@ -129,7 +129,8 @@ def _common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 
 def _common_text(one: str, other: str) -> tuple[str, str, str]:
-    """What both begin with, up to a blank, which goes to the answers, as tokens have it."""
+    """Return the common beginning of two texts, up to a blank, and both rests. The blank goes to the rests: in most
+    tokenizers it belongs to the token after it."""
     common = one[: _common_length(one, other)]
     cut = max((place for place, letter in enumerate(common) if letter.isspace()), default=0)
     cut = len(common[:cut].rstrip())

@@ -1,4 +1,4 @@
-"""How the weights of the pretrained model are held while an adapter on them trains."""
+"""The number format of the frozen pretrained weights, beneath the adapter."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from transformers import BitsAndBytesConfig
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
 
-_HEADS = ["classifier", "score", "lm_head"]  # kept whole: heads are new, or read by a softmax
+_HEADS = ["classifier", "score", "lm_head"]  # not quantised: heads are new, or feed a softmax
 
 
 def weights_as(settings: TrainSettings) -> dict[str, Any]:
-    """Arguments of ``from_pretrained``: float32, or codes of 4 or 8 bits.
+    """Return the arguments of ``from_pretrained`` for the weights: float32, or codes of 4 or 8 bits.
 
     Raises:
         ConfigError: if bitsandbytes is not installed.

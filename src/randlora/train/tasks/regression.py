@@ -1,4 +1,4 @@
-"""A number for each text."""
+"""The task of giving a number to a text."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from randlora.train.settings import TrainSettings
 from randlora.train.tasks.base import Baseline, Outcome, one_column, require_column
 from randlora.train.tasks.texts import Texts
 
-_FAR = 10.0  # labels so far from 0 are learnt slowly: a new head starts there
+_FAR = 10.0  # labels so far from 0 are learnt slowly: a new head starts at 0
 
 
 class Regression(Texts):
-    """A number for a text, or for a pair of texts: the loss is the mean squared error."""
+    """Regression on texts, or on pairs of texts; the loss is the mean squared error."""
 
     name = "regression"
     problem_type = "regression"
     metric_names = ("loss", "rmse", "r2", "pearson", "spearman")
 
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
-        """Columns ``text`` and ``label``, of pairs also ``text_pair``; labels are finite numbers."""
+        """Return the columns ``text`` and ``label``, for pairs also ``text_pair``; labels are finite numbers."""
         column = one_column("label_column", settings, "label")
         require_column(rows, column, "label_column", source, lambda one: isinstance(one, Value))
         numbers = [_number(value, row, source) for row, value in enumerate(rows[column])]
         return self.texts(rows, settings, source).add_column("label", numbers)
 
     def labels(self, rows: Dataset) -> list[str]:
-        """The one output."""
+        """Return the name of the single output."""
         return ["label"]
 
     def outcome(self, kept: np.ndarray, targets: np.ndarray, labels: list[str]) -> Outcome:
-        """Root of the mean squared error, share of the variance that is explained, and correlations."""
+        """Return the root of the mean squared error, the explained share of the variance, and the correlations."""
         guessed, wanted = _flat(kept), _flat(targets)
         once = np.ones((1, len(wanted)))
         metrics = {name: float(values[0]) for name, values in _metrics(guessed, wanted, once).items()}
@@ -49,14 +49,14 @@ class Regression(Texts):
         return Outcome({"loss": metrics["rmse"] ** 2, **metrics}, baseline=baseline)
 
     def intervals(self, kept: np.ndarray, targets: np.ndarray) -> dict[str, tuple[float, float]]:
-        """Of all metrics but the loss."""
+        """Return 95% intervals of all metrics but the loss."""
         guessed, wanted = _flat(kept), _flat(targets)
         return bootstrap_intervals(lambda counts: _metrics(guessed, wanted, counts), len(wanted))
 
     def records(
         self, rows: Dataset, prepared: Dataset, kept: np.ndarray, labels: list[str], processor: Any
     ) -> Iterable[dict[str, Any]]:
-        """The number, and the one predicted; the loss is the squared error."""
+        """Yield the number and the prediction of each example; the loss is the squared error."""
         for shown, wanted, guess in zip(self.shown(rows), rows["label"], _flat(kept).tolist(), strict=True):
             yield {**shown, "label": wanted, "predicted": guess, "loss": (guess - wanted) ** 2}
 
@@ -72,12 +72,12 @@ def _number(value: Any, row: int, source: str) -> float:
 
 
 def _flat(values: np.ndarray) -> np.ndarray:
-    """Numbers (examples,) of outputs (examples, 1)."""
+    """Return outputs (examples, 1) as numbers (examples,)."""
     return np.asarray(values, dtype=np.float64).reshape(-1)
 
 
 def _metrics(guessed: np.ndarray, wanted: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Each metric (draws,), of examples that were drawn ``counts`` (draws, examples) times."""
+    """Return each metric (draws,) of examples that were drawn ``counts`` (draws, examples) times."""
     squared = counts @ (guessed - wanted) ** 2
     total = counts.sum(1)
     middle = wanted - (counts @ wanted / total)[:, None]
@@ -91,7 +91,7 @@ def _metrics(guessed: np.ndarray, wanted: np.ndarray, counts: np.ndarray) -> dic
 
 
 def _correlation(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Pearson's, (draws,), of values (draws, examples); 0 where one side does not vary."""
+    """Return Pearson's correlation (draws,) of values (draws, examples); 0 where one side does not vary."""
     total = counts.sum(1, keepdims=True)
     one, other = (values - (counts * values).sum(1, keepdims=True) / total for values in (one, other))
     both = (counts * one * other).sum(1)
@@ -100,7 +100,7 @@ def _correlation(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -> np.n
 
 
 def _ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Rank of each value among those drawn, (draws, examples); equal ones share the mean of theirs."""
+    """Return the rank of each value in each draw (draws, examples); equal values share their mean rank."""
     different, place = np.unique(values, return_inverse=True)
     order = np.argsort(place, kind="stable")
     starts = np.searchsorted(place[order], np.arange(len(different)))

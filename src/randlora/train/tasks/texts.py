@@ -1,4 +1,4 @@
-"""Texts, or pairs of texts, of which each has something to be learnt: what the tasks of that kind share."""
+"""The base class of tasks that learn one target for each text, or for each pair of texts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from randlora.train.tasks.base import Task, from_pretrained, is_text, require_co
 from randlora.train.tasks.quantized import weights_as
 
 PAIR = ["text", "text_pair"]
-"""The columns of pairs, as tokenizers call them."""
+"""The columns of pairs, by the tokenizers' names."""
 
 
 class Texts(Task):
-    """A text, or a pair of texts that the tokenizer joins.
+    """A task on texts, or on pairs of texts that the tokenizer joins.
 
     Attributes:
         problem_type: of the model's config, which chooses the loss.
@@ -30,28 +30,28 @@ class Texts(Task):
     problem_type: ClassVar[str]
 
     def texts(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
-        """Column ``text``, of pairs also ``text_pair``."""
+        """Return the column ``text``; for pairs also ``text_pair``."""
         return renamed(rows, _columns_of_texts(rows, settings, source))
 
     def inputs(self, rows: Dataset, settings: TrainSettings, source: str) -> list[Any]:
-        """Texts; pairs of them as tuples."""
+        """Return the texts; pairs of texts as tuples."""
         columns = [list(rows[name]) for name in _columns_of_texts(rows, settings, source).values()]
         return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
 
     def identities(self, rows: Dataset) -> list[str]:
-        """The texts."""
+        """Return the texts; pairs joined by a tab."""
         return ["\t".join(texts) for texts in zip(*(rows[name] for name in _texts_in(rows)), strict=True)]
 
     def shown(self, rows: Dataset) -> Iterable[dict[str, str]]:
-        """What stands for each example in a list."""
+        """Yield the text, or both texts, of each example, by column."""
         return iter(rows.select_columns(_texts_in(rows)))
 
     def head(self, labels: Any) -> dict[str, Any]:
-        """With the loss of the task."""
+        """Return the arguments for a head for ``labels``, with the loss of the task."""
         return {**super().head(labels), "problem_type": self.problem_type}
 
     def load_model(self, settings: TrainSettings, labels: list[str], processor: Any) -> PreTrainedModel:
-        """With a head for ``labels``."""
+        """Return the pretrained model with a head for ``labels``."""
         model = from_pretrained(
             AutoModelForSequenceClassification, settings, **self.head(labels), **weights_as(settings)
         )
@@ -60,7 +60,7 @@ class Texts(Task):
         return model
 
     def prepare(self, rows: Dataset, processor: Any, settings: TrainSettings) -> Dataset:
-        """Texts as tokens, cut at ``max_length``; of a pair, the longer one."""
+        """Return texts as tokens, cut at ``max_length``; in a pair the longer text is cut first."""
         names = _texts_in(rows)
         return rows.map(
             lambda batch: processor(*(batch[name] for name in names), truncation=True, max_length=settings.max_length),
@@ -69,18 +69,18 @@ class Texts(Task):
         )
 
     def collator(self, processor: Any) -> Callable[[Any], Any]:
-        """Pads to the longest."""
+        """Return a function that pads a batch to its longest text."""
         return DataCollatorWithPadding(processor)
 
 
 def renamed(rows: Dataset, columns: dict[str, str]) -> Dataset:
-    """Only ``columns``, given as names by the task against names in the data."""
+    """Return only the given columns, renamed; ``columns`` maps names of the task to names in the data."""
     rows = rows.select_columns(list(columns.values()))
     return rows.rename_columns({column: name for name, column in columns.items() if column != name})
 
 
 def _columns_of_texts(rows: Dataset, settings: TrainSettings, source: str) -> dict[str, str]:
-    """Columns of the data by the names of the task, checked."""
+    """Return the columns of the data by the names of the task; each column is checked."""
     given = settings.input_column or "text"
     columns = [given] if isinstance(given, str) else given
     for column in columns:

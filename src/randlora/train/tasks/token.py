@@ -1,4 +1,4 @@
-"""A tag for each word of a text."""
+"""The task of giving a tag to each word of a text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from randlora.train.tasks.texts import renamed
 
 
 class TokenClassification(Task):
-    """A tag for each word. The first piece of a word has its tag; the others count for nothing."""
+    """Classification of words. The first piece of a word has the tag; the other pieces have no loss."""
 
     name = "token-classification"
     model_type = "TOKEN_CLS"
@@ -37,7 +37,7 @@ class TokenClassification(Task):
     loss_is_mean = True
 
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
-        """Columns ``tokens`` and ``tags``, lists of one length."""
+        """Return the columns ``tokens`` and ``tags``; both lists of a row have the same length."""
         columns = {
             "tokens": one_column("input_column", settings, "tokens"),
             "tags": one_column("label_column", settings, "tags"),
@@ -53,17 +53,21 @@ class TokenClassification(Task):
         return rows
 
     def inputs(self, rows: Dataset, settings: TrainSettings, source: str) -> list[Any]:
-        """Words, parted by spaces; or a column of texts."""
+        """Return texts: a column of text, or a column of lists of words, joined by spaces."""
         column = one_column("input_column", settings, "tokens" if "tokens" in rows.column_names else "text")
         require_column(rows, column, "input_column", source, lambda one: is_text(one) or is_text(_inner(one)))
         return [text if isinstance(text, str) else " ".join(text) for text in rows[column]]
 
     def identities(self, rows: Dataset) -> list[str]:
-        """The words."""
+        """Return the words of each row, joined by spaces."""
         return [" ".join(tokens) for tokens in rows["tokens"]]
 
     def labels(self, rows: Dataset) -> list[str]:
-        """Names of the tags: of the data, or its values in order."""
+        """Return the names of the tags: those that the data gives, or its values in order.
+
+        Raises:
+            ConfigError: if there are fewer than two tags.
+        """
         inner = _inner(rows.features["tags"])
         if isinstance(inner, ClassLabel):
             return list(inner.names)
@@ -73,14 +77,18 @@ class TokenClassification(Task):
         return [str(tag) for tag in found]
 
     def encode(self, rows: Dataset, labels: list[str]) -> Dataset:
-        """Tags as numbers, by their names."""
+        """Return the rows with tags as numbers, by their names."""
         inner = _inner(rows.features["tags"])
         named = isinstance(inner, ClassLabel)
         numbers = [numbers_of([inner.int2str(tag) for tag in tags] if named else tags, labels) for tags in rows["tags"]]
         return rows.remove_columns("tags").add_column("tags", numbers)
 
     def load_processor(self, settings: TrainSettings) -> Any:
-        """A tokenizer that says of each token from which word it is."""
+        """Return a tokenizer that tells the word of each token.
+
+        Raises:
+            ConfigError: if the model has none.
+        """
         tokenizer = super().load_processor(settings)
         if not tokenizer.is_fast:
             raise ConfigError(
@@ -92,11 +100,11 @@ class TokenClassification(Task):
         return tokenizer
 
     def load_model(self, settings: TrainSettings, labels: list[str], processor: Any) -> PreTrainedModel:
-        """With a head for ``labels``."""
+        """Return the pretrained model with a head for ``labels``."""
         return from_pretrained(AutoModelForTokenClassification, settings, **self.head(labels), **weights_as(settings))
 
     def prepare(self, rows: Dataset, processor: Any, settings: TrainSettings) -> Dataset:
-        """Words as tokens, cut at ``max_length``."""
+        """Return words as tokens, cut at ``max_length``, with a label for the first token of each word."""
 
         def pieces(batch: dict[str, Any]) -> dict[str, Any]:
             found = processor(
@@ -111,11 +119,11 @@ class TokenClassification(Task):
         return rows.map(pieces, batched=True, remove_columns=rows.column_names)
 
     def collator(self, processor: Any) -> Callable[[Any], Any]:
-        """Pads to the longest."""
+        """Return a function that pads a batch to its longest text; padding has no loss."""
         return DataCollatorForTokenClassification(processor, label_pad_token_id=IGNORED)
 
     def outcome(self, kept: np.ndarray, targets: np.ndarray, labels: list[str]) -> Outcome:
-        """Accuracy of tags; and of whole entities, where tags are named as IOB does, precision, recall and F1."""
+        """Return the accuracy of tags; where tags are named as in IOB, also precision, recall and F1 of entities."""
         counted = targets != IGNORED
         shares = log_shares(kept[counted])
         wanted = targets[counted]
@@ -135,7 +143,7 @@ class TokenClassification(Task):
     def records(
         self, rows: Dataset, prepared: Dataset, kept: np.ndarray, labels: list[str], processor: Any
     ) -> Iterable[dict[str, Any]]:
-        """The words, their tags and those predicted; the confidence is that of the least certain."""
+        """Yield the words, the tags and the predicted tags; the confidence is that of the least certain tag."""
         for text, targets, logits in zip(self.identities(rows), prepared["labels"], kept, strict=True):
             counted = [place for place, label in enumerate(targets) if label != IGNORED]
             shares = log_shares(logits[counted])
@@ -153,12 +161,12 @@ class TokenClassification(Task):
 
 
 def first_pieces(words: list[int | None]) -> list[int | None]:
-    """For each token the number of its word if it is that word's first token."""
+    """Return, for each token, the number of its word if the token is the first of that word, else ``None``."""
     return [word if place == 0 or words[place - 1] != word else None for place, word in enumerate(words)]
 
 
 def _inner(feature: Any) -> Any:
-    """What a list holds."""
+    """Return the feature of the elements of a list; ``None`` for other features."""
     return getattr(feature, "feature", None)
 
 
