@@ -1,4 +1,4 @@
-"""Callbacks that end a run early, at Ctrl-C or at a loss that is not finite; and a warning for runs without success."""
+"""Callbacks that end a run early, at Ctrl-C or at a loss that is not finite; a warning for runs that do not learn."""
 
 from __future__ import annotations
 

@@ -258,7 +258,7 @@ def forgetting_of(settings: CompareSettings) -> Forgetting | None:
 
 
 def _claim(folder: Path, settings: CompareSettings, resume: bool) -> None:
-    """Write the settings into the folder; raise if the folder has another comparison, or may not go on."""
+    """Write the settings into the folder; raise if it has another comparison, or this one without ``resume``."""
     file = folder / _SETTINGS
     now = json.loads(settings.model_dump_json())
     if file.is_file():

@@ -90,7 +90,7 @@ def run_demo(output: Path, size: DemoSize | None, seed: int, say: Callable[[str]
     runs: dict[str, dict[str, Any]] = {}
     for number, (name, method) in enumerate(_METHODS.items()):
         say(f"{number + 1} of {len(_METHODS)}: {name}{clock.left(number)} …")
-        shutil.rmtree(output / method / "checkpoints", ignore_errors=True)  # of an earlier demo in this folder
+        shutil.rmtree(output / method / "checkpoints", ignore_errors=True)  # left by an earlier demo in this folder
         runs[name] = train_in_own_process(_settings(method, data, seed, output / method))
     say(f"The saved RandLoRA adapter, loaded in a fresh process, then merged{clock.left(len(_METHODS))} …")
     verification = Verification(**run_python("randlora.train.verify", str(output / "randlora")))

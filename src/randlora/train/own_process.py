@@ -27,7 +27,7 @@ def train_in_own_process(settings: TrainSettings, offline: bool = True) -> dict[
 
     Args:
         settings: settings of the run.
-        offline: whether the hub is not needed.
+        offline: whether to forbid access to the hub.
 
     Raises:
         RandLoraError: if the run fails.
@@ -58,7 +58,7 @@ def run_python(module: str, *arguments: str, offline: bool = True) -> dict[str, 
             process.send_signal(signal.SIGINT)
             try:
                 process.wait()
-            finally:  # a second Ctrl-C
+            finally:  # after a second Ctrl-C, too
                 process.kill()
             raise
     if process.returncode != 0:

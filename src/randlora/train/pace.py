@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 BATCH = 32
-SECONDS = 480.0  # of the ten minutes: the rest is for a machine that gets busier
+SECONDS = 480.0  # the rest of the ten minutes is for a machine that gets busier
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Clock:
     """The time left for all parts of a task, in words.
 
     Args:
-        expected: seconds of each part, or numbers in proportion to them.
+        expected: seconds of each part, or numbers in proportion to the seconds.
         exact: whether ``expected`` is in seconds, so that the time left is known before the first part has ended.
     """
 

@@ -17,7 +17,7 @@ from randlora.train.rewards import Rewards
 from randlora.train.settings import TrainSettings
 from randlora.train.tasks.preference import Preference
 
-_COPY = "ref"  # TRL's name of the adapter that it compares a trained one with
+_COPY = "ref"  # TRL's name of the adapter that serves as reference
 
 
 def require_trl(task: str) -> None:
@@ -58,7 +58,7 @@ def preference_trainer(settings: TrainSettings, task: Preference, output: Path, 
                 arguments,
                 beta=settings.preference_beta,
                 max_length=settings.max_length,
-                per_device_eval_batch_size=settings.batch_size,  # of a pair, two answers
+                per_device_eval_batch_size=settings.batch_size,  # not twice as many: a pair has two answers
                 remove_unused_columns=False,  # the collator makes the model's inputs of them
                 **weights,
             ),
@@ -66,9 +66,9 @@ def preference_trainer(settings: TrainSettings, task: Preference, output: Path, 
     except ValueError as error:
         raise ConfigError(f"task={task.name!r}: {error}") from error
     trainer.preference = task
-    if adapted and _COPY in model.peft_config:  # equal to the base model before training
+    if adapted and _COPY in model.peft_config:  # an untrained copy equals the base model
         model.delete_adapter(_COPY)
-    for name, values in trained.items():  # TRL rounds them to bfloat16 where the base model is in codes
+    for name, values in trained.items():  # TRL rounds adapters to bfloat16 if the base model is quantised
         model.get_parameter(name).data = values
     return trainer
 

@@ -78,7 +78,7 @@ class CostInLines(TrainerCallback):
         self._pace = Pace(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Write a line, if ``seconds`` have passed."""
+        """Write a line, if ``seconds`` have passed or the line is always due."""
         if state.is_world_process_zero and (text := evaluation_text(logs, state) or self._step_text(logs, state)):
             print(text, file=sys.stderr, flush=True)
 

@@ -70,8 +70,8 @@ def publish(
         path: folder of a run or of an adapter.
         repo_id: ``user/name``; created if it does not exist.
         private: whether a new repository is private.
-        licence: for the card, such as "apache-2.0".
-        message: of the commit.
+        licence: licence on the card, such as "apache-2.0".
+        message: message of the commit.
         upload: whether to upload; if false, only the card is made, and no file is written.
 
     Raises:

@@ -95,7 +95,7 @@ def resolve(settings: TrainSettings) -> Resolved:
         raise ConfigError(f"best={settings.best!r}: {settings.task} measures {', '.join(task.metric_names)}")
     data = load_data(settings)
     processor = task.load_processor(settings)
-    set_seed(settings.seed)  # the head's initial weights
+    set_seed(settings.seed)  # for the initial weights of the head
     model = task.load_model(settings, data.labels, processor)
     if getattr(model, "_hf_peft_config_loaded", False):  # an adapter on the hub
         _refuse_adapter(settings.model)
@@ -139,7 +139,7 @@ def _train(run: Resolved, checkpoint: Path | None, output: Path) -> TrainResult:
     try:
         _take_steps(trainer, checkpoint)
         warn_unless_learned(trainer.state, settings.peak_learning_rate)
-        folder = _save_result(trainer, run, output)  # before the evaluation, which may fail for want of memory
+        folder = _save_result(trainer, run, output)  # before the evaluation, which may run out of memory
         metrics = _evaluate(trainer, prepared, run, output)
     finally:
         close_trackers(trainer)
@@ -160,7 +160,7 @@ def _train(run: Resolved, checkpoint: Path | None, output: Path) -> TrainResult:
 
 
 def _refuse_adapter(model: str) -> None:
-    """Raise for an adapter as base model: Transformers would load it into its own base, untrained and never saved."""
+    """Raise for an adapter as model: Transformers would load the adapter too, but neither train nor save it."""
     raise ConfigError(
         f"model={model!r} is an adapter: merge it first, `randlora merge {model} merged`, and train on the "
         "merged model, which is then the reference of preferences"

@@ -32,8 +32,8 @@ from randlora.train.split import keep_split
 
 MOST = 7  # rates of a search: three decades
 _RATE = FloatDistribution(1e-9, 1e3, log=True)
-_LEAST_STEPS = 20  # of a run of a search, if the run itself has as many
-_SHARE = 5  # a run of `learning_rate: auto`'s search has this part of the run's steps
+_LEAST_STEPS = 20  # of a run of a search, or all steps of a shorter run
+_SHARE = 5  # steps of the run by steps of each run of its search
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 

@@ -115,7 +115,7 @@ class Stream:
         known = Features({name: kind for name, kind in self.features.items() if kind != Value("null")})
         try:
             return Dataset.from_list([{name: row.get(name) for name in known} for row in block], features=known)
-        except Exception as error:  # of pyarrow
+        except Exception as error:  # pyarrow raises many kinds
             raise ConfigError(f"{self.source!r} has rows of another kind than its first ones: {error}") from None
 
     def _telling(self, column: str) -> Dataset:
@@ -139,7 +139,8 @@ class Stream:
 class Prepared(IterableDataset[Row]):
     """The examples of a stream, for the Trainer: pass after pass without an end.
 
-    The Trainer counts all steps on a stream as one epoch. When a run goes on, it skips examples from the beginning.
+    The Trainer counts all steps on a stream as one epoch. When a run goes on, the Trainer skips examples from the
+    beginning.
     """
 
     def __init__(self, stream: Stream, processor: Any) -> None:

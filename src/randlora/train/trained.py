@@ -226,7 +226,7 @@ def task_of(place: Place, base: str) -> TaskName:
 
 
 def _labels(folder: Path, run_folder: Path | None, run: TrainSettings | None, base: str) -> tuple[str, ...]:
-    """Return the names of the labels: those of the run's model, of its data or of the base model; else numbers."""
+    """Return the names of the labels: those of the run's model, of its data or of the model's config; else numbers."""
     if run_folder is not None and (known := label_names(folder)) is not None:
         return known
     count = head_size(folder)
@@ -234,7 +234,7 @@ def _labels(folder: Path, run_folder: Path | None, run: TrainSettings | None, ba
         try:
             return tuple(load_data(run).labels)
         except ConfigError:
-            pass  # the data is elsewhere now
+            pass  # the data may be gone
     names = model_config(base).id2label or {}
     if count in (None, len(names)):
         return tuple(str(names[number]) for number in sorted(names))

@@ -16,8 +16,8 @@ def balanced_loss(labels: Sequence[int], count: int) -> Callable[..., Tensor]:
     Evaluations are not weighted, so that their losses can be compared with those of other runs.
 
     Args:
-        labels: of the training data.
-        count: K.
+        labels: labels of the training data, as numbers.
+        count: number of labels, K.
     """
     found = torch.bincount(torch.as_tensor(labels), minlength=count)
     weights = len(labels) / (found.count_nonzero() * found.clamp(min=1)).float()
@@ -27,7 +27,7 @@ def balanced_loss(labels: Sequence[int], count: int) -> Callable[..., Tensor]:
         each = functional.cross_entropy(logits, targets, reduction="none")
         if torch.is_grad_enabled():
             each = each * weights.to(each.device)[targets]
-        # the items of all forward passes that make one step
+        # num_items_in_batch counts the items of all forward passes of a step
         return each.mean() if num_items_in_batch is None else each.sum() / num_items_in_batch
 
     return loss
@@ -40,7 +40,7 @@ def balanced_decisions(labels: Sequence[Sequence[int]], count: int) -> Callable[
     label and examples without it have the same total weight. A label of no example has the weight 1.
 
     Args:
-        labels: of each example of the training data.
+        labels: labels of each example of the training data, as numbers.
         count: number of labels.
     """
     flat = torch.tensor([label for given in labels for label in given], dtype=torch.long)

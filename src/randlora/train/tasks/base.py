@@ -25,8 +25,8 @@ class Baseline:
     """The metrics of the best constant answer, on the same examples.
 
     Attributes:
-        answer: in words, such as "always saying the mean, 3.2".
-        metrics: by name; the first decides whether a model is better.
+        answer: the answer in words, such as "always saying the mean, 3.2".
+        metrics: metrics by name; the first decides whether a model is better.
     """
 
     answer: str
@@ -38,9 +38,9 @@ class Outcome:
     """The metrics and counts of a model on data.
 
     Attributes:
-        metrics: by name; ``loss`` among them.
+        metrics: metrics by name, ``loss`` among them.
         tokens: number of tokens that the metrics count; 0 where they count examples.
-        correct: number of examples, or of tokens, with the right label; ``None`` where answers are not right or wrong.
+        correct: number of examples, or of tokens, with the right label; ``None`` where answers may be partly right.
         by_label: for each label, the number of examples or tokens that have the label, and the number of these found.
         confusion: for each label, how many of its examples were given each label; empty for tags.
         baseline: the best constant answer, where that is not the most frequent label.
@@ -90,7 +90,7 @@ class Task(ABC):
         name: the value of ``TrainSettings.task``.
         model_type: key of the model's class in ``tuner.base_model``; PEFT's task type where PEFT has one.
         input_column: name of the input, in the data by default and always in the result of ``read``.
-        label_column: likewise of the label; empty where the input is its own label.
+        label_column: name of the label, likewise; empty where the input is its own label.
         metric_names: names of the metrics that ``outcome`` returns.
         loss_is_mean: whether the model's loss is a mean over examples, so that accumulated losses are averaged.
         counts_tokens: whether inputs are tokens.
@@ -222,8 +222,8 @@ def require_column(rows: Dataset, column: str, setting: str, source: str, fits: 
 
     Args:
         rows: the data.
-        column: its name.
-        setting: the setting that names another one.
+        column: name of the column.
+        setting: setting that names another column.
         source: the file, folder or name of the data, for the message.
         fits: returns whether a feature is of the right kind.
 
@@ -249,7 +249,7 @@ def one_column(setting: str, settings: TrainSettings, default: str) -> str:
 
     Args:
         setting: ``input_column`` or ``label_column``.
-        settings: of the run.
+        settings: settings of the run.
         default: the name if the settings give none.
 
     Raises:

@@ -173,7 +173,7 @@ def _conversation(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[
         after = templated(messages[: turn + 1], tokenizer)
         if not (text.startswith(after) and after.startswith(before)):
             raise ConfigError(_REWRITES)
-        # a blank at the end of the prompt may be one token with the first word of the answer
+        # a blank at the end of the prompt may be in one token with the answer's first word
         start, end = (_shared(ids, tokens_of(one, tokenizer)) for one in (before, after))
         labels[start:end] = ids[start:end]
     return ids, labels
@@ -189,7 +189,7 @@ def templated(messages: Said, tokenizer: Any, **arguments: Any) -> str:
         return ""
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
-    except Exception as error:  # jinja's errors, and those that templates raise themselves
+    except Exception as error:  # errors of Jinja, and errors that templates raise
         raise ConfigError(f"the chat template cannot write {messages!r:.200}: {error}") from error
 
 

@@ -134,7 +134,7 @@ _PARTS = ("prompt", "chosen", "rejected")
 
 
 class DirectPreference(_Pairs):
-    """DPO."""
+    """DPO: a loss of the margin between the rewards of both answers."""
 
     name = "dpo"
 
@@ -181,7 +181,7 @@ class OddsRatioPreference(_Pairs):
 
 
 class UnpairedPreference(Preference):
-    """KTO: single answers, good or bad.
+    """KTO: training on single answers, good or bad.
 
     The loss compares a reward with an estimate of the divergence from the reference. The estimate is the mean reward
     of answers to other prompts (``KL_completion_ids``); on held-out data, the mean over all examples.
@@ -255,7 +255,7 @@ class UnpairedPreference(Preference):
         chosen, rejected = reward[good], reward[~good]
         metrics = {"loss": float(np.mean(1 - _rightness(kept, good)))}
         if len(chosen) and len(rejected):
-            below = np.searchsorted(np.sort(rejected), chosen)  # strictly
+            below = np.searchsorted(np.sort(rejected), chosen)  # equal rewards count as wrong
             metrics["rewards/accuracies"] = float(below.mean() / len(rejected))
             metrics["rewards/margins"] = float(chosen.mean() - rejected.mean())
         metrics |= {

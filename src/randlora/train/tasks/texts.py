@@ -20,7 +20,7 @@ class Texts(Task):
     """A task on texts, or on pairs of texts that the tokenizer joins.
 
     Attributes:
-        problem_type: of the model's config, which chooses the loss.
+        problem_type: value in the model's config that selects the loss.
     """
 
     model_type = "SEQ_CLS"
