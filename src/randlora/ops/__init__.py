@@ -1,1 +1,1 @@
-"""The method itself: tensors in, tensors out. Nothing here knows peft or transformers."""
+"""The method itself: tensors in, tensors out. No file here imports peft or transformers."""

@@ -1,11 +1,11 @@
 """Products on bfloat16 matrix units that keep float32's precision.
 
 Dense bases are bfloat16 numbers. A float32 matrix is exactly the sum of three bfloat16 matrices, so that its product
-with a basis is three bfloat16 products, accumulated in float32: nothing is rounded that a float32 product would keep,
-and matrix units (AMX, on CPU) do them in about half the time of one float32 product.
+with a basis is three bfloat16 products, accumulated in float32. They lose nothing that a float32 product would keep,
+and matrix units (AMX, on CPU) take about half the time of one float32 product.
 
-And a sum of two bfloat16 products can be rounded once, where two layers would round twice and lose any update that is
-smaller than half a unit of the base layer's output.
+A sum of two bfloat16 products can also be rounded once. Two layers would round twice, and lose any update smaller than
+half a unit of the base layer's output.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor
 
 from randlora.ops.gpu import availability
 
-_PIECES = 3  # of 8 bits each: the 24 of float32
+_PIECES = 3  # of 8 bits each, for the 24 bits of float32
 _BLOCK = 1024  # rows or columns that are split at a time, so that the pieces stay in a core's cache
 _ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112  # of the CBLAS interface
 
 
 def split_mm(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
-    """``a @ b (+ base)`` in float32, where one factor is float32 and the other a frozen bfloat16 matrix.
+    """Return ``a @ b (+ base)`` in float32, where one factor is float32 and the other a frozen bfloat16 matrix.
 
     Args:
         a: (i, k).
@@ -38,7 +38,7 @@ def split_mm(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
 
 
 def sum_of_products(pairs: list[tuple[Tensor, Tensor]], bias: Tensor | None, addend: Tensor | None = None) -> Tensor:
-    """``Σ a @ b + bias + addend`` in the half-precision dtype of the pairs, rounded once.
+    """Return ``Σ a @ b + bias + addend`` in the half-precision dtype of the pairs, rounded once.
 
     Args:
         pairs: one or two of (i, k) and (k, j), of equal i and j.
@@ -112,7 +112,7 @@ def _rounded_sum(a: Tensor, b: Tensor, c: Tensor | None, d: Tensor | None, adden
 
 @torch.library.impl("randlora::rounded_sum", "CUDA")
 def _rounded_sum_on_gpu(a: Tensor, b: Tensor, c: Tensor | None, d: Tensor | None, addend: Tensor | None) -> Tensor:
-    """For compiled code."""
+    """Return the sum from the kernel, for compiled code, which does not call the kernel itself."""
     return availability.loaded().rounded_sum(a, b, c, d, addend)
 
 
@@ -127,11 +127,11 @@ def _(a: Tensor, b: Tensor, c: Tensor | None, d: Tensor | None, addend: Tensor |
 
 
 class BySample(torch.autograd.Function):
-    """A function whose vmap runs it once per sample."""
+    """An autograd function whose ``vmap`` calls it once for each sample."""
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-        """Outputs of all samples, stacked."""
+        """Return the outputs of all samples, stacked."""
         samples = [
             [v if d is None else v.select(d, i) for v, d in zip(inputs, in_dims, strict=True)]
             for i in range(info.batch_size)
@@ -173,17 +173,17 @@ class _RoundedSum(BySample):
 
 
 def call(function: type[BySample], op: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """The op alone where nobody differentiates or maps it, which spares the bookkeeping."""
+    """Return the output of ``function``, or of ``op`` without bookkeeping if nothing differentiates or maps it."""
     return op(*inputs) if torch.compiler.is_compiling() or not is_watched() else function.apply(*inputs)
 
 
 def is_watched() -> bool:
-    """Whether operations of this moment may be differentiated or mapped."""
+    """Return whether operations may be differentiated or mapped now."""
     return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
 def _pieces(values: Tensor) -> list[Tensor]:
-    """Bfloat16 matrices whose sum is the float32 ``values``."""
+    """Return bfloat16 matrices whose sum is the float32 ``values``."""
     pieces = []
     rest = values
     for _ in range(_PIECES):
@@ -194,21 +194,21 @@ def _pieces(values: Tensor) -> list[Tensor]:
 
 
 def _start(base: Tensor | None, rows: int, columns: int) -> Tensor:
-    """A row-major float32 matrix to write to: a copy of ``base``, or one without values."""
+    """Return a row-major float32 matrix to write to: a copy of ``base``, or an uninitialised matrix."""
     if base is None:
-        return torch.empty(rows, columns, dtype=torch.float32, device="cpu")  # whatever the defaults are
+        return torch.empty(rows, columns, dtype=torch.float32, device="cpu")  # not torch's default device
     return base.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _blas_ready(matrix: Tensor) -> Tensor:
-    """The matrix itself where BLAS can read it, as most views can be, else a copy."""
+    """Return the matrix itself if BLAS can read it, as it can most views, else a copy."""
     rows, columns = matrix.stride()
     fits = (columns == 1 and rows >= matrix.shape[1]) or (rows == 1 and columns >= matrix.shape[0])
     return matrix if fits else matrix.contiguous()
 
 
 def _gemm_into(out: Tensor, a: Tensor, b: Tensor, adds: bool) -> None:
-    """``out = a @ b``, or ``+=``, for a row-major float32 ``out`` and bfloat16 matrices that BLAS can read."""
+    """Compute ``out = a @ b``, or ``+=``, for a row-major float32 ``out`` and bfloat16 matrices that BLAS can read."""
     gemm = _gemm()
     assert gemm is not None
     (i, k), j = a.shape, b.shape[1]
@@ -222,7 +222,7 @@ def _gemm_into(out: Tensor, a: Tensor, b: Tensor, adds: bool) -> None:
 
 
 def _order(matrix: Tensor) -> tuple[int, int]:
-    """The CBLAS flag and leading dimension of a matrix."""
+    """Return the CBLAS flag and the leading dimension of a matrix."""
     rows, columns = matrix.stride()
     if columns == 1 and rows >= matrix.shape[1]:
         return _PLAIN, rows
@@ -231,7 +231,7 @@ def _order(matrix: Tensor) -> tuple[int, int]:
 
 @cache
 def _gemm() -> Callable[..., None] | None:
-    """``cblas_gemm_bf16bf16f32`` of the BLAS that torch brings along; ``None`` where it brings none that has it."""
+    """Return ``cblas_gemm_bf16bf16f32`` of torch's own BLAS; ``None`` if that BLAS lacks the function."""
     for library in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
         try:
             gemm = ctypes.CDLL(str(library)).cblas_gemm_bf16bf16f32
@@ -260,7 +260,7 @@ available: bool = _available()
 
 
 def _is_slow(name: str) -> bool:
-    """Whether the CPU has nothing for torch's products of that dtype: those of float32 are up to fifty times faster."""
+    """Return whether the CPU lacks instructions for products in a dtype: float32 is up to fifty times faster then."""
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
     return supported is not None and not supported()
 
@@ -269,7 +269,7 @@ _slow: dict[torch.dtype, bool] = {torch.bfloat16: _is_slow("bf16"), torch.float1
 
 
 def _in_blocks(dtype: torch.dtype) -> bool:
-    """Whether sums of products on CPU are formed in float32, block by block, and not by torch's own products."""
+    """Return whether sums of products on CPU are formed in float32, block by block, not by torch's own products."""
     return _slow[dtype] or (dtype == torch.bfloat16 and available)
 
 
@@ -277,5 +277,5 @@ _SMALLEST = 1 << 20  # entries of a basis below which splitting costs more than 
 
 
 def splits(entries: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of ``dtype`` should read a basis of that many entries as bfloat16."""
+    """Return whether products in ``dtype`` should read a basis of that many entries as bfloat16."""
     return available and dtype == torch.float32 and device.type == "cpu" and entries >= _SMALLEST

@@ -15,23 +15,23 @@ from randlora.ops.units import in_units
 
 _PER_BYTE = 4
 _AS_ONE = {1: torch.int32, 2: torch.int64, 4: torch.complex128}
-"""By the size of a number in bytes: a dtype in which four of them are copied as one, several times faster."""
+"""Dtypes in which four numbers are copied as one, several times faster, by the size of a number in bytes."""
 
 
 def bytes_of(columns: int) -> int:
-    """Bytes that so many numbers of a row take."""
+    """Return the number of bytes for a row of so many numbers."""
     return -(-columns // _PER_BYTE)
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Bytes (rows, ⌈columns / 4⌉), uint8, of the numbers −1, 0 and 1 in ``codes`` (rows, columns), int8."""
+    """Return the numbers −1, 0 and 1 in ``codes`` (rows, columns), int8, as bytes (rows, ⌈columns / 4⌉), uint8."""
     filled = F.pad(codes + 1, (0, -codes.shape[1] % _PER_BYTE)).to(torch.uint8)
     first, second, third, fourth = (filled[:, place::_PER_BYTE] for place in range(_PER_BYTE))
     return first | second << 2 | third << 4 | fourth << 6
 
 
 def unpack(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """The first ``columns`` numbers of each row of ``packed`` (..., bytes), in ``dtype`` and its unit."""
+    """Return the first ``columns`` numbers of each row of ``packed`` (..., bytes), in ``dtype`` and its unit."""
     return torch.ops.randlora.unpack(packed, columns, dtype)
 
 
@@ -53,7 +53,7 @@ def _(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
 
 @cache
 def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The four numbers of each byte, side by side."""
+    """Return the four numbers of each byte, side by side."""
     with torch.inference_mode(False):
         shifts = 2 * torch.arange(_PER_BYTE, device=device)
         numbers = in_units((torch.arange(256, device=device).unsqueeze(1) >> shifts & 3) - 1, dtype)  # (256, 4)

@@ -12,7 +12,7 @@ from randlora.ops.bf16 import BySample, call
 
 BLOCK = 256  # tokens, or columns of a dense matrix
 
-with warnings.catch_warnings():  # torch says once that its CSR tensors are young
+with warnings.catch_warnings():  # torch warns once that its CSR tensors are in beta
     warnings.simplefilter("ignore", UserWarning)
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
@@ -52,7 +52,7 @@ def compress(matrix: Tensor) -> Csr:
 
 
 def padded_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return columns (r, P) and values (r, P) of the non-zeros of each row, P ≥ 1 the most that a row has."""
+    """Return columns (r, P) and values (r, P) of each row's non-zeros; P ≥ 1 is the largest number of them in a row."""
     present = matrix != 0
     width = max(int(present.sum(1).max()), 1) if matrix.numel() else 1
     # the columns of non-zeros first, in their order
@@ -65,7 +65,7 @@ def places_of(columns: Tensor, dtype: torch.dtype, min_dim: int) -> Csr:
     flat = columns.flatten()
     offsets = torch.cat([flat.new_zeros(1), torch.bincount(flat, minlength=min_dim).cumsum(0)])
     order, every = torch.argsort(flat, stable=True), torch.arange(flat.numel() + 1, device=flat.device)
-    ones = torch.ones(flat.numel(), dtype=dtype, device=flat.device)  # twice: Dynamo takes no tensor in two places
+    ones = torch.ones(flat.numel(), dtype=dtype, device=flat.device)  # cloned: Dynamo takes no tensor twice
     return Csr(offsets.int(), order.int(), ones, every.int(), flat.int(), ones.clone())
 
 
@@ -76,7 +76,7 @@ def _compressed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return offsets.int(), columns.int(), matrix[rows, columns]
 
 
-# The transpose comes along because the gradient needs it.
+# The gradient needs the transpose.
 torch.library.define(
     "randlora::csr_mm",
     "(Tensor rows, Tensor columns, Tensor values, Tensor t_rows, Tensor t_columns, Tensor t_values,"
@@ -107,7 +107,7 @@ def _csr_mm(
         source, target = matrix[:, start : start + BLOCK], out[:, start : start + BLOCK]
         if base is None or adds:
             torch.addmm(target, sparse, source, beta=int(adds), out=target)
-        else:  # MKL does not write transposed, but a block that is still in the cache is soon turned
+        else:  # MKL does not write transposed, but transposing a block in the cache is fast
             block = target.new_empty(target.shape)
             torch.addmm(block, sparse, source, beta=0, out=block)
             target.T.add_(block.T)
@@ -127,7 +127,7 @@ def _start(rows: Tensor, matrix: Tensor, base: Tensor | None) -> Tensor:
 
 
 def _padded(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Return an empty matrix whose blocks of columns do not fall into a few cache lines, as at multiples of 64."""
+    """Return an empty matrix whose rows are padded at multiples of 64, where a column would use few cache lines."""
     step = columns + 8 if columns > BLOCK and columns % 64 == 0 else columns
     return like.new_empty_strided((rows, columns), (max(step, 1), 1))
 

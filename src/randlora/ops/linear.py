@@ -2,7 +2,7 @@
 
 Names follow the paper: A (r, m) and B (M, q) are the frozen bases with q = n·r, Ã = (s·λ)·A·γ of shape (q, m), and
 ΔW = B Ã, transposed where out < in. Only x, λ, γ (and references to the frozen A, B, W) are kept for the backward;
-Ã and ΔW are temporaries of one call. ``naive.py`` is the plain twin.
+Ã and ΔW are temporaries of one call. ``naive.py`` computes the same plainly.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def adapted_linear(
 ) -> Tensor:  # (..., out)
     """Return x (W + ΔW)ᵀ + bias, or x ΔWᵀ alone where no ``weight`` is given, in the dtype of x.
 
-    Differentiable in x, λ, γ and bias, any number of times; ``weight`` is taken as frozen. ``update`` is ΔW where
-    the caller holds it already: then it serves output and dx. Without a ``plan``, the cheapest exact way of
-    computing is chosen (``plan.choose``).
+    The output is differentiable in x, λ, γ and bias, any number of times; ``weight`` is taken as frozen. A caller that
+    has ΔW already passes it as ``update``, for output and dx. Without a ``plan``, the call takes the cheapest exact
+    one (``plan.choose``).
     """
     if plan is None:
         fusible = weight is not None and fuses(x.dtype, weight.dtype)
@@ -57,7 +57,7 @@ def prepared_linear(
     bias: Tensor | None = None,  # (out,)
     update: Tensor | None = None,  # (out, in)
 ) -> Tensor:  # (..., out)
-    """Return what :func:`adapted_linear` does, for a call of which all else is prepared."""
+    """Return the output of :func:`adapted_linear`, for a prepared call."""
     stochastic = rounding._stochastic and weight is not None and rounding.is_stochastic(x.dtype, weight.dtype)
     seed = rounding.new_seed(x.device) if stochastic else None
     plain = _is_plain_autograd()
@@ -66,7 +66,7 @@ def prepared_linear(
     ):
         if plain:
             return _apply(unwrap_if_dead(x), lam, gamma, weight, bias, seed, (prepared, update))
-    elif plain or torch.compiler.is_compiling():  # nobody differentiates or maps: the bookkeeping is spared
+    elif plain or torch.compiler.is_compiling():  # neither differentiated nor mapped: needs no bookkeeping
         return _output(x, prepared, lam, gamma, weight, bias, update, seed)
     operands = prepared.operands
     shape = _Shape(type(operands), operands.static(), prepared.plan, prepared.out_features)
@@ -81,7 +81,7 @@ def problem_of(
     fusible: bool,
     input_needs_grad: bool = True,
 ) -> Problem:
-    """Return what the planner has to know of a call."""
+    """Return the description of a call from which the planner chooses."""
     return Problem(tokens, out_features, in_features, operands.costs(tokens), fusible, input_needs_grad)
 
 
@@ -91,7 +91,7 @@ def can_fuse(compute: torch.dtype, weight: torch.dtype) -> bool:
 
 
 def fuses(compute: torch.dtype, weight: torch.dtype) -> bool:
-    """Return whether a call may form W + ΔW: exactly, or rounded stochastically where that was asked for."""
+    """Return whether a call may form W + ΔW: exactly, or, on request, rounded stochastically."""
     return can_fuse(compute, weight) or rounding.is_stochastic(compute, weight)
 
 
@@ -110,7 +110,7 @@ def with_update(
     update: Tensor,  # (out, in)
     bias: Tensor | None = None,  # (out,)
 ) -> Tensor:  # (..., out)
-    """Return x (W + ΔW)ᵀ + bias for a ΔW that is at hand, in float32 or wider.
+    """Return x (W + ΔW)ᵀ + bias for a given ΔW, in float32 or wider.
 
     For few tokens two products cost less than forming the sum.
     """
@@ -120,19 +120,19 @@ def with_update(
 
 
 def _undifferentiated(update: Tensor | None) -> Tensor | None:
-    """A kept update in the backward: of no use where dx will be differentiated, in λ and γ too."""
+    """Return a kept update for the backward; ``None`` in a double backward, which differentiates dx in λ and γ."""
     return None if torch.is_grad_enabled() else update
 
 
 def _is_plain_autograd() -> bool:
-    """Whether nothing but eager autograd may be at work: no compiler, no transform, no forward mode."""
+    """Return whether at most eager autograd is active: no compiler, no transform, no forward mode."""
     if torch.compiler.is_compiling():
         return False
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
 class _Shape(NamedTuple):
-    """A prepared call whose operands are given tensor by tensor."""
+    """A prepared call without its operands' tensors, which are passed one by one."""
 
     kind: type[Operands]
     static: tuple[Any, ...]
@@ -145,7 +145,7 @@ class _Shape(NamedTuple):
 
 
 class _Adapted(torch.autograd.Function):
-    """The function in eager autograd: without ``setup_context``, for which torch binds signatures at each call."""
+    """The function for eager autograd. It lacks ``setup_context``, for which torch binds a signature at each call."""
 
     @staticmethod
     def forward(
@@ -159,7 +159,7 @@ class _Adapted(torch.autograd.Function):
         rest: tuple[Prepared, Tensor | None],
     ) -> Tensor:
         ctx.save_for_backward(x, lam, gamma, weight, seed)
-        # checkpointing counts what is saved above, and finds an update held when it computes again that was not before
+        # not saved with the tensors: checkpointing counts those, and its second forward may find a newly held update
         ctx.rest, ctx.bias_dtype = rest, None if bias is None else bias.dtype
         prepared, update = rest
         return _output(x, prepared, lam, gamma, weight, bias, update, seed)
@@ -173,13 +173,13 @@ class _Adapted(torch.autograd.Function):
 
 
 _apply = super(torch.autograd.Function, _Adapted).apply
-"""``_Adapted.apply`` as it goes on where nothing transforms: after it has looked for that and at each argument."""
+"""``_Adapted.apply`` without its search for transforms and its pass over the arguments."""
 unwrap_if_dead = torch._C._functorch.unwrap_if_dead
-"""What a transform has let out of it, as a plain tensor."""
+"""Unwrapping of a tensor that has outlived its transform."""
 
 
 class _Transformable(torch.autograd.Function):
-    """The same for compilers and torch's function transforms, which have to see every tensor."""
+    """The function for compilers and torch's function transforms, which have to see every tensor."""
 
     generate_vmap_rule = True
 
@@ -252,7 +252,7 @@ def _gradients(
     bias_dtype: torch.dtype | None,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """dx, dλ, dγ, nothing for the weight, and the gradient of the bias."""
+    """Return dx, dλ, dγ, ``None`` for the weight, and the gradient of the bias."""
     if autocasts(grad.device.type):
         with without_autocast(grad.device.type):
             saved = (x, lam, gamma, weight, update, seed)
@@ -267,7 +267,7 @@ def _gradients(
     projected = None
     if plan.grad_basis == "weight":
         d_lam, d_gamma = operands.from_weight(u.T @ v, lam, gamma)
-    else:  # where dy is projected, dx needs the same
+    else:  # dx needs the same projection of dy
         shares = by_plan and not wide and plan.grad_input == "token"
         projected, d_lam, d_gamma = operands.from_tokens(u, v, lam, gamma, scaled if shares else None)
         projected = projected if shares else None
@@ -289,7 +289,7 @@ def _rows(x: Tensor) -> Tensor:  # (..., k) -> (T, k)
 
 
 def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, which takes as long as a small product also where there is nothing to do."""
+    """Return ``tensor.to(dtype)``, skipping the call if it has nothing to do: it takes as long as a small product."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -298,7 +298,7 @@ def _oriented(update: Tensor, wide: bool) -> Tensor:  # (M, m) <-> (out, in)
 
 
 def _beside(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Beside:
-    """The product of ``rows`` with the base layer's matrix, in the dtype of the rows."""
+    """Return the product of ``rows`` with the base layer's matrix, in the dtype of the rows."""
     return Beside(rows, _in(matrix, rows.dtype), None if bias is None else _in(bias, rows.dtype))
 
 
@@ -311,7 +311,7 @@ def _times_update(
     beside: Beside | None,
     projected: Any = None,
 ) -> Tensor:
-    """Rows times ΔW and the base weight: (T, m) to (T, M), or ``to_narrow`` (T, M) to (T, m)."""
+    """Return rows times ΔW and the base weight: (T, m) to (T, M), or ``to_narrow`` (T, M) to (T, m)."""
     if way != "token":
         update = operands.weight(scaled)
         return operands.times(rows, update if to_narrow else update.T, beside)

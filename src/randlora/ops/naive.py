@@ -1,4 +1,4 @@
-"""The formula of RandLoRA as a loop: the judge of everything else in this folder."""
+"""The formula of RandLoRA as a loop: the reference for all other files of this folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def delta_weight(
     """Return ΔW = scaling · Σ_b B_b diag(λ_b) A diag(γ_b), transposed where out < in (paper, section 4.2).
 
     PEFT flattens B over (n, r) and the scaled A over (r, n) before it multiplies them, so that column k of B_b is
-    column k·n + b of the flattened B. Files mean the same to both only if this pairing is kept.
+    column k·n + b of the flattened B. With this pairing, PEFT and this library read the same update from a file.
     """
     r, n = lam.shape
     m, M = min(out_features, in_features), max(out_features, in_features)

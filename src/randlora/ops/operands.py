@@ -1,8 +1,8 @@
-"""One layer's frozen factors as it multiplies with them: the protocol of every kind of basis.
+"""One layer's frozen factors in the form that its products read: the protocol of every kind of basis.
 
 Names follow the formula: ``v`` (T, m) are activations on the side of the layer that is m = min(out, in) wide, ``u``
 (T, M) those on the side that is M wide. Ã = λ·A·γ, as a matrix (q, m), and ΔW = B Ã, (M, m). A kind may keep Ã in
-whatever form it likes (its non-zeros, its blocks, λ and γ alone); only the kind looks into it.
+any form (its non-zeros, its blocks, λ and γ alone), which only the kind itself reads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Sizes(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """The base layer's product, which is added to that of the update.
+    """The base layer's product, which is added to the update's.
 
     Attributes:
         rows: (T, k).
@@ -55,8 +55,8 @@ class Beside(NamedTuple):
 class Operands(Protocol):
     """A layer's slices of A and B, for products in one dtype on one device.
 
-    All results are in that dtype, but for dλ and dγ, which are in float32 or wider. All methods consist of operations
-    that torch differentiates and maps.
+    Results are in that dtype, except dλ and dγ, which are in float32 or wider. Methods use only operations that torch
+    can differentiate and map.
     """
 
     @property
@@ -65,29 +65,29 @@ class Operands(Protocol):
 
     @property
     def unit(self) -> float:
-        """The unit in which B stands: A, or λ, is to be divided by it."""
+        """The factor that the entries of B contain, by which A or λ has to be divided."""
 
     def scaled_by(self, scaling: float) -> Operands:
-        """Return the operands of an update that is multiplied by ``scaling``, B's unit made up for: A is, and wide."""
+        """Return the operands with ``scaling`` / ``unit`` multiplied into A, which becomes float32 or wider."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return all tensors, for a compiler or a transform that has to see each one."""
 
     def static(self) -> tuple[Any, ...]:
-        """Return everything else that ``of`` needs: plain hashable values."""
+        """Return the further arguments of ``of``: plain hashable values."""
 
     @classmethod
     def of(cls, tensors: tuple[Tensor, ...], static: tuple[Any, ...]) -> Operands:
         """Return the operands that gave ``tensors()`` and ``static()``."""
 
     def ready(self) -> Operands:
-        """Return the operands with all that is packed unpacked, for the time of one call."""
+        """Return the operands with packed numbers unpacked, for one call."""
 
     def costs(self, tokens: int) -> Costs:
         """Return the costs of the products for so many tokens."""
 
     def scaled(self, lam: Tensor, gamma: Tensor) -> Any:
-        """Return Ã = λ·A·γ for λ (r, n) and γ (n, m), the scaling being part of A, or of λ, here and below."""
+        """Return Ã = λ·A·γ for λ (r, n) and γ (n, m). Here and below, A or λ includes the scaling."""
 
     def weight(self, scaled: Any, base: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
         """Return B Ã (+ base), (M, m), in the memory order of the base; with a seed, rounded stochastically."""
@@ -99,7 +99,7 @@ class Operands(Protocol):
         """Return v Ãᵀ Bᵀ (+ the base layer's product), (T, m) to (T, M)."""
 
     def project(self, u: Tensor, scaled: Any) -> Any:
-        """Return u B, or as much of u B Ã as the kind computes at once; for ``narrow``."""
+        """Return u B, or a further step towards u B Ã, depending on the kind; the input of ``narrow``."""
 
     def narrow(self, projected: Any, scaled: Any, beside: Beside | None) -> Tensor:
         """Return u B Ã (+ the base layer's product), (T, M) to (T, m)."""
@@ -107,10 +107,13 @@ class Operands(Protocol):
     def from_tokens(
         self, u: Tensor, v: Tensor, lam: Tensor, gamma: Tensor, scaled: Any = None
     ) -> tuple[Any, Tensor, Tensor]:
-        """Return ``project(u)``, dλ and dγ, of dÃ = (u B)ᵀ v. Without ``scaled`` the first is of no use."""
+        """Return ``project(u)``, dλ and dγ, from dÃ = (u B)ᵀ v.
+
+        Without ``scaled``, the projection may be ``None``.
+        """
 
     def from_weight(self, d_weight: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """Return dλ (r, n) and dγ (n, m), of dÃ = Bᵀ dW for dW (M, m)."""
+        """Return dλ (r, n) and dγ (n, m) from dÃ = Bᵀ dW for dW (M, m)."""
 
 
 def product(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:

@@ -1,10 +1,10 @@
-"""Which way to compute the update is cheapest: arithmetic on shapes, no timing.
+"""The choice of the cheapest way to compute the update, by arithmetic on shapes, without timing.
 
-Counted are multiply-adds per layer, with T tokens, m = min(out, in), M = max(out, in) and q = n·r ≥ m, each weighted
-with what one of its kind costs beside one of a plain matrix product (``Rates``). Those of the products with the bases
-come from the operands (``Costs``), since each kind of basis has its own. The base layer's own T·M·m forward,
-and T·M·m backward where the input needs a gradient, are common to all plans and left out, except that "fused" spares
-the second product (``docs/design.md``, section 2.1).
+Costs are multiply-adds per layer, for T tokens, m = min(out, in), M = max(out, in) and q = n·r ≥ m. Each is weighted
+with its cost relative to a multiply-add of a plain matrix product (``Rates``). Costs of the products with the bases
+come from the operands (``Costs``), since each kind of basis has its own. The base layer's own T·M·m forward, and
+T·M·m backward if the input needs a gradient, are common to all plans and left out; but "fused" saves the second product
+(``docs/design.md``, section 2.1).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ Way = Literal["token", "weight", "fused"]
 """token: (x Ãᵀ) Bᵀ. weight: x ΔWᵀ beside x Wᵀ. fused: x (W + ΔW)ᵀ, for base weights of float32 or wider."""
 
 BasisWay = Literal["token", "weight"]
-"""How dÃ is computed: from dy B, or from dW."""
+"""Ways to compute dÃ. token: from dy B. weight: from dW."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one call computes its output and its gradients; any combination is exact.
+    """The ways in which one call computes its output and its gradients; any combination is exact.
 
     Attributes:
-        output: y.
-        grad_input: dx.
-        grad_basis: dÃ, from which dλ and dγ follow; "weight" takes it from dW.
+        output: way to compute y.
+        grad_input: way to compute dx.
+        grad_basis: way to compute dÃ, from which dλ and dγ follow.
     """
 
     output: Way
@@ -42,19 +42,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class Rates:
-    """What one step of each kind costs, in multiply-adds of a plain matrix product.
+    """The cost of one step of each kind, in multiply-adds of a plain matrix product.
 
     The defaults were measured on a server CPU (``gpu_rates`` on a GPU); ``randlora.calibrate`` measures them for the
     machine at hand.
 
     Attributes:
         split: a multiply-add of an exact product with a bfloat16 basis.
-        sparse: a multiply-add of a product that skips zeros, for each one that it does.
-        element: what an element of the weight costs apart from the products (copying W, splitting, adding).
-        element_sparse: the same where the products skip zeros.
-        element_structured: the same of structured bases, which have ΔW without a product.
-        sparse_tokens: up to how many tokens products that skip zeros, which run in float32, cost less than plain ones
-            in half precision.
+        sparse: a multiply-add with a non-zero, in a product that skips zeros.
+        element: an element of the weight, apart from the products (copying W, splitting, adding).
+        element_sparse: an element of the weight, with products that skip zeros.
+        element_structured: an element of the weight, with structured bases, which form ΔW without a product.
+        sparse_tokens: the number of tokens up to which products that skip zeros, in float32, cost less than plain
+            products in half precision.
     """
 
     split: float = 0.85
@@ -69,16 +69,16 @@ Products = Literal["plain", "split", "sparse", "structured"]
 
 
 class Costs(NamedTuple):
-    """What the products of one call cost, in multiply-adds of a plain matrix product; the operands say it.
+    """The costs of one call's products, in multiply-adds of a plain matrix product, as the operands give them.
 
     Attributes:
-        products: how products with B are computed: "plain", "split" (exact, of a bfloat16 B), "sparse" or
-            "structured" (by groups).
-        through_A: T rows between m and q features.
-        through_B: T rows between q and M features.
-        weight: B Ã, or Bᵀ dW.
-        element: each element of the weight, apart from the products.
-        factors: one pass over Ã and B, which few tokens do not hide.
+        products: the way of products with B: "plain", "split" (exact, of a bfloat16 B), "sparse" or "structured" (by
+            groups).
+        through_A: the product of T rows between m and q features.
+        through_B: the product of T rows between q and M features.
+        weight: the product B Ã, or Bᵀ dW.
+        element: an element of the weight, apart from the products.
+        factors: one pass over Ã and B, which matters with few tokens.
     """
 
     products: Products
@@ -91,14 +91,14 @@ class Costs(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """What the cost of one call depends on.
+    """A call, as far as its cost depends on it.
 
     Attributes:
         tokens: T, rows of the flattened input.
         out_features: rows of the weight.
         in_features: columns of the weight.
-        costs: of the products with the bases.
-        can_fuse: the base weight is at hand in the dtype of the product, which is float32 or float64.
+        costs: costs of the products with the bases.
+        can_fuse: whether the call may form W + ΔW.
         input_needs_grad: whether the backward has to produce dx.
     """
 
@@ -149,10 +149,10 @@ def step_cost(problem: Problem) -> float:
 
 
 def choose(problem: Problem) -> Plan:
-    """The cheapest plan for ``problem``, or the forced one."""
+    """Return the cheapest plan for ``problem``, or the forced one."""
     if _forced is not None:
         return _allowed(_forced, problem)
-    # a compiler traces the arithmetic; else it is done once for each shape
+    # a compiler traces the arithmetic and cannot cache
     return _cheapest(problem) if torch.compiler.is_compiling() else _remembered(problem)
 
 
@@ -186,7 +186,7 @@ def sum_cost(problem: Problem) -> float:
 
 @contextmanager
 def force(plan: Plan) -> Iterator[None]:
-    """Within this context every call takes ``plan`` ("weight" where "fused" would be wrong).
+    """Make every call within this context take ``plan``, but "weight" for "fused" where W + ΔW may not be formed.
 
     The gradients' ways are fixed when the forward runs.
     """
@@ -204,7 +204,7 @@ def forced() -> Plan | None:
 
 
 def set_rates(new: Rates, device: str | torch.device = "cpu") -> None:
-    """Makes ``choose`` count with the rates of another machine, for calls on devices of that type."""
+    """Set the rates with which ``choose`` counts calls on devices of that type."""
     global rates, gpu_rates  # noqa: PLW0603 - as above
     if torch.device(device).type == "cuda":
         gpu_rates = new
@@ -219,13 +219,13 @@ def rates_on(device: torch.device) -> Rates:
 
 rates = Rates()
 gpu_rates = Rates(element=270.0, element_structured=270.0)
-"""On an NVIDIA GPU: an H100 does 403 T multiply-adds in bf16 while it moves 3.005 TB, 270 for two bytes."""
+"""Rates on an NVIDIA GPU: an H100 does 403 T multiply-adds in bf16 while it moves 3.005 TB, 270 for two bytes."""
 _BASIS_WAYS: tuple[BasisWay, ...] = ("token", "weight")
 _forced: Plan | None = None
 
 
 def _update_cost(problem: Problem, fused: bool) -> float:
-    """x ΔWᵀ, by way of ΔW."""
+    """Return the cost of x ΔWᵀ with ΔW formed."""
     formed = problem.costs.weight + problem.costs.element * problem.elements
     return formed + (0 if fused else problem.tokens * problem.elements)
 

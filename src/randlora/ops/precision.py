@@ -1,4 +1,4 @@
-"""In which dtype products are computed: autocast's, the input's, or that of their operands."""
+"""The dtype of products: autocast's, the input's, or that of their operands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 WIDE = (torch.float32, torch.float64)
 """The dtypes in which W + ΔW keeps small updates."""
 
-_autocasts: dict[str, bool] = {}  # by type of device; a plain value, since not every Dynamo traces the question
+_autocasts: dict[str, bool] = {}  # by type of device; plain values, since not every Dynamo traces torch's check
 
 
 def has_autocast(device_type: str) -> bool:

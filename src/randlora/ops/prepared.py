@@ -1,6 +1,6 @@
-"""All of a call that depends neither on x nor on λ and γ, prepared once for calls that are alike.
+"""The part of a call that depends neither on x nor on λ and γ, prepared once for calls that are alike.
 
-With few tokens, host time decides: slices of the bases, their costs and the plan take longer than the products.
+With few tokens, the host limits the speed: slices of the bases, their costs and the plan take longer than the products.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from randlora.ops.gpu import availability
 from randlora.ops.operands import Operands
 from randlora.ops.plan import Plan
 
-_MOST = 256  # of a layer: lengths of sequences may be many
+_MOST = 256  # calls of a layer, since inputs may have many lengths
 
 
 class Prepared(NamedTuple):
-    """A call, prepared.
+    """A prepared call.
 
     Attributes:
         operands: the layer's slices of the bases, scaled.
-        plan: how output and gradients are computed.
-        out_features: of the layer.
+        plan: the ways in which output and gradients are computed.
+        out_features: rows of the layer's weight.
     """
 
     operands: Operands
@@ -34,15 +34,15 @@ class Prepared(NamedTuple):
 class PreparedCalls:
     """The prepared calls of one layer.
 
-    A call is served while it would be prepared in the same way: for the same key, from the same basis, under the same
-    settings of the process. These are compared as objects, which are held here.
+    A call is found again as long as it would be prepared in the same way: for the same key, from the same basis, under
+    the same settings of the process. The basis and the settings are compared as objects, and kept here.
     """
 
     def __init__(self) -> None:
         self._calls: dict[Hashable, tuple[Prepared, tuple[Any, ...]]] = {}
 
     def get(self, key: Hashable, basis: Basis | AwaitedBasis) -> Prepared | None:
-        """Return the call for ``key``, an adapter and all of an input that counts, if it is there."""
+        """Return the call for ``key``, or ``None``; the key names an adapter and the properties of an input."""
         found = self._calls.get(key)
         return found[0] if found is not None and found[1] == _made_from(basis) else None
 
@@ -54,7 +54,7 @@ class PreparedCalls:
         return prepared
 
     def clear(self) -> None:
-        """Let all calls go."""
+        """Release all calls."""
         self._calls.clear()
 
     def __deepcopy__(self, memo: dict[int, object]) -> PreparedCalls:
@@ -65,5 +65,5 @@ class PreparedCalls:
 
 
 def _made_from(basis: Basis | AwaitedBasis) -> tuple[Any, ...]:
-    """All that a call is prepared from besides its key: the basis and the settings of the process."""
+    """Return the basis and the settings of the process, from which a call is prepared besides its key."""
     return basis, plan.rates, plan.gpu_rates, plan._forced, availability._enabled, rounding._stochastic

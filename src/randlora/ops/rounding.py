@@ -1,8 +1,8 @@
 """Stochastic rounding of W + ΔW to bfloat16, which keeps small updates on average: opt-in.
 
-A sum in bfloat16 rounds to W wherever ΔW is under half an ulp. Rounded up with the probability of its place between
-its two neighbours, it is right on average, and one product with W + ΔW does for both. The noise of a single call is
-that of bfloat16 itself.
+Rounded to nearest, W + ΔW in bfloat16 is W wherever ΔW is under half an ulp. Rounded up with the probability of its
+place between its two neighbours, the sum is right on average, and one product with W + ΔW replaces two. The noise of
+a single call is as large as bfloat16's own rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _stochastic = False
 def set_stochastic_rounding(enabled: bool) -> None:
     """Set whether training on a bfloat16 base may form W + ΔW, rounded stochastically, where that is cheaper.
 
-    Off unless set, for the process. Off, W and ΔW are separate products whose sum is rounded once.
+    The setting is for the process, and off by default: W and ΔW are then separate products whose sum is rounded once.
     """
     global _stochastic  # noqa: PLW0603 - a plain global is what torch.compile can guard on
     _stochastic = enabled
@@ -35,7 +35,7 @@ def is_stochastic(compute: torch.dtype, weight: torch.dtype) -> bool:
 
 
 def new_seed(device: torch.device) -> Tensor:
-    """Return a seed of shape (1,), int32, drawn where it is used, so that replayed CUDA graphs draw new ones."""
+    """Return a seed of shape (1,), int32, drawn on ``device``, so that replayed CUDA graphs draw new seeds."""
     return torch.randint(2**31 - 1, (1,), dtype=torch.int32, device=device)
 
 
@@ -50,8 +50,8 @@ def stochastic_sum(update: Tensor, base: Tensor, seed: Tensor) -> Tensor:
 def stochastic(total: Tensor, seed: Tensor) -> Tensor:
     """Return the float32 ``total`` (i, j) in bfloat16, each entry one of its two neighbours and right on average.
 
-    Random bits are a hash of the entry's number in row-major order and of the ``seed``; added to the bits that
-    bfloat16 lacks, they carry into those that it has just as often as the value's place asks for.
+    Random bits are a hash of the entry's number in row-major order and of the ``seed``. They are added to the bits that
+    bfloat16 lacks, and carry into the others with the probability of the value's place between its neighbours.
     """
     counter = torch.arange(total.numel(), device=total.device).view(total.shape)
     noise = _mixed(_mixed(counter) ^ seed.long()) & 0xFFFF
@@ -60,7 +60,7 @@ def stochastic(total: Tensor, seed: Tensor) -> Tensor:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Return MurmurHash3's finaliser of 32-bit numbers, in int64, where products wrap around alike."""
+    """Return MurmurHash3's finaliser of 32-bit numbers, in int64, where the low bits of products are the same."""
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
     return x ^ (x >> 16)

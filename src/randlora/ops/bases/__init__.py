@@ -1,6 +1,6 @@
-"""The frozen bases A and B: which numbers they are, how they are kept and shared, and the operands of each kind.
+"""The frozen bases A and B: their numbers, their storage and sharing, and the operands of each kind.
 
-A new kind is one file here, with a place in ``KINDS``, and in ``BasisFields`` if an adapter's config asks for it.
+A new kind is one file here with an entry in ``KINDS``. Fields of an adapter's config for it go into ``BasisFields``.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ def choices_of(config: Mapping[str, Any]) -> list[str]:
 
 
 def basis_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of ``values`` that are fields of an adapter's config for its bases."""
+    """Return the part of ``values`` whose names are fields of an adapter's config for its bases."""
     names = {name for kind in KINDS.values() for name in (*kind.flags, *kind.values, *kind.options)}
     return {name: value for name, value in values.items() if name in names}
 

@@ -1,4 +1,4 @@
-"""Bases as layers and adapters share them: drawn once, known by their numbers, verified by a fingerprint."""
+"""Bases that layers and adapters share: drawn once, identified by their numbers, verified by a fingerprint."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _MOST_SCALED = 64  # copies of A, each as small as γ of a layer
 class Basis:
     """One pair of frozen bases, shared by all layers and adapters that use the same numbers.
 
-    A basis is no part of any module: nothing broadcasts, shards, casts or copies it. Nor may anything write into it,
-    which would change every adapter: users are given copies.
+    A basis is not part of any module, so that nothing broadcasts, shards, casts or copies it. A write into it would
+    change every adapter, so that users get copies.
 
     Args:
-        stored: the numbers in the form in which their kind keeps them.
+        stored: the numbers, in the form of their kind.
         spec: the definition from which the numbers were drawn; ``None`` for numbers that came from a file.
     """
 
@@ -63,39 +63,39 @@ class Basis:
 
     @property
     def factor(self) -> float:
-        """What ΔW is to be multiplied with where ``operands`` gives bare codes."""
+        """The factor of ΔW that ``operands`` leaves out."""
         return self.stored.factors[0] * self.stored.factors[1]
 
     def operands(self, device: torch.device, dtype: torch.dtype, sizes: Sizes, tokens: int | None = None) -> Operands:
         """Return a layer's slices for products in ``dtype`` on ``device``, without ``factor``.
 
-        Whatever has to be made for them is made once and kept. ``tokens`` chooses between forms of which one is
-        better for few tokens; ``None`` stands for many.
+        Forms of the bases are made once and kept. ``tokens`` chooses between a form for few tokens and one for many;
+        ``None`` means many.
         """
         return self.stored.operands(device, dtype, sizes, tokens)
 
     def scaled_operands(
         self, device: torch.device, dtype: torch.dtype, sizes: Sizes, tokens: int, scaling: float
     ) -> Operands:
-        """Return ``operands`` for an update multiplied by ``scaling`` and ``factor``, of which A has taken over both.
+        """Return ``operands`` with ``scaling`` and ``factor`` multiplied into A.
 
-        Layers that are scaled alike share it.
+        Layers of equal sizes and scaling share this A.
         """
         operands, scaling = self.operands(device, dtype, sizes, tokens), scaling * self.factor
-        # compilers may have a symbol in the place of a scaling, and fuse the product into others
+        # a compiler may have a symbol for the scaling, which is no key, and fuses the product
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return operands.scaled_by(scaling)
         key = (device, dtype, sizes, type(operands), scaling)
         return self._scaled.get(key, lambda: operands.scaled_by(scaling))
 
     def lookup(self, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> RowOperands:
-        """Return a layer's slices as they are stored, for layers that read a few rows of ΔW, without ``factor``."""
+        """Return a layer's slices in their stored form, without ``factor``, for layers that read a few rows of ΔW."""
         return self.stored.lookup(device, dtype, sizes)
 
     def tensors(self, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None) -> tuple[Tensor, Tensor]:
         """Return copies of A (r, m) and B (M, n·r) on ``device`` in ``dtype``, as plain numbers.
 
-        They are those of a layer of these sizes, or of the largest.
+        The sizes are those of a layer; by default, of the largest.
         """
         return self.stored.tensors(device, dtype, sizes)
 
@@ -124,7 +124,7 @@ class Basis:
         return self._fingerprint
 
     def same_numbers(self, A: Tensor, B: Tensor) -> bool:
-        """Whether A (r, 1, m) and B (M, n, r) begin with exactly these numbers."""
+        """Return whether A (r, 1, m) and B (M, n, r) begin with exactly the numbers of this basis."""
         if A.ndim != 3 or B.ndim != 3 or A.shape[0] != self.rank or A.shape[2] < self.min_dim:
             return False
         if B.shape[0] < self.max_dim or B.shape[1] < self.num_bases or B.shape[2] != self.rank:
@@ -133,7 +133,7 @@ class Basis:
         return all(_equal(mine, their) for mine, their in zip(self.projections(), theirs, strict=True))
 
     def gives_as(self, other: Basis, sizes: Sizes) -> bool:
-        """Whether a layer of these sizes reads the same numbers here and there."""
+        """Return whether a layer of these sizes reads the same numbers from this basis and from ``other``."""
         if self is other:
             return True
         if (self.rank, self.factor) != (other.rank, other.factor):
@@ -142,7 +142,7 @@ class Basis:
         return type(mine) is type(theirs) and all(map(torch.equal, mine.tensors(), theirs.tensors()))
 
     def covers(self, rank: int, min_dim: int, max_dim: int) -> bool:
-        """Whether a layer of that rank and those dimensions finds its slices here."""
+        """Return whether the basis has the slices of a layer of that rank and those dimensions."""
         return self.rank == rank and self.min_dim >= min_dim and self.max_dim >= max_dim
 
     def __deepcopy__(self, memo: dict[int, object]) -> Basis:
@@ -155,7 +155,7 @@ class Basis:
 
 
 class AwaitedBasis:
-    """Stands where an adapter's bases must come from its file, until the file has been read.
+    """A placeholder for bases that must come from an adapter's file, until the file has been read.
 
     Args:
         expected: fingerprint that the adapter's config records.
@@ -167,7 +167,7 @@ class AwaitedBasis:
         self._drawn = drawn
 
     def error(self) -> BasisMismatchError:
-        """What to raise when the bases are needed and the file did not hold them."""
+        """Return the error for bases that are needed but were not in the file."""
         return BasisMismatchError(
             f"the adapter was trained with bases of fingerprint {self.fingerprint}, but its key and the sizes of this "
             f"model define bases of fingerprint {self._drawn}, and no projections were loaded. Load the adapter onto "
@@ -181,8 +181,8 @@ _live_lock = threading.Lock()
 
 
 def get_basis(spec: BasisSpec) -> Basis:
-    """The bases that ``spec`` defines; drawn once and shared for as long as anything uses them."""
-    # bases must serve training too, wherever they were first asked for
+    """Return the bases that ``spec`` defines, drawn once and shared as long as they are in use."""
+    # bases first made in inference mode must serve training too
     with _live_lock, torch.inference_mode(False):
         basis = _live.get(spec)
         if basis is None:
@@ -191,12 +191,12 @@ def get_basis(spec: BasisSpec) -> Basis:
 
 
 def basis_from_projections(A: Tensor, B: Tensor) -> Basis:
-    """Bases that a file brought along: A (r, 1, m) and B (M, n, r), floating point.
+    """Return bases from the tensors of a file: A (r, 1, m) and B (M, n, r), floating point.
 
-    Kept in bfloat16 or float16 where that loses nothing, else as they are. Equal numbers are shared.
+    They are kept in bfloat16 or float16 if that loses nothing, else in their own dtype. Equal numbers are shared.
 
     Raises:
-        BasisMismatchError: if the shapes do not belong together.
+        BasisMismatchError: if the shapes do not match, or the numbers are not floating point.
     """
     if A.ndim != 3 or B.ndim != 3 or A.shape[1] != 1 or A.shape[0] != B.shape[2] or not A.is_floating_point():
         raise BasisMismatchError(
@@ -215,13 +215,13 @@ def basis_from_projections(A: Tensor, B: Tensor) -> Basis:
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
-    """Equal as numbers, whatever the dtypes."""
+    """Return whether tensors of any dtypes are equal as numbers."""
     dtype = torch.promote_types(first.dtype, second.dtype)
     return torch.equal(first.to(dtype), second.to("cpu", dtype))
 
 
 def _little_endian(tensor: Tensor) -> bytes:
-    """The tensor's bytes in little-endian order."""
+    """Return the tensor's bytes in little-endian order."""
     if tensor.element_size() == 2:
         return tensor.contiguous().view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
     array = tensor.contiguous().numpy()

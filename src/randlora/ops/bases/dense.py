@@ -1,4 +1,4 @@
-"""Dense bases: PEFT's default, and the matrices with which they are multiplied."""
+"""Dense bases, PEFT's default, and their products as matrices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from randlora.ops.plan import Costs, Rates
 from randlora.ops.precision import at_least_float32
 from randlora.ops.units import in_units, unit
 
-_IN_CACHE = 1 << 17  # numbers of a temporary that stays in a core's cache
+_IN_CACHE = 1 << 17  # most numbers of a temporary that stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ class Dense:
 
     @classmethod
     def faults(cls, config: Any) -> list[str]:
-        """Return none: a config has no fields for dense bases."""
+        """Return an empty list: a config has no fields for dense bases."""
         return []
 
     def remark(self, rank: int) -> str:
-        """Return nothing."""
+        """Return an empty string."""
         return ""
 
     def draw(self, spec: BasisSpec) -> DenseStored:
-        """Return A, then one block (M, 1, r) of B per base, of which only the used part is kept."""
+        """Return the used part of A, drawn first, and of B, drawn as one block (M, 1, r) for each base."""
         r, M, n = spec.rank, spec.max_dim, spec.num_bases
         used_M, used_n = spec.used_max_dim, spec.used_num_bases
         drawn = words(spec.key, iter([r * spec.min_dim] + [M * r] * n))
@@ -69,7 +69,7 @@ class Dense:
         return DenseStored(a, b)
 
     def unfilled(self, spec: BasisSpec) -> DenseStored:
-        """Return matrices of these sizes without particular numbers."""
+        """Return uninitialised matrices of these sizes."""
         return unfilled_matrices(spec)
 
     def nbytes(self, spec: BasisSpec) -> int:
@@ -83,7 +83,7 @@ class Dense:
 
 
 class DenseStored:
-    """Floating point bases: those that were drawn in bfloat16, those of a file in whatever dtype holds them.
+    """Floating point bases: in bfloat16 where drawn, in any dtype where read from a file.
 
     Args:
         a: A (r, m).
@@ -101,7 +101,7 @@ class DenseStored:
         self.forms = Forms()
 
     def operands(self, device: torch.device, dtype: torch.dtype, sizes: Sizes, tokens: int | None) -> DenseBases:
-        """Return a layer's slices: cast once for a device and dtype, or as they are where products can read that."""
+        """Return a layer's slices, cast once for a device and dtype, or uncast bfloat16 if products can read it."""
         columns = sizes.num_bases * self.rank
         if self.b.dtype == torch.bfloat16 and bf16.splits(self.b.numel(), device, dtype):
             return self.lookup(device, dtype, sizes)
@@ -109,7 +109,7 @@ class DenseStored:
         return DenseBases(A[:, None, : sizes.min_dim], B[: sizes.max_dim, :columns], dtype)
 
     def lookup(self, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> DenseBases:
-        """Return a layer's slices as they are stored."""
+        """Return a layer's slices in their stored dtype."""
         A, B = self._on(device, None)
         return DenseBases(A[:, None, : sizes.min_dim], B[: sizes.max_dim, : sizes.num_bases * self.rank], dtype)
 
@@ -131,7 +131,7 @@ class DenseStored:
         return [self.a, self.b, *(tensor for form in self.forms for tensor in form)]
 
     def _on(self, device: torch.device, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-        """A and B whole, cast or, for ``None``, as they are stored."""
+        """Return all of A and B, cast to ``dtype``, or in their stored dtype for ``None``."""
         if device.type == "meta":
             return on_meta(self.a, dtype), on_meta(self.b, dtype)
 
@@ -143,16 +143,16 @@ class DenseStored:
 
 
 class DenseBases(NamedTuple):
-    """Bases as matrices. B is in one of three dtypes.
+    """Bases as matrices.
 
-    That of the products; or bfloat16 for products in float32, which are exact (``bf16.py``); or ternary codes, which
-    ``ready`` unpacks. For products in float16, B stands in its unit (``units.py``). Products are BLAS's on every
-    device; on a GPU, kernels take the steps between them (``gpu/``).
+    B is in the dtype of the products; or in bfloat16 for products in float32, which are exact (``bf16.py``); or in
+    ternary codes, which ``ready`` unpacks. For products in float16, B is multiplied by its unit (``units.py``). BLAS
+    computes the products on every device; on a GPU, kernels compute the steps between them (``gpu/``).
 
     Attributes:
         A: (r, 1, m); codes are int8.
         B: (M, q), over (n, r); codes are four to a byte (``codes.py``).
-        dtype: of the products.
+        dtype: dtype of the products.
     """
 
     A: Tensor
@@ -175,7 +175,7 @@ class DenseBases(NamedTuple):
 
     @property
     def unit(self) -> float:
-        """The unit in which B stands."""
+        """The factor that the entries of B contain (``units.py``)."""
         return unit(self.dtype)
 
     def scaled_by(self, scaling: float) -> DenseBases:
@@ -202,7 +202,7 @@ class DenseBases(NamedTuple):
         if not A.dtype == lam.dtype == self.dtype:
             A = A.to(torch.promote_types(lam.dtype, self.dtype))
         scaled = torch.mul(lam.unsqueeze(-1), A)
-        # fresh memory of this size can cost more than what is written to it
+        # allocating memory of this size can cost more than writing to it
         scaled = (scaled * gamma if bf16.is_watched() else scaled.mul_(gamma)).flatten(0, 1)
         return scaled if scaled.dtype == self.dtype else scaled.to(self.dtype)
 
@@ -252,25 +252,25 @@ class DenseBases(NamedTuple):
 
     @property
     def _columns(self) -> int:
-        """Q = n·r with n = ceil(m / r)."""
+        """q = n·r with n = ceil(m / r)."""
         rank, _, min_dim = self.A.shape
         return -(-min_dim // rank) * rank
 
     @property
     def _splits(self) -> bool:
-        """Whether products read B as bfloat16, without rounding anything."""
+        """Whether exact products in float32 read B as bfloat16."""
         if self.B.is_floating_point():
             return self.B.dtype == torch.bfloat16 and self.dtype == torch.float32
         return bf16.splits(self.B.shape[0] * self._columns, self.B.device, self.dtype)
 
     def _numbers(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of B as numbers, in ``dtype`` and its unit."""
+        """Return rows of B as numbers, in ``dtype`` and its unit."""
         if stored.is_floating_point():
             return in_units(stored, dtype)
         return codes.unpack(stored, self._columns, dtype)
 
     def _gradients(self, d_scaled: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """dλ (r, n) and dγ (n, m) from dÃ, which is read once; summed in the wider of the dtypes."""
+        """Return dλ (r, n) and dγ (n, m) from dÃ, which is read once, summed in the wider of the dtypes."""
         kernels = availability.kernels(self.dtype, d_scaled, self.A, lam, gamma)
         if kernels is not None:
             return kernels.scaling_gradients(d_scaled.unsqueeze(0), self.A, lam, gamma)
@@ -279,7 +279,7 @@ class DenseBases(NamedTuple):
             return (weighted * gamma).sum(-1), (weighted * lam.unsqueeze(-1)).sum(0)
         dtype = torch.promote_types(lam.dtype, d_scaled.dtype)
         lam, gamma = lam.to(dtype), gamma.to(dtype)
-        # a GPU has no such cache, and compilers fuse the whole
+        # in one block on a GPU, which has no such cache
         step = max(_IN_CACHE // max(gamma.numel(), 1), 1) if d_scaled.device.type == "cpu" else max(lam.shape[0], 1)
         d_lam, d_gamma = [], torch.zeros_like(gamma)
         blocks = (t.split(step) for t in (d_scaled.view(*lam.shape, -1), self.A.to(dtype), lam))
@@ -291,7 +291,7 @@ class DenseBases(NamedTuple):
 
 
 def unfilled_matrices(spec: BasisSpec) -> DenseStored:
-    """Return bfloat16 matrices without particular numbers in the place of A and B."""
+    """Return uninitialised bfloat16 matrices in place of A and B."""
     return DenseStored(
         torch.empty(spec.rank, spec.used_min_dim, dtype=torch.bfloat16),
         torch.empty(spec.used_max_dim, spec.used_num_bases * spec.rank, dtype=torch.bfloat16),
@@ -304,7 +304,7 @@ def sliced(a: Tensor, b: Tensor, sizes: Sizes | None) -> tuple[Tensor, Tensor]:
 
 
 def _sum(a: Tensor, b: Tensor, base: Tensor | None, seed: Tensor | None) -> Tensor:
-    """``a @ b (+ base)``; with a seed, rounded stochastically."""
+    """Return ``a @ b (+ base)``; with a seed, rounded stochastically."""
     if base is None or seed is None:
         return product(a, b, base)
     return rounding.stochastic_sum(product(a, b), base, seed)
@@ -325,11 +325,11 @@ def dense_costs(rank: int, sizes: Sizes, tokens: int, rates: Rates, splits: bool
 
 
 def _kaiming_bits(words: np.ndarray, fan_in: int) -> np.ndarray:
-    """Bit patterns (uint16) of bfloat16 values, uniform over [-β, β) with β of ``kaiming_uniform_(a=√5)``."""
+    """Return bit patterns (uint16) of bfloat16 values, uniform over [-β, β) with β of ``kaiming_uniform_(a=√5)``."""
     bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(fan_in))
     low = np.float32(-bound)
     span = np.float32(np.float32(bound) - low)
-    # 24-bit word times 24-bit span, plus low: exact in float64, so that one rounding follows, as of an fma
+    # 24-bit word times 24-bit span, plus low: exact in float64, so that it is rounded once, as in an fma
     values = words.astype(np.float64)
     values *= float(span) * 2.0**-24
     values += float(low)
@@ -340,7 +340,7 @@ def _kaiming_bits(words: np.ndarray, fan_in: int) -> np.ndarray:
 
 
 def _divide_by_std(bits: np.ndarray, counts: np.ndarray) -> torch.Tensor:
-    """bfloat16 quotients of the values and their std, which a histogram gives in any order of summation."""
+    """Return bfloat16 quotients of the values and their std; its histogram makes the order of summation irrelevant."""
     patterns = np.arange(1 << 16, dtype=np.uint32)
     values = (patterns << np.uint32(16)).view(np.float32)
     present = np.nonzero(counts)[0]

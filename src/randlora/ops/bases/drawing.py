@@ -1,7 +1,7 @@
-"""Random numbers with a definition: MT19937 words, exact arithmetic, one rounding.
+"""Random numbers of a fixed definition: MT19937 words, exact arithmetic, one rounding.
 
-``docs/bases.md`` states the definition in words. Nothing here asks torch's generator, so that the numbers are the same
-on every machine, thread count and version.
+``docs/bases.md`` gives the definition in words. It does not use torch's generator, so that the numbers are the same for
+every machine, thread count and version.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def words(key: int, counts: Iterator[int]) -> Iterator[np.ndarray]:
 
 
 def chunks(total: int) -> Iterator[int]:
-    """Return the sizes of the pieces in which so many words are drawn."""
+    """Yield the sizes of the pieces in which so many words are drawn."""
     for start in range(0, total, _WORDS_PER_CHUNK):
         yield min(_WORDS_PER_CHUNK, total - start)
 
@@ -34,7 +34,7 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def std(values: list[float], counts: list[int]) -> float:
-    """Return the sample standard deviation of ``values`` that occur ``counts`` times; 1 where there is none."""
+    """Return the sample standard deviation of ``values`` that occur ``counts`` times; 1 if it is 0 or undefined."""
     total = sum(counts)
     if total < 2:
         return 1.0

@@ -1,4 +1,4 @@
-"""The definition of a pair of bases, and what a kind of basis has to give."""
+"""The definition of a pair of bases, and the protocol of a kind of basis."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class BasisSpec:
-    """Everything that the numbers of a pair of bases depend on.
+    """The definition of the numbers of a pair of bases.
 
-    ``min_dim`` and ``max_dim`` are the sizes that are *drawn*; ``used_min_dim`` and ``used_max_dim`` those that are
-    kept. They differ where a model adapts both a tall and a wide layer: PEFT then draws for the smaller of the largest
-    output and the largest input dimension, of which no layer uses more than its own smaller dimension.
+    ``min_dim`` and ``max_dim`` are the sizes that are *drawn*, ``used_min_dim`` and ``used_max_dim`` the sizes that are
+    kept. They differ for a model with both a tall and a wide adapted layer: PEFT draws columns for the smaller of the
+    largest output and the largest input dimension, but a layer uses only as many as its own smaller dimension.
 
     Attributes:
         rank: r, rows of A.
         min_dim: m, columns of A as drawn.
         max_dim: M, rows of B as drawn.
-        key: ``projection_prng_key``, of which the lowest 32 bits count.
+        key: ``projection_prng_key``; only its lowest 32 bits count.
         kind: the kind of basis, with its options.
         used_min_dim: columns of A that some layer reads.
         used_max_dim: rows of B that some layer reads.
@@ -54,7 +54,7 @@ class BasisSpec:
 
     @property
     def entries(self) -> int:
-        """Numbers of A and B that are kept."""
+        """Number of entries of A and B that are kept."""
         return self.rank * self.used_min_dim + self.used_max_dim * self.used_num_bases * self.rank
 
     @property
@@ -63,7 +63,7 @@ class BasisSpec:
         return self.kind.nbytes(self)
 
     def whole(self) -> BasisSpec:
-        """Return the same draw with nothing cut away."""
+        """Return the definition of the same draw, kept whole."""
         return BasisSpec(self.rank, self.min_dim, self.max_dim, self.key, self.kind, self.min_dim, self.max_dim)
 
 
@@ -78,19 +78,19 @@ def num_trainable(rank: int, min_dim: int) -> int:
 
 
 class BasisKind(Protocol):
-    """A kind of basis: a frozen dataclass whose fields are its options. Each has a file here and a place in ``KINDS``.
+    """A kind of basis: a frozen dataclass whose fields are its options. Each has a file here and an entry in ``KINDS``.
 
-    An adapter's config asks for a kind by one of its ``flags`` or ``values``, without any for dense bases. Where PEFT's
-    own RandLora does not have these fields, the kind's file has a dataclass of them, from which the config inherits.
+    An adapter's config asks for a kind by one of its ``flags`` or ``values``, and for dense bases by none. If PEFT's
+    own RandLora lacks these fields, the kind's file has a dataclass of them, from which the config inherits.
 
     Attributes:
-        name: as users call it.
-        flags: the fields of a config of which ``True`` asks for the kind.
-        values: the fields of which a number asks for it.
-        options: the further fields, which mean nothing for other kinds.
-        file_type: the type of an adapter in its file, which makes PEFT's own RandLora refuse it; ``None`` where PEFT
+        name: name of the kind for users.
+        flags: fields of a config that ask for the kind if ``True``.
+        values: fields of a config that ask for the kind if a number is given.
+        options: further fields of a config, without meaning for other kinds.
+        file_type: type of an adapter in its file, which makes PEFT's own RandLora refuse the file; ``None`` if PEFT
             computes the same.
-        file_itemsize: bytes of a number in a file that PEFT reads; 0 where no file holds the bases.
+        file_itemsize: bytes of a number in a file that PEFT reads; 0 if files do not hold the bases.
     """
 
     name: ClassVar[str]
@@ -102,40 +102,40 @@ class BasisKind(Protocol):
 
     @classmethod
     def asked(cls, config: Any, min_dim: int) -> BasisKind:
-        """Return the kind for which a config asks by fields of this kind; ``min_dim`` is m as drawn."""
+        """Return the kind with the options of a config that asks for it; ``min_dim`` is m as drawn."""
 
     @classmethod
     def faults(cls, config: Any) -> list[str]:
-        """Return one sentence for each value of the kind's fields in a config that cannot mean anything."""
+        """Return one sentence for each invalid value of the kind's fields in a config."""
 
     def remark(self, rank: int) -> str:
-        """Return a sentence on bases of that rank which their user should know, or nothing."""
+        """Return advice for users about bases of that rank, or an empty string."""
 
     def draw(self, spec: BasisSpec) -> Stored:
-        """Return the numbers that ``spec`` defines: the same on every machine."""
+        """Return the numbers that ``spec`` defines, the same on every machine."""
 
     def unfilled(self, spec: BasisSpec) -> Stored:
-        """Return a form of these sizes without particular numbers, on torch's default device, to follow a step with."""
+        """Return an uninitialised form of these sizes on torch's default device, to trace a step with."""
 
     def nbytes(self, spec: BasisSpec) -> int:
         """Return the bytes that the stored form takes."""
 
     def costs(self, rank: int, sizes: Sizes, device: torch.device, dtype: torch.dtype, tokens: int) -> Costs:
-        """Return the costs of the operands that a layer of these sizes would get; nothing is drawn."""
+        """Return the costs of the operands that a layer of these sizes would get, without a draw."""
 
 
 class Stored(Protocol):
-    """A and B in the smallest form that loses nothing, and the operands that are made of it.
+    """A and B in the smallest lossless form, and the operands that are made of it.
 
     Attributes:
         rank: r.
         min_dim: m, columns of A.
         max_dim: M, rows of B.
         num_bases: n.
-        factors: what the numbers of A and of B are to be multiplied with: operands leave these out.
-        label: how the numbers are kept, as the fingerprint names it.
+        factors: factors of the numbers of A and of B, which operands leave out.
+        label: name of the form in the fingerprint.
         repays_holding: whether calls are cheaper with a ΔW that is held than without.
-        forms: those that have been made of the numbers.
+        forms: the forms that have been made for products.
     """
 
     rank: int
@@ -150,24 +150,24 @@ class Stored(Protocol):
     def operands(self, device: torch.device, dtype: torch.dtype, sizes: Sizes, tokens: int | None) -> Operands:
         """Return a layer's slices for products in ``dtype`` on ``device``, without the factors.
 
-        Whatever has to be made for them is made once and kept. ``tokens`` chooses between forms of which one is
-        better for few tokens; ``None`` stands for many.
+        Forms of the bases are made once and kept. ``tokens`` chooses between a form for few tokens and one for many;
+        ``None`` means many.
         """
 
     def lookup(self, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> RowOperands:
-        """Return a layer's slices as they are stored, for layers that read a few rows of ΔW."""
+        """Return a layer's slices in their stored form, for layers that read a few rows of ΔW."""
 
     def tensors(self, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None) -> tuple[Tensor, Tensor]:
         """Return copies of A (r, m) and B (M, n·r), row-major over (n, r), as plain numbers with their factors.
 
-        They are those of a layer of these sizes, or of the largest.
+        The sizes are those of a layer; by default, of the largest.
         """
 
     def file_tensors(self) -> tuple[Tensor, Tensor]:
         """Return ``tensors`` on the CPU in the smallest dtype that a file may hold without loss."""
 
     def numbers(self) -> tuple[Tensor, ...]:
-        """Return everything that was drawn, which the fingerprint covers."""
+        """Return all drawn numbers, which the fingerprint covers."""
 
     def held(self) -> list[Tensor]:
         """Return the tensors of all forms."""
@@ -184,10 +184,10 @@ class RowOperands(Operands, Protocol):
 
 
 class Forms:
-    """The forms of a pair of bases that have been made for products, by what they are for.
+    """The forms of a pair of bases that have been made for products, by their purpose.
 
     Args:
-        most: how many may be held; beyond that all are let go. ``None`` stands for any number.
+        most: largest number of forms; one more releases all. ``None`` sets no limit.
     """
 
     def __init__(self, most: int | None = None) -> None:
@@ -196,14 +196,14 @@ class Forms:
         self._lock = threading.Lock()
 
     def get(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
-        """Return the form for ``key``; it is made once."""
+        """Return the form for ``key``, made at the first call."""
         found = self._made.get(key)
         if found is None and torch.compiler.is_compiling():
             found = make()  # Dynamo enters no lock: the call makes the form, and later ones find it
-            if torch.is_grad_enabled():  # what inference mode makes must not serve training, which saves it
+            if torch.is_grad_enabled():  # autograd cannot save a form that was made in inference mode
                 self._made[key] = found
         elif found is None:
-            # they must serve training too, wherever they were first asked for
+            # forms first made in inference mode must serve training too
             with self._lock, torch.inference_mode(False), torch.no_grad():
                 found = self._made.get(key)
                 if found is None:
@@ -217,7 +217,7 @@ class Forms:
 
 
 def on_meta(like: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return a tensor without memory of that shape, in ``dtype`` or its own."""
+    """Return a tensor on the meta device with the shape of ``like``, in ``dtype`` or its own dtype."""
     return torch.empty_like(like, device="meta", dtype=dtype)
 
 

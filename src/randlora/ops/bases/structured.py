@@ -1,12 +1,12 @@
 """Structured bases: A in column groups, B a Kronecker product of Hadamard matrices.
 
-An extension of the paper by this project (``docs/structured.md`` derives it). The columns of a layer of M × m fall into
-g groups of c = ⌈m/g⌉ neighbours, A's r rows into g groups of ρ = r/g, and a row is zero outside of its group's columns.
-So Ã has ρ·n numbers a column, and is kept as that matrix (ρ·n, g·c). B = Q_a ⊗ Q_b, with Q_a (g, g) and
+Structured bases are this project's extension of the paper (derivation: ``docs/structured.md``). The columns of a layer
+of M × m form g groups of c = ⌈m/g⌉ neighbours, A's r rows form g groups of ρ = r/g, and a row is zero outside of its
+group's columns. So Ã has ρ·n numbers a column, kept as a matrix (ρ·n, g·c). B = Q_a ⊗ Q_b, with Q_a (g, g) and
 Q_b (⌈M/g⌉, ρ·n), both of ±1. With P = Q_b Ã, each block of rows of the update is P with signs, one for each group of
 columns: ΔW = [Q_a[a, i] · P_i] for block a and group i.
 
-Where g does not divide a size, the last groups, or blocks, have one column, or row, less; they are padded with zeros.
+If g does not divide a size, the last groups (or blocks) have one column (or row) less, and are padded with zeros.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class StructuredFields:
 
 @dataclass(frozen=True)
 class Structured:
-    """A in groups, B = Q_a ⊗ Q_b of signed Hadamard matrices.
+    """Bases with A in groups and B = Q_a ⊗ Q_b of signed Hadamard matrices.
 
     Attributes:
-        groups: the most groups, a power of two; a rank takes the largest power of two up to it that divides the rank.
+        groups: largest number of groups, a power of two; bases have the largest power of two up to it that divides r.
     """
 
     groups: int = 8
@@ -68,7 +68,7 @@ class Structured:
         return [f"groups={groups!r} must be a power of two, such as 8 or 16"]
 
     def remark(self, rank: int) -> str:
-        """Return a remark for a rank that has fewer groups."""
+        """Return a remark for a rank with fewer groups than asked for, else an empty string."""
         found = self.groups_of(rank)
         if found == self.groups:
             return ""
@@ -82,9 +82,10 @@ class Structured:
         return math.gcd(rank, self.groups)
 
     def draw(self, spec: BasisSpec) -> StructuredStored:
-        """Return the signs of Q_a's rows, then for each index its column of A and the sign of its row of Q_b.
+        """Return A and the signs of the rows of Q_a and Q_b.
 
-        So neither depends on how many there are: layers of any sizes read the same numbers.
+        The signs of Q_a are drawn first, then for each index its column of A and the sign of its row of Q_b. So the
+        numbers do not depend on the sizes: layers of any sizes read the same ones.
         """
         g = self.groups_of(spec.rank)
         rho, rows = spec.rank // g, -(-spec.used_max_dim // g)
@@ -98,7 +99,7 @@ class Structured:
         )
 
     def unfilled(self, spec: BasisSpec) -> StructuredStored:
-        """Return a form of these sizes without particular numbers."""
+        """Return an uninitialised form of these sizes."""
         g = self.groups_of(spec.rank)
         mix_signs, row_signs = (torch.empty(size, dtype=torch.int8) for size in (g, -(-spec.used_max_dim // g)))
         return StructuredStored(torch.empty(spec.rank // g, spec.used_min_dim), mix_signs, row_signs, spec.used_max_dim)
@@ -114,12 +115,12 @@ class Structured:
 
 
 class StructuredStored:
-    """The numbers that define A and B.
+    """The drawn numbers that define A and B.
 
     Args:
         a: the non-zeros of A's columns (ρ, m), uniform over (−1, 1), float32.
-        mix_signs: of Q_a's rows (g,), int8.
-        row_signs: of Q_b's rows (⌈M/g⌉,), int8.
+        mix_signs: signs of Q_a's rows (g,), int8.
+        row_signs: signs of Q_b's rows (⌈M/g⌉,), int8.
         max_dim: M, rows of B.
     """
 
@@ -128,13 +129,13 @@ class StructuredStored:
         self.groups = mix_signs.shape[0]
         self.rank, self.min_dim = a.shape[0] * self.groups, a.shape[1]
         self.num_bases = -(-self.min_dim // self.rank)
-        self.factors = (math.sqrt(3.0 * self.groups), 1.0)  # mean squares of 1, A's zeros counted
+        self.factors = (math.sqrt(3.0 * self.groups), 1.0)  # for mean squares of 1, with A's zeros counted
         self.label = f"structured {self.groups}"
-        self.repays_holding = False  # ΔW takes no product, and a few tokens do not need it
+        self.repays_holding = False  # ΔW needs no product, and few tokens do not need ΔW
         self.forms = Forms()
 
     def operands(self, device: torch.device, dtype: torch.dtype, sizes: Sizes, tokens: int | None) -> StructuredBases:
-        """Return a layer's A, Q_a and Q_b: in half precision on a CPU for products in float32."""
+        """Return a layer's A, Q_a and Q_b; on a CPU, products in half precision run in float32."""
         in_dtype = device.type != "cpu" or availability.why_not(device, dtype) is None
         held = dtype if in_dtype else at_least_float32(dtype)
         rows, columns = -(-sizes.max_dim // self.groups), sizes.num_bases * self.a.shape[0]
@@ -149,11 +150,11 @@ class StructuredStored:
         return StructuredBases(A, mix, B, sizes.max_dim, sizes.min_dim, dtype)
 
     def lookup(self, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> StructuredBases:
-        """Return the same: rows of ΔW are made of them."""
+        """Return the operands, which also give rows of ΔW."""
         return self.operands(device, dtype, sizes, None)
 
     def tensors(self, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None) -> tuple[Tensor, Tensor]:
-        """Return A (r, m) and B (M, n·r) as plain matrices. Those of a smaller layer are no parts of them."""
+        """Return A (r, m) and B (M, n·r) as plain matrices. Those of a smaller layer are not parts of them."""
         sizes = sizes or Sizes(self.max_dim, self.min_dim, self.num_bases)
         operands = self.operands(torch.device("cpu"), torch.float64, sizes, None)
         g, rho = self.groups, self.a.shape[0]
@@ -163,11 +164,11 @@ class StructuredStored:
         return (A * self.factors[0]).to(device, dtype), B.to(device, dtype)
 
     def file_tensors(self) -> tuple[Tensor, Tensor]:
-        """Return those of the largest layer in float64, which no file holds."""
+        """Return A and B of the largest layer in float64; files do not hold them."""
         return self.tensors(torch.device("cpu"), torch.float64)
 
     def numbers(self) -> tuple[Tensor, ...]:
-        """Return everything that was drawn."""
+        """Return all drawn numbers."""
         return self.a, self.mix_signs, self.row_signs
 
     def held(self) -> list[Tensor]:
@@ -176,7 +177,7 @@ class StructuredStored:
 
 
 class Scaled(NamedTuple):
-    """λ (r, n) and γ (n, m), of which Ã is made where it is needed."""
+    """λ (r, n) and γ (n, m), from which Ã is formed on demand."""
 
     lam: Tensor
     gamma: Tensor
@@ -188,10 +189,10 @@ class StructuredBases(NamedTuple):
     Attributes:
         A: non-zeros of A's columns (ρ, g·c), padded, in float32.
         mix: Q_a (g, g).
-        B: Q_b (⌈M/g⌉, ρ·n) in the dtype in which products run, and its unit.
+        B: Q_b (⌈M/g⌉, ρ·n) in the dtype of the products, and its unit.
         max_dim: M.
         min_dim: m.
-        dtype: of the results.
+        dtype: dtype of the results.
     """
 
     A: Tensor
@@ -217,7 +218,7 @@ class StructuredBases(NamedTuple):
 
     @property
     def unit(self) -> float:
-        """The unit in which Q_b stands."""
+        """The factor that the entries of Q_b contain (``units.py``)."""
         return unit(self.B.dtype)
 
     def scaled_by(self, scaling: float) -> StructuredBases:
@@ -225,7 +226,7 @@ class StructuredBases(NamedTuple):
         return self._replace(A=self.A.to(at_least_float32(self.dtype)) * (scaling / self.unit))
 
     def ready(self) -> StructuredBases:
-        """Return the operands, which are."""
+        """Return the operands themselves."""
         return self
 
     def costs(self, tokens: int) -> Costs:
@@ -240,13 +241,13 @@ class StructuredBases(NamedTuple):
         return self.mix.shape[0]
 
     def scaled(self, lam: Tensor, gamma: Tensor) -> Scaled:
-        """Return λ and γ: for a few tokens they are multiplied with these one by one, and Ã is never formed."""
+        """Return λ and γ, since few tokens are multiplied by them in turn, without forming Ã."""
         return Scaled(lam, gamma)
 
     def weight(self, scaled: Scaled, base: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
-        """Return B Ã (+ base): one elementwise pass."""
+        """Return B Ã (+ base), in one elementwise pass."""
         formed = self._formed(scaled)
-        if base is not None and base.stride(1) != 1:  # in its order of memory
+        if base is not None and base.stride(1) != 1:  # in the base's memory order
             update = (formed.T @ self.B.T).unsqueeze(1), self._signs().T.unsqueeze(2)  # (g·c, g, ⌈M/g⌉)
             return self._sum(update, 1, base.T, seed).T
         update = (self.B @ formed).unsqueeze(0), self._signs().unsqueeze(1)  # (g, ⌈M/g⌉, g·c)
@@ -320,11 +321,11 @@ class StructuredBases(NamedTuple):
         return self.weight(scaled) if wide else self.weight(scaled).T
 
     def _one_by_one(self, tokens: int) -> bool:
-        """Whether A, γ and λ multiply tokens in turn, which takes n numbers of each for each column, and not ρ·n."""
+        """Return whether γ, A and λ multiply tokens in turn, which saves forming ρ·n numbers of Ã for each column."""
         return tokens <= self.A.shape[0] and self._by_token(tokens) and self.B.dtype in WIDE
 
     def _formed(self, scaled: Scaled) -> Tensor:
-        """Ã (ρ·n, g·c) without the zeros outside of its groups; formed in float32 or wider, rounded once."""
+        """Return Ã (ρ·n, g·c) without the zeros outside of its groups, formed in float32 or wider, rounded once."""
         kernels = availability.kernels(self.B.dtype, self.A, *scaled)
         if kernels is not None:
             return kernels.scaled(self.A, scaled.lam, padded(scaled.gamma, self.groups), self.B.dtype, self.groups)
@@ -334,13 +335,13 @@ class StructuredBases(NamedTuple):
         return formed if formed.dtype == self.B.dtype else formed.to(self.B.dtype)
 
     def _factor(self, tokens: int, scaled: Scaled) -> Tensor:
-        """Ã, or for many tokens P = Q_b Ã, (k, g, c)."""
+        """Return Ã, or for many tokens P = Q_b Ã, (k, g, c)."""
         formed = self._formed(scaled)
         return (formed if self._by_token(tokens) else self.B @ formed).unflatten(1, (self.groups, -1))
 
     def _through(self, v: Tensor, scaled: Scaled) -> Tensor:  # (T, m) -> (T·g, ρ·n), mixed
-        # in the fewest steps, and no copy for one token: each takes as long as a product here
-        # sizes are named, since torch cannot infer one where there are no tokens
+        # few steps, and no copy for one token: here each step takes as long as a product
+        # sizes are explicit, since torch cannot infer one for zero tokens
         (r, n), tokens, g = scaled.lam.shape, v.shape[0], self.groups
         v, gamma = padded(v.to(self.B.dtype), g), padded(scaled.gamma, g)
         inner = (v.unsqueeze(1) * gamma).reshape(tokens * n, g, gamma.shape[1] // g).permute(1, 2, 0)  # (g, c, T·n)
@@ -358,7 +359,7 @@ class StructuredBases(NamedTuple):
         return (inner * gamma.unsqueeze(1)).sum(2)
 
     def _mixed(self, values: Tensor, mix: Tensor) -> Tensor:
-        """``mix @ values`` for values (T, g, k)."""
+        """Return ``mix @ values`` for values (T, g, k)."""
         kernels = availability.kernels(self.B.dtype, values, mix)
         if kernels is not None:
             return kernels.mixed(values, mix)
@@ -366,10 +367,10 @@ class StructuredBases(NamedTuple):
 
     def _grouped_A(self, dtype: torch.dtype) -> Tensor:  # (ρ, g·c) -> (ρ, g, c)
         A = self.A if self.A.dtype == dtype else self.A.to(torch.promote_types(dtype, self.A.dtype))
-        return A.reshape(A.shape[0], self.groups, -1)  # which takes less time than `unflatten`
+        return A.reshape(A.shape[0], self.groups, -1)  # faster than `unflatten`
 
     def _by_token(self, tokens: int) -> bool:
-        """Whether Q_b multiplies tokens, and not Ã once for all of them."""
+        """Return whether Q_b multiplies the tokens, rather than Ã once for all of them."""
         return tokens <= self.B.shape[0]
 
     def _blocks(self, values: Tensor) -> Tensor:  # (T, k) -> (T, g, ⌈k/g⌉)
@@ -380,27 +381,27 @@ class StructuredBases(NamedTuple):
         return self._blocks(v).transpose(0, 1)
 
     def _padded_ids(self, ids: Tensor, size: int) -> Tensor:
-        """The places among padded groups of indices below ``size``."""
+        """Return the positions, among padded groups, of indices below ``size``."""
         length, edge, short = _layout(size, self.groups)
         if not short:
             return ids
         return torch.where(ids < edge, ids, ids + (ids - edge) // max(length - 1, 1))
 
     def _plus(self, update: Tensor, beside: Beside | None, size: int) -> Tensor:
-        """The update without its padding, plus the base layer's product, rounded once."""
+        """Return the update without its padding, plus the base layer's product, rounded once."""
         return added(cut(update, self.groups, size), beside, self.dtype)
 
     def _by_group(self, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """λ (r, n) as (g, ρ, n), γ (n, m) as (g, n, c)."""
+        """Return λ (r, n) as (g, ρ, n), and γ (n, m) as (g, n, c)."""
         gamma = padded(gamma, self.groups).unflatten(1, (self.groups, -1)).transpose(0, 1)
         return lam.unflatten(0, (self.groups, -1)), gamma
 
     def _signs(self) -> Tensor:
-        """Q_a[a, i] for each block of rows a and each column, (g, g·c)."""
+        """Return Q_a[a, i] for each block of rows a and each column, (g, g·c)."""
         return self.mix.repeat_interleave(self.A.shape[1] // self.groups, 1)
 
     def _sum(self, update: tuple[Tensor, Tensor], blocks: int, base: Tensor | None, seed: Tensor | None) -> Tensor:
-        """The update, given as P and signs of which dimension ``blocks`` and the next are M's, plus ``base``."""
+        """Return ``base`` plus the update, given as P and signs; dimension ``blocks`` and the next are M's."""
         even = not (self.max_dim % self.groups or self.min_dim % self.groups)
         if base is not None and seed is None and even and base.dtype == self.B.dtype == self.dtype:
             return torch.addcmul(base.unflatten(blocks, (self.groups, -1)), *update).flatten(blocks, blocks + 1)
@@ -412,7 +413,7 @@ class StructuredBases(NamedTuple):
         return (product if base is None else product + base).to(self.dtype)
 
     def _gradients(self, d_scaled: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """dλ (r, n) and dγ (n, m) from dÃ (g, ρ·n, c)."""
+        """Return dλ (r, n) and dγ (n, m) from dÃ (g, ρ·n, c)."""
         kernels = availability.kernels(self.B.dtype, d_scaled, self.A, lam, gamma)
         if kernels is not None:
             d_lam, d_gamma = kernels.scaling_gradients(d_scaled, self.A, lam, padded(gamma, self.groups))
@@ -429,7 +430,7 @@ class StructuredBases(NamedTuple):
 
 
 def _layout(size: int, groups: int) -> tuple[int, int, int]:
-    """Return the length of most groups, the index at which the shorter ones begin, and how many these are."""
+    """Return the length of most groups, the index of the first shorter group, and the number of shorter groups."""
     length, short = -(-size // groups), -size % groups
     return length, (groups - short) * length, short
 
@@ -444,7 +445,7 @@ def padded(values: Tensor, groups: int) -> Tensor:
 
 
 def cut(values: Tensor, groups: int, size: int) -> Tensor:
-    """Return the ``size`` values of which ``padded`` has made these."""
+    """Return the ``size`` values from which ``padded`` made ``values``."""
     length, edge, short = _layout(size, groups)
     if not short:
         return values
@@ -453,10 +454,10 @@ def cut(values: Tensor, groups: int, size: int) -> Tensor:
 
 
 def hadamard(rows: int, columns: int) -> Tensor:
-    """Return the first rows and columns of Sylvester's Hadamard matrices, ±1 in int8; each begins the next.
+    """Return the first rows and columns of Sylvester's Hadamard matrices, ±1 in int8; each matrix begins the next.
 
-    They are L D U with unit triangular factors and no zero in D, being Kronecker powers of such a matrix. So these
-    parts have full rank, whatever their sizes.
+    The matrices are Kronecker powers of an L D U with unit triangular factors and no zero in D, hence of that form too.
+    So the returned part has full rank for any sizes.
     """
     found = np.ones((1, 1), np.int8)
     while found.shape[0] < rows or found.shape[1] < columns:
@@ -465,7 +466,7 @@ def hadamard(rows: int, columns: int) -> Tensor:
 
 
 def _costs(rank: int, groups: int, sizes: Sizes, tokens: int, rates: Rates) -> Costs:
-    """The costs of products by groups, Q_b being multiplied with the tokens or, if they are many, with Ã."""
+    """Return the costs of products by groups; Q_b multiplies the tokens or, for many tokens, Ã."""
     M, m, n = sizes
     rows, q, element = -(-M // groups), n * rank, rates.element_structured
     form = rows * q * m / groups  # P = Q_b Ã
@@ -481,10 +482,10 @@ def _costs(rank: int, groups: int, sizes: Sizes, tokens: int, rates: Rates) -> C
 
 
 def _uniform(drawn: np.ndarray) -> np.ndarray:
-    """The middles of 2²⁴ intervals between −1 and 1, exact in float32: none is zero."""
+    """Return the middles of 2²⁴ intervals between −1 and 1, exact in float32 and never zero."""
     return ((2 * drawn.astype(np.int64) + 1 - 2**24) / 2**24).astype(np.float32)
 
 
 def _signs(drawn: np.ndarray) -> np.ndarray:
-    """±1 in int8 by the highest of 24 bits."""
+    """Return ±1 in int8, from the highest of 24 bits."""
     return (1 - 2 * (drawn >> np.uint32(23)).astype(np.int8)).astype(np.int8)

@@ -1,11 +1,11 @@
 """Ternary bases, sparse and very sparse ones, and the products that skip their zeros on a CPU.
 
-Kept are codes of two bits (``codes.py``). Dense products read them as numbers: on a CPU, in a copy that lasts for one
-call; elsewhere, where a launch for each call costs more than memory, in one that is kept, as dense bases have it.
-On a CPU, where few are not zero, B is multiplied as a CSR matrix. A keeps, for each of its rows, the columns that are
-not zero: Ã has its non-zeros in the same columns for all bases, so that everything on the A side is a batch of small
-dense products over the rows of A. Tokens pass in blocks, since a block's activations stay in a core's cache while the
-non-zeros wander over them.
+Numbers are stored as codes of two bits (``codes.py``). Dense products read them as numbers: on a CPU in a copy that
+lasts for one call, elsewhere in a copy that is kept, since there launches cost more than memory.
+
+On a CPU, a B with few non-zeros is multiplied as a CSR matrix. A is stored as the columns of each row's non-zeros. Ã
+has its non-zeros in the same columns for all bases, so that the products on the side of A are a batch of small dense
+products over the rows of A. Tokens are multiplied in blocks, so that a block's activations stay in a core's cache.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from randlora.ops.plan import Costs
 from randlora.ops.precision import WIDE, at_least_float32
 from randlora.ops.rounding import stochastic
 
-_MOST_NONZEROS = 1 / 16  # denser than that, dense products are as fast as those that skip zeros
+_MOST_NONZEROS = 1 / 16  # for denser bases, dense products are as fast as those that skip zeros
 
 
 @dataclass
@@ -42,7 +42,7 @@ class TernaryFields:
 
 @dataclass(frozen=True)
 class Ternary:
-    """−1, 0 or 1, divided by their own standard deviation (Li, Hastie & Church 2006).
+    """Bases of −1, 0 and 1, divided by their own standard deviation (Li, Hastie & Church 2006).
 
     Attributes:
         sparsity: s of P(−1) = P(+1) = 1/(2s).
@@ -58,25 +58,25 @@ class Ternary:
 
     @classmethod
     def asked(cls, config: Any, min_dim: int) -> Ternary:
-        """Return s = √m for very sparse bases, s = 3 for sparse ones, or any s."""
+        """Return the kind with s = √m for very sparse bases, s = 3 for sparse ones, or the config's s."""
         if config.very_sparse:
             return cls(math.sqrt(min_dim))
         return cls(3.0 if config.sparse else config.sparsity)
 
     @classmethod
     def faults(cls, config: Any) -> list[str]:
-        """Return a fault for an s of which 1/(2s) is no probability of one of two signs."""
+        """Return a fault for an s below 1 or not finite, for which 1/(2s) is no probability of a sign."""
         s = config.sparsity
         if s is None or 1 <= s <= sys.float_info.max:
             return []
         return [f"sparsity={s!r} must be a finite number of at least 1 (P(±1) = 1/(2·sparsity))"]
 
     def remark(self, rank: int) -> str:
-        """Return nothing."""
+        """Return an empty string."""
         return ""
 
     def draw(self, spec: BasisSpec) -> TernaryStored:
-        """Return A (r, 1, m), then B (M, n, r) in one block, of which only the used part is kept."""
+        """Return the used part of A (r, 1, m), drawn first, and of B (M, n, r), drawn as one block."""
         r, M, n = spec.rank, spec.max_dim, spec.num_bases
         a_total, b_total = r * spec.min_dim, M * n * r
         drawn = words(spec.key, iter([a_total, *chunks(b_total)]))
@@ -91,7 +91,7 @@ class Ternary:
         )
 
     def unfilled(self, spec: BasisSpec) -> DenseStored:
-        """Return matrices of these sizes without particular numbers, since codes are unpacked for each call."""
+        """Return uninitialised matrices of these sizes, since codes are unpacked for each call."""
         return unfilled_matrices(spec)
 
     def nbytes(self, spec: BasisSpec) -> int:
@@ -109,7 +109,7 @@ class Ternary:
     def skips_zeros(self, device: torch.device, dtype: torch.dtype, tokens: int | None) -> bool:
         """Return whether products should skip the zeros.
 
-        In half precision not for many tokens: skipping runs in float32, and plain products are faster.
+        In half precision only for few tokens: for many, plain products are faster than those in float32.
         """
         if device.type != "cpu" or 1 / self.sparsity > _MOST_NONZEROS or not torch.backends.mkl.is_available():
             return False
@@ -124,8 +124,8 @@ class TernaryStored:
     Args:
         a: codes of A (r, m), int8.
         b: codes of B (M, n·r), row-major over (n, r), int8; kept four to a byte.
-        factors: what the codes of a and b are multiplied with.
-        kind: how they were drawn.
+        factors: factors of the codes of a and b.
+        kind: the kind of which they were drawn.
     """
 
     def __init__(self, a: Tensor, b: Tensor, factors: tuple[float, float], kind: Ternary) -> None:
@@ -141,8 +141,8 @@ class TernaryStored:
     ) -> DenseBases | SparseBases:
         """Return a layer's slices.
 
-        On a CPU these are codes, or compressed rows, which are made once for each size of layer; elsewhere numbers,
-        made once for a device and dtype.
+        On a CPU these are codes, or compressed rows made once for each size of layer; elsewhere numbers, made once for
+        a device and dtype.
         """
         if not self.kind.skips_zeros(device, dtype, tokens):
             if device.type == "meta" or not keeps_numbers(device, dtype):
@@ -168,7 +168,7 @@ class TernaryStored:
         return DenseBases(a[:, None, : sizes.min_dim], b[: sizes.max_dim], dtype)
 
     def _numbers_on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B whole, without their factors."""
+        """Return all of A and B as numbers, without their factors."""
 
         def make() -> tuple[Tensor, Tensor]:
             columns = self.num_bases * self.rank
@@ -198,18 +198,18 @@ class TernaryStored:
 
 
 class SparseBases(NamedTuple):
-    """A by the columns of its non-zeros, padded with zeros to equal length P, and B as CSR.
+    """A as the non-zeros of each row, padded with zeros to equal length P, and B as CSR.
 
     ``v`` are activations on the side of the layer that is m wide, ``u`` those on the side that is M wide. Ã is kept at
     the non-zeros of A only: (r, n, P).
 
     Attributes:
         columns: (r, P), int64.
-        values: (r, P), of the dtype in which everything here is computed.
-        places: (m, r·P), ones that sum up what belongs to one column.
+        values: (r, P), in the dtype of all computations.
+        places: (m, r·P), ones that sum the entries of each column.
         B: (M, q).
         min_dim: m.
-        dtype: of the results; everything is computed in that of ``values``.
+        dtype: dtype of the results.
     """
 
     columns: Tensor
@@ -235,7 +235,7 @@ class SparseBases(NamedTuple):
 
     @property
     def unit(self) -> float:
-        """The unit in which B stands."""
+        """The factor that the entries of B contain (``units.py``), always 1."""
         return 1.0  # products are in float32 or wider
 
     def scaled_by(self, scaling: float) -> SparseBases:
@@ -243,11 +243,11 @@ class SparseBases(NamedTuple):
         return self._replace(values=self.values * scaling)
 
     def ready(self) -> SparseBases:
-        """Return the operands, which are."""
+        """Return the operands themselves."""
         return self
 
     def costs(self, tokens: int) -> Costs:
-        """Return the costs of products that visit non-zeros only; of A the padding too."""
+        """Return the costs of products with non-zeros only, and with the padding of A."""
         r, M, q = self.columns.shape[0], self.B.rows.shape[0] - 1, self.B.t_rows.shape[0] - 1
         density = self.columns.shape[1] / max(self.min_dim, 1), self.B.values.shape[0] / max(M * q, 1)
         return _sparse_costs(r, Sizes(M, self.min_dim, q // max(r, 1)), tokens, density)
@@ -274,7 +274,7 @@ class SparseBases(NamedTuple):
         return added(_joined([self.B.matmul(block) for block in inner]), beside, self.dtype)
 
     def project(self, u: Tensor, scaled: Tensor) -> Tensor:
-        """Return u B Ã, (T, m), whole: a block of u B stays in the cache."""
+        """Return all of u B Ã, (T, m), by blocks: a block of u B stays in the cache."""
         return _joined([self._collected(self._projected(block), scaled) for block in u.split(BLOCK)])
 
     def narrow(self, projected: Tensor, scaled: Tensor, beside: Beside | None) -> Tensor:
@@ -299,7 +299,7 @@ class SparseBases(NamedTuple):
         return self._gradients(whole.gather(2, self.columns.unsqueeze(1).expand(-1, whole.shape[1], -1)), lam, gamma)
 
     def _gradients(self, d_scaled: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """dλ (r, n) and dγ (n, m) from dÃ at the non-zeros of A."""
+        """Return dλ (r, n) and dγ (n, m) from dÃ at the non-zeros of A."""
         weighted = d_scaled * self.values.unsqueeze(1)
         d_lam = (weighted * self._at_columns(gamma)).sum(-1)
         per_basis = (weighted * lam.unsqueeze(-1)).transpose(0, 1).flatten(1)  # (n, r·P)
@@ -322,24 +322,24 @@ class SparseBases(NamedTuple):
 
 
 def _joined(blocks: list[Tensor]) -> Tensor:  # (k, t) each -> (T, k)
-    # each turned by itself: torch turns a whole contiguous matrix several times faster than a part of one
+    # one by one: torch transposes a whole contiguous matrix several times faster than a part of one
     turned = [block.T.contiguous() for block in blocks]
     return turned[0] if len(turned) == 1 else torch.cat(turned)
 
 
 def keeps_numbers(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether the numbers of codes are kept for products in ``dtype``: not on a CPU, which makes them fast."""
+    """Return whether unpacked codes are kept for products in ``dtype``: not on a CPU, which unpacks them fast."""
     return device.type != "cpu" or availability.why_not(device, dtype) is None
 
 
 def sparse_bases(A: Tensor, B: Tensor, dtype: torch.dtype) -> SparseBases:
-    """Return the form in which A (r, m) and B (M, q), given with their zeros, are multiplied without them."""
+    """Return dense A (r, m) and B (M, q) in the form that is multiplied without their zeros."""
     columns, values = padded_rows(A)
     return SparseBases(columns, values, places_of(columns, values.dtype, A.shape[1]), compress(B), A.shape[1], dtype)
 
 
 def _sparse_costs(rank: int, sizes: Sizes, tokens: int, density: tuple[float, float]) -> Costs:
-    """The costs of products that visit these shares of A and of B."""
+    """Return the costs of products with these shares of the entries of A and of B."""
     (M, m, n), rates = sizes, plan.rates
     q, A, B = n * rank, rates.sparse * density[0], rates.sparse * density[1]
     element = rates.element_sparse
@@ -354,14 +354,14 @@ def _sparse_costs(rank: int, sizes: Sizes, tokens: int, density: tuple[float, fl
 
 
 def _codes(words: np.ndarray, sparsity: float) -> np.ndarray:
-    """int8 codes: -1 where u < 1/(2s), +1 where u > 1 - 1/(2s), for u = word · 2⁻²⁴, compared in float32."""
+    """Return int8 codes: -1 where u < 1/(2s), +1 where u > 1 - 1/(2s), for u = word · 2⁻²⁴, compared in float32."""
     uniform = words.astype(np.float32) * np.float32(2.0**-24)
     edge = 1 / (2 * sparsity)
     return (uniform > np.float32(1 - edge)).astype(np.int8) - (uniform < np.float32(edge)).astype(np.int8)
 
 
 def _factor(codes: np.ndarray) -> float:
-    """What a code is multiplied with: the reciprocal, in float32, of the std rounded to float32."""
+    """Return the factor of codes: the reciprocal, in float32, of their std rounded to float32."""
     plus, minus = int(np.count_nonzero(codes == 1)), int(np.count_nonzero(codes == -1))
     deviation = np.float32(std([-1.0, 0.0, 1.0], [minus, codes.size - plus - minus, plus]))
     return float(np.float32(1) / deviation)

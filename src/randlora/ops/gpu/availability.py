@@ -1,4 +1,4 @@
-"""Where the GPU's kernels run, and why not where they do not: the one place that chooses."""
+"""The choice between the GPU's kernels and torch's own operations, and the reasons for the latter."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _kernels: list[ModuleType] = []
 
 
 def set_kernels(enabled: bool) -> None:
-    """Whether layers use the Triton kernels where they can; on unless set, for the process.
+    """Set whether layers use the Triton kernels where possible.
 
-    Off, torch's own operations take all steps.
+    The setting is for the process, and on by default. With ``False``, torch's own operations compute all steps.
     """
     global _enabled  # noqa: PLW0603 - a plain global is what torch.compile can guard on
     _enabled = enabled
@@ -33,7 +33,7 @@ def enabled() -> bool:
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why all steps in ``dtype`` on ``device`` are torch's own; ``None`` where the kernels run."""
+    """Return why torch computes all steps in ``dtype`` on ``device``; ``None`` if the kernels do."""
     if not _enabled:
         return "they were switched off by set_kernels(False)"
     if dtype not in _HALF:
@@ -44,12 +44,12 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def kernels(dtype: torch.dtype, *tensors: Tensor | None) -> ModuleType | None:
-    """The kernels for products in ``dtype``, if they may be called on ``tensors`` at this moment; the first says where.
+    """Return the kernels for products in ``dtype`` if they may be called on ``tensors`` now, else ``None``.
 
-    A kernel is no operation of torch: nothing that records, differentiates or maps operations would see it. Compilers
-    fuse small steps themselves.
+    The first tensor gives the device. A kernel is not an operation of torch: modes, autograd and transforms would not
+    see it. Compilers fuse small steps themselves.
     """
-    if dtype not in _HALF or torch.compiler.is_compiling():  # first what spares most calls the rest
+    if dtype not in _HALF or torch.compiler.is_compiling():  # cheapest test first
         return None
     if tensors[0] is None or why_not(tensors[0].device, dtype) is not None:
         return None
@@ -61,14 +61,14 @@ def kernels(dtype: torch.dtype, *tensors: Tensor | None) -> ModuleType | None:
 
 
 def loaded() -> ModuleType:
-    """The module with all kernels. Triton is imported by the first call."""
+    """Return the module with all kernels. The first call imports Triton."""
     if not _kernels:
         _kernels.append(import_module("randlora.ops.gpu.kernels"))
     return _kernels[0]
 
 
 def _is_recorded() -> bool:
-    """Whether a transform, a tracer or a dispatch mode (fake tensors, a counter) looks at each operation."""
+    """Return whether a transform, a tracer or a dispatch mode (fake tensors, a counter) sees each operation."""
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     return torch._C._get_tracing_state() is not None

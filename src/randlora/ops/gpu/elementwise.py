@@ -1,6 +1,6 @@
-"""Kernels that read and write each entry once: Ã, mixed groups, and W + ΔW rounded by chance.
+"""Kernels that read and write each entry once: Ã, mixed groups, and W + ΔW rounded stochastically.
 
-Memory sets their pace. So blocks are constants, and nothing is tuned.
+Memory limits their speed, so that block sizes are constants and need no tuning.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -26,7 +26,7 @@ def scaled(
     dtype: torch.dtype,
     groups: int = 1,
 ) -> Tensor:  # (ρ·n, m)
-    """Ã = λ·A·γ, rows over (ρ, n), computed in float32 and rounded once; each group of columns has rows of λ."""
+    """Return Ã = λ·A·γ, rows over (ρ, n), computed in float32 and rounded once; each group of columns has rows of λ."""
     (r, n), m = lam.shape, gamma.shape[1]
     rho, group = r // groups, m // groups
     out = torch.empty((rho * n, m), dtype=dtype, device=A.device)
@@ -36,7 +36,7 @@ def scaled(
 
 
 def stochastic_sum(update: Tensor, base: Tensor, seed: Tensor) -> Tensor:
-    """``update + base`` (i, j) in bfloat16, rounded as ``rounding.stochastic`` does."""
+    """Return ``update + base`` (i, j) in bfloat16, rounded as by ``rounding.stochastic``."""
     rows, columns = update.shape
     out = torch.empty((rows, columns), dtype=torch.bfloat16, device=update.device)
     grid = (rows, triton.cdiv(columns, ROW["COLUMNS"]))
@@ -45,7 +45,7 @@ def stochastic_sum(update: Tensor, base: Tensor, seed: Tensor) -> Tensor:
 
 
 def mixed(values: Tensor, mix: Tensor) -> Tensor:
-    """``mix @ values`` for values (T, g, k) in any order of memory: contiguous, summed in float32, rounded once."""
+    """Return ``mix @ values`` for values (T, g, k) of any strides: contiguous, summed in float32, rounded once."""
     tokens, g, k = values.shape
     out = torch.empty((tokens, g, k), dtype=values.dtype, device=values.device)
     grid = (tokens, triton.cdiv(k, MIXED["COLUMNS"]))
@@ -72,7 +72,7 @@ def _mixed_groups(
 @triton.jit
 def _scaled(out, A, lam, gamma, r, n, m, group, A_0, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     b = tl.program_id(0)
-    parts = tl.cdiv(group, COLUMNS)  # of a group, which no block of columns leaves
+    parts = tl.cdiv(group, COLUMNS)  # of a group; no block of columns crosses its edge
     i, within = tl.program_id(1) // parts, tl.program_id(1) % parts * COLUMNS + tl.arange(0, COLUMNS)
     j = i * group + within
     k = tl.program_id(2) * ROWS + tl.arange(0, ROWS)

@@ -1,7 +1,7 @@
-"""The kernel of dλ and dγ: it reads dÃ once.
+"""The kernel of dλ and dγ, which reads dÃ once.
 
-No float is added atomically: each program writes sums of its own, and those of dλ are then added in a fixed order, so
-that the same inputs give the same bits.
+No float is added atomically: each program writes its own sums, and those of dλ are then added in a fixed order. So the
+same inputs give the same bits.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -24,7 +24,7 @@ def scaling_gradients(
     lam: Tensor,  # (groups·ρ, n)
     gamma: Tensor,  # (n, m)
 ) -> tuple[Tensor, Tensor]:  # (groups·ρ, n), (n, m)
-    """dλ and dγ from dÃ, summed in float32; dense bases are one group."""
+    """Return dλ and dγ from dÃ, summed in float32; dense bases are one group."""
     (groups, _, group), (r, n), m = d_scaled.shape, lam.shape, gamma.shape[1]
     parts = triton.cdiv(group, BLOCK["COLUMNS"])
     d_lam = torch.empty((parts, r, n), dtype=torch.float32, device=A.device)

@@ -1,6 +1,6 @@
 """All kernels as functions of tensors. Importing this file needs Triton.
 
-Each takes a step that torch's own operations take too, where it is called (``availability.kernels``): that is its twin.
+Beside each call of a kernel (``availability.kernels``), torch's own operations compute the same step.
 """
 
 from randlora.ops.gpu.elementwise import mixed, scaled, stochastic_sum

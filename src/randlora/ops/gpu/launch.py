@@ -1,4 +1,4 @@
-"""What the kernels share: how they are launched, and how they round."""
+"""The launching and the rounding that all kernels share."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -17,7 +17,7 @@ INTERPRETING = tl.constexpr(interpreting)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], out: torch.Tensor, *arguments: Any, **constants: Any) -> None:
-    """Runs ``kernel`` on the device of ``out``, its first argument; Triton takes the current one."""
+    """Run ``kernel`` on the device of ``out``, its first argument; Triton itself takes the current device."""
     if out.is_cuda and out.device.index != torch.cuda.current_device():
         with torch.cuda.device(out.device):
             kernel[grid](out, *arguments, **constants)
@@ -26,7 +26,7 @@ def launch(kernel: Any, grid: tuple[int, ...], out: torch.Tensor, *arguments: An
 
 
 def block(sizes: dict[str, int], small: dict[str, int]) -> dict[str, int]:
-    """``sizes`` of a block; ``small`` ones where the interpreter is to meet several blocks in small tensors."""
+    """Return the ``sizes`` of a block; in the interpreter ``small`` ones, so that small tensors have several blocks."""
     return small if interpreting else sizes
 
 

@@ -1,6 +1,6 @@
 """The kernel of a sum of two products in half precision, which is rounded once.
 
-Single products are cuBLAS's. For a sum, torch would have to join the factors in memory, or to keep it in float32.
+cuBLAS computes single products. For a sum, torch would have to join the factors in memory or keep it in float32.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -29,7 +29,7 @@ def rounded_sum(
     d: Tensor | None,  # (l, j)
     addend: Tensor | None,  # (T, j), of any floating point dtype
 ) -> Tensor:  # (T, j)
-    """``a @ b + c @ d + addend`` in the dtype of a."""
+    """Return ``a @ b + c @ d + addend`` in the dtype of a."""
     rows, columns = a.shape[0], b.shape[1]
     out = a.new_empty(rows, columns)
     depth, second, strides = a.shape[1], 0, (*a.stride(), *b.stride())
@@ -46,14 +46,14 @@ def rounded_sum(
 
 
 def _blocks(rows: int, columns: int, device: torch.device) -> dict[str, int]:
-    """The block sizes for a result: large blocks read less, small ones keep a device busy with few tokens."""
+    """Return the block sizes for a result: large blocks read less, small ones occupy a device with few tokens."""
     large = triton.cdiv(rows, LARGE["ROWS"]) * triton.cdiv(columns, LARGE["COLUMNS"])
     return block(LARGE if large >= _ENOUGH and _has_room(device) else SMALL, _INTERPRETED)
 
 
 @cache
 def _has_room(device: torch.device) -> bool:
-    """Whether a multiprocessor has shared memory for the tiles of large blocks, as on A100, H100 and later."""
+    """Return whether a multiprocessor has shared memory for the tiles of large blocks, as on A100, H100 and later."""
     needed = (LARGE["ROWS"] + LARGE["COLUMNS"]) * LARGE["DEPTH"] * LARGE["num_stages"] * 2
     return interpreting or torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor > needed
 

@@ -1,4 +1,4 @@
-"""The state and the operations that every kind of adapted layer has: once, for all of them."""
+"""The state and the operations that all kinds of adapted layers share."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class AdaptedModule(nn.Module):
-    """A module in the place of its ``base_layer``, with the attributes of that layer, such as ``stride``."""
+    """A module in place of its ``base_layer``, with the attributes of that layer, such as ``stride``."""
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of this module, or one of the base layer that is not private."""
         modules = self.__dict__.get("_modules", {})
         found = modules.get(name)
-        if found is not None:  # modules that a forward asks for, without one more call
+        if found is not None:  # a shortcut for the modules that a forward reads
             return found
         try:
             return super().__getattr__(name)
@@ -60,7 +60,7 @@ class AdaptedModule(nn.Module):
             *args: passed on to the base layer.
             **kwargs: likewise.
         """
-        if self._disable_adapters and self.merged_adapters:  # attributes, since properties take longer
+        if self._disable_adapters and self.merged_adapters:  # not the properties, which take longer
             self.unmerge()
         mixed = mixed_forward(self, x, *args, **kwargs) if calls.running else None
         if mixed is not None:
@@ -73,7 +73,7 @@ class AdaptedModule(nn.Module):
         raise NotImplementedError
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Give a weight or bias to the base layer, which owns it: so another tensor is tied to it.
+        """Register a weight or bias in the base layer, which owns them, as for tying to another tensor.
 
         Raises:
             MergeError: for the weight while adapters are merged into it.
@@ -90,7 +90,7 @@ class AdaptedModule(nn.Module):
         setattr(layer.base_layer, name, param)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or cast the layer; a merged weight that was intact before is intact afterwards."""
+        """Move or cast the layer; a merged weight that was intact remains so."""
         layer = cast("RandLoraLayer", self)
         intact = bool(layer.merged) and layer._is_intact()
         result = super()._apply(fn, recurse)
@@ -107,18 +107,18 @@ class AdaptedModule(nn.Module):
 class RandLoraLayer(ScaledLayer):
     """Adapters of one base layer.
 
-    A subclass wraps one kind of base layer: it sets ``in_features`` and ``out_features``, says how its weight is laid
-    out, and computes its forward.
+    A subclass wraps one kind of base layer. It sets ``in_features`` and ``out_features``, defines the layout of the
+    weight, and computes the forward.
 
     Attributes:
         randlora_lambda: per adapter λ of shape (r, n), trained, float32.
         randlora_gamma: per adapter γ of shape (n, m), trained, float32; m = min(in, out).
-        bases: per adapter the frozen A and B, shared with all other layers; no part of the module tree.
+        bases: per adapter the frozen A and B, shared with all other layers and not part of the module tree.
         r: per adapter the rank of each basis.
         scaling: per adapter the factor of the update.
-        gamma_factor: per adapter the share of the scaling that γ holds already, 1 unless γ is as a file has it.
+        gamma_factor: per adapter the share of the scaling that γ includes, 1 unless γ is in the form of a file.
         parameter_name: name of the weight in the base layer.
-        adapts_parameter: whether `target_parameters` names the parameter, and not `target_modules` the layer.
+        adapts_parameter: whether `target_parameters` names the parameter, rather than `target_modules` the layer.
         stack: leading dimensions of λ and γ, one for a weight that is a stack of matrices, each with its own.
         fan_in_fan_out: whether the weight is stored as (in, out).
         is_linear: whether the layer multiplies its input with the weight, as a LoRA of a matrix does.
@@ -126,7 +126,7 @@ class RandLoraLayer(ScaledLayer):
         computes_rows: whether each row of an input can be given an adapter of its own.
         path: name of the base layer in its model when it was adapted.
         drops_input: whether dropout is applied to the adapters' input.
-        cast_input_dtype_enabled: known to PEFT, which casts inputs to the adapter's dtype; here none is cast.
+        cast_input_dtype_enabled: PEFT's switch for casting inputs to the adapter's dtype, without effect here.
     """
 
     parameter_name: str = "weight"
@@ -164,13 +164,13 @@ class RandLoraLayer(ScaledLayer):
         self.initial_scaling: dict[str, float] = {}
         self.gamma_factor: dict[str, float] = {}
         self._disable_adapters = False
-        self._may_train: set[str] = set()  # without being active: `set_requires_grad` has said so
+        self._may_train: set[str] = set()  # inactive adapters that `set_requires_grad` lets train
         self.merged_adapters: list[str] = []
         self._unmerged_weight: tuple[nn.Parameter] | None = None  # a tuple hides it from this module's parameters
         self._merged_bits: int | None = None
 
     def get_base_layer(self) -> nn.Module:
-        """Return the module inside all adapters, and inside all that wraps it (``torch.compile``, checkpointing)."""
+        """Return the module inside all adapters and other wrappers (``torch.compile``, checkpointing)."""
         return unwrapped(super().get_base_layer())
 
     @property
@@ -215,7 +215,7 @@ class RandLoraLayer(ScaledLayer):
         self.gamma_factor[adapter_name] = gamma_factor
         if randlora_dropout > 0:
             self.randlora_dropout.add(adapter_name, randlora_dropout)
-        initial = torch.zeros if init_weights else torch.randn  # nobody's generator is asked without need
+        initial = torch.zeros if init_weights else torch.randn  # no random numbers without need
         self.randlora_lambda[adapter_name] = nn.Parameter(initial(*self.stack, r, n, dtype=torch.float32))
         self.randlora_gamma[adapter_name] = nn.Parameter(
             torch.full((*self.stack, n, self.min_dim), gamma_factor / self.max_dim, dtype=torch.float32)
@@ -227,14 +227,14 @@ class RandLoraLayer(ScaledLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of λ and γ, whatever parts of them this process holds."""
+        """Return the full shapes of λ and γ, also if this process has only parts of them."""
         r, n = self.r[adapter_name], self.num_bases[adapter_name]
         return {"randlora_lambda": (*self.stack, r, n), "randlora_gamma": (*self.stack, n, self.min_dim)}
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones, and, unless in ``inference_mode``, the only ones that train.
 
-        The time that it takes does not depend on how many adapters there are.
+        The time does not depend on the number of adapters.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._freeze()
@@ -242,14 +242,14 @@ class RandLoraLayer(ScaledLayer):
         self._active_adapter = names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let adapters train or not, whether active or not, until others become active."""
+        """Set whether adapters train, active or not, until others become active."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._require_grad(names, requires_grad)
         if requires_grad:
             self._may_train.update(names)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Enable the active adapters, or disable all adapters, of which none trains then."""
+        """Enable the active adapters, or disable and freeze all adapters."""
         self._disable_adapters = not enabled
         if enabled:
             self.set_adapter(self.active_adapters)
@@ -257,14 +257,14 @@ class RandLoraLayer(ScaledLayer):
             self._freeze()
 
     def _freeze(self) -> None:
-        """Let no adapter train; only adapters that may train are visited."""
+        """Freeze all adapters, by visiting only those that may train."""
         self._require_grad([*self.active_adapters, *self._may_train], False)
         if self._may_train:
             here = self.randlora_lambda  # without those that `alone` hides
             self._may_train = {name for name in self._may_train if name not in here}
 
     def _require_grad(self, adapter_names: Iterable[str], requires_grad: bool) -> None:
-        # as attributes they would take longer to look up than all that is done with them
+        # attribute lookups would take longer than the loop below
         held = [cast("Any", self)._modules[group]._parameters for group in self.adapter_layer_names]
         for name in adapter_names:
             for parameters in held:
@@ -280,7 +280,7 @@ class RandLoraLayer(ScaledLayer):
             nn.init.constant_(gamma, self.gamma_factor[adapter_name] / max(gamma.shape[-2:]))
 
     def unfold_gamma(self, adapter_name: str) -> None:
-        """Take the scaling's share back from γ, whose values are about to be replaced."""
+        """Move the scaling's share from γ back to the scaling, before γ's values are replaced."""
         for scaling in (self.scaling, self.initial_scaling):
             scaling[adapter_name] *= self.gamma_factor[adapter_name]
         self.gamma_factor[adapter_name] = 1.0
@@ -291,7 +291,7 @@ class RandLoraLayer(ScaledLayer):
         self._cast_basis(adapter_name)
 
     def _cast_basis(self, adapter_name: str) -> None:
-        """Cast an adapter's bases for the base layer where it is now: not while a compiled step is traced."""
+        """Cast an adapter's bases for the base layer ahead of its first call, which may be traced by a compiler."""
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if not isinstance(self.bases[adapter_name], Basis) or device is None:
             return
@@ -299,11 +299,11 @@ class RandLoraLayer(ScaledLayer):
             self._operands(adapter_name, device, dtype)
 
     def get_scaled_bases(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Return the two factors of the update in the order in which an input meets them, without ``scaling``.
+        """Return the two factors of the update in the order in which they multiply an input, without ``scaling``.
 
         Args:
             adapter: name of the adapter.
-            device: where they are wanted; by default where λ is.
+            device: device of the results; by default that of λ.
 
         Returns:
             (first, second) with ``F.linear(F.linear(x, first), second)`` the unscaled update: Ã (q, m) and B (M, q),
@@ -325,7 +325,7 @@ class RandLoraLayer(ScaledLayer):
         return self.delta_of(adapter, self.randlora_lambda[adapter], self.randlora_gamma[adapter])
 
     def delta_of(self, adapter: str, lam: Tensor, gamma: Tensor) -> Tensor:
-        """Return :meth:`get_delta_weight` of an adapter with these λ and γ in the place of its own."""
+        """Return :meth:`get_delta_weight` of an adapter with these λ and γ in place of its own."""
         return self._to_weight_layout(self._update_of(adapter, lam, gamma))
 
     def _update_of(self, adapter: str, lam: Tensor, gamma: Tensor) -> Tensor:
@@ -338,7 +338,7 @@ class RandLoraLayer(ScaledLayer):
 
     @property
     def weight(self) -> Tensor:
-        """W plus the updates of the active adapters, as a parent reads it: see :func:`read_weight`."""
+        """W plus the updates of the active adapters, for a parent that reads it: see :func:`read_weight`."""
         return read_weight(self)
 
     def with_updates(self, weight: Tensor, adapter_names: list[str]) -> Tensor:
@@ -359,7 +359,7 @@ class RandLoraLayer(ScaledLayer):
         The original weight is kept aside until ``unmerge``, which restores it bit for bit.
 
         Args:
-            safe_merge: refuse a merged weight that is not finite, and leave the layer as it was.
+            safe_merge: whether to refuse a merged weight that is not finite, leaving the layer unchanged.
             adapter_names: adapters to merge; by default the active ones.
 
         Raises:
@@ -375,10 +375,10 @@ class RandLoraLayer(ScaledLayer):
         self.merged_adapters.extend(names)
 
     def require_mergeable(self) -> None:
-        """Leave the layer as it is.
+        """Check that W + ΔW may take the place of W, without a change of the layer.
 
         Raises:
-            MergeError: if the base layer has no place for W + ΔW, or would not do with it what the adapter does.
+            MergeError: if the base layer cannot store W + ΔW, or would compute something else with it than the adapter.
         """
         base = self.get_base_layer()
         weight = require_stored(base, self.parameter_name, self._where())
@@ -389,7 +389,7 @@ class RandLoraLayer(ScaledLayer):
                 require_linear(base, self.parameter_name, x, lambda change: self._product(x, change), self._where())
 
     def _exchanges_weight(self) -> bool:
-        """Return whether the unmerged layer runs with W + ΔW in the place of W, so that merging changes no output."""
+        """Return whether the unmerged layer runs with W + ΔW in place of W, so that merging changes no output."""
         return False
 
     def _probe(self, weight: Tensor) -> Tensor:
@@ -427,7 +427,7 @@ class RandLoraLayer(ScaledLayer):
         """Put the original base weight back, bit for bit.
 
         Raises:
-            MergeError: if the merged weight was written or replaced, so that the original is not its base any more.
+            MergeError: if the merged weight was written or replaced, so that it is not the original plus updates.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -439,11 +439,11 @@ class RandLoraLayer(ScaledLayer):
 
     def _weight_bits(self) -> int | None:
         base = self.get_base_layer()
-        weight = (base._buffers | base._parameters).get(self.parameter_name)  # a computed one tells nothing
+        weight = (base._buffers | base._parameters).get(self.parameter_name)  # not a computed weight
         return None if weight is None else checksum(weight)
 
     def _is_intact(self) -> bool:
-        """Return whether the base weight is still the merged one, as far as that can be told."""
+        """Return whether the base weight is still the merged one, as far as its bits can be read."""
         found = None if self._merged_bits is None else self._weight_bits()
         return found is None or found == self._merged_bits
 
@@ -456,7 +456,7 @@ class RandLoraLayer(ScaledLayer):
             )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether a LoRA in PEFT can take the place of the update, as PEFT asks before it converts."""
+        """Return whether a LoRA in PEFT can take the place of the update; PEFT asks before it converts."""
         return self.why_no_lora() is None
 
     def why_no_lora(self) -> str | None:
@@ -474,7 +474,7 @@ class RandLoraLayer(ScaledLayer):
         return cast("nn.Parameter", getattr(self.get_base_layer(), self.parameter_name))
 
     def original_weight(self) -> nn.Parameter:
-        """Return the parameter of the base model, also while adapters are merged."""
+        """Return the original parameter of the base model, also while adapters are merged."""
         return self._base_weight() if self._unmerged_weight is None else self._unmerged_weight[0]
 
     def _dense_base_weight(self) -> Tensor:
@@ -484,17 +484,17 @@ class RandLoraLayer(ScaledLayer):
     def _put_merged_weight(self, merged: Tensor) -> None:
         """Give the base layer ``merged`` as a weight of its own, and keep the original aside.
 
-        What the original is tied to, such as the output layer of a language model to its embedding, stays as it was.
+        Layers that share the original, such as the output layer of a language model, keep it unchanged.
         """
         weight = self._base_weight()
         if self._unmerged_weight is None:
             self._unmerged_weight = (weight,)
-        if isinstance(weight, nn.Parameter):  # not a frozen one that `remove_parametrizations` has left
+        if isinstance(weight, nn.Parameter):  # `remove_parametrizations` may leave a plain frozen tensor
             merged = nn.Parameter(merged, requires_grad=weight.requires_grad)
         setattr(self.get_base_layer(), self.parameter_name, merged)
 
     def _restore_base_weight(self) -> None:
-        """Put back the original that ``_put_merged_weight`` has kept."""
+        """Put back the original that ``_put_merged_weight`` kept."""
         if self._unmerged_weight is not None:
             merged = require_stored(self.get_base_layer(), self.parameter_name, self._where())
             (weight,) = self._unmerged_weight
@@ -504,10 +504,10 @@ class RandLoraLayer(ScaledLayer):
         self._unmerged_weight = None
 
     def _plain_weight(self, adapter_name: str, x: Tensor) -> Tensor | None:
-        """Return the base weight, if the base layer is only a product with it that sees the adapter's own input.
+        """Return the base weight if the base layer is only its product with the adapter's own input, else ``None``.
 
-        ``None`` where the base layer must be called (:func:`is_plain`), for a quantised or sharded weight, and with
-        active dropout.
+        It is ``None`` where the base layer must be called (:func:`is_plain`), for a quantised or sharded weight, and
+        with active dropout.
         """
         base: Any = cast("Any", self)._modules["base_layer"]
         if not (has_plain_product(base) and is_plain(base)) or self.drops(adapter_name):
@@ -520,7 +520,7 @@ class RandLoraLayer(ScaledLayer):
         """Return the base layer's own output, a tensor.
 
         Raises:
-            UnsupportedLayerError: if it is none.
+            UnsupportedLayerError: if the output is not a tensor.
         """
         result = self.base_layer(x, *args, **kwargs)
         if not isinstance(result, Tensor):
@@ -531,10 +531,10 @@ class RandLoraLayer(ScaledLayer):
         return result
 
     def _add(self, result: Tensor, update: Tensor) -> Tensor:
-        """Return the sum, in the dtype of ``result``.
+        """Return the sum of ``result`` and ``update``, in the dtype of ``result``.
 
         Raises:
-            UnsupportedLayerError: if the base layer's output has another shape than its kind gives.
+            UnsupportedLayerError: if the two differ in shape.
         """
         if result.shape != update.shape:
             raise UnsupportedLayerError(
@@ -545,7 +545,7 @@ class RandLoraLayer(ScaledLayer):
         return result + update.to(result.dtype)
 
     def _own_input(self, adapter_name: str, x: Tensor) -> Tensor:
-        """Return the layer's input as the adapter sees it."""
+        """Return the adapter's input: that of the layer, after dropout."""
         dropouts: Dropouts = cast("Any", self)._modules["randlora_dropout"]
         return dropouts[adapter_name](x) if adapter_name in dropouts else x
 
@@ -557,18 +557,18 @@ class RandLoraLayer(ScaledLayer):
         """Return the adapter's bases.
 
         Raises:
-            BasisMismatchError: if they were to come from its file, and no file has been loaded.
+            BasisMismatchError: if the bases must come from the adapter's file, and no file has been loaded.
         """
         return known_basis(self.bases[adapter_name])
 
     def _operands(
         self, adapter_name: str, device: torch.device, dtype: torch.dtype, tokens: int | None = None
     ) -> Operands:
-        """Return this layer's slices of the shared bases, as products in ``dtype`` take them."""
+        """Return this layer's slices of the shared bases, for products in ``dtype``."""
         return self.basis(adapter_name).operands(device, dtype, self.sizes(adapter_name), tokens)
 
     def _lookup(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> RowOperands:
-        """Return this layer's slices of the shared bases as they are stored, for layers that read a few rows."""
+        """Return this layer's slices of the shared bases in their stored form, for layers that read a few rows."""
         return self.basis(adapter_name).lookup(device, dtype, self.sizes(adapter_name))
 
     def sizes(self, adapter_name: str) -> Sizes:
@@ -576,9 +576,9 @@ class RandLoraLayer(ScaledLayer):
         return Sizes(self.max_dim, self.min_dim, self.num_bases[adapter_name])
 
     def _scalings(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return λ and γ; as attributes they would take longer to look up than a small product."""
+        """Return λ and γ, bypassing attribute lookups, which take longer than a small product."""
         modules = cast("Any", self)._modules
-        try:  # by `[]`, which DeepSpeed watches, to gather tensors in shares
+        try:  # by `[]`, which DeepSpeed watches to gather sharded tensors
             lam = modules["randlora_lambda"]._parameters[adapter_name]
             return lam, modules["randlora_gamma"]._parameters[adapter_name]
         except KeyError:  # below FSDP they are not parameters
@@ -589,18 +589,18 @@ class RandLoraLayer(ScaledLayer):
         return self.scaling[adapter_name] * self.basis(adapter_name).factor
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device | None, torch.dtype | None]:
-        if is_parametrized(base_layer, self.parameter_name):  # a spectral norm changes each time that it is read
+        if is_parametrized(base_layer, self.parameter_name):  # reading changes a spectral norm
             first = next(base_layer.parametrizations[self.parameter_name].parameters())
             return first.device, first.dtype
         return super()._get_base_layer_device_and_dtype(base_layer)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move λ and γ to the base layer's device; ``autocast_adapter_dtype`` decides on their dtype."""
+        """Move λ and γ to the base layer's device, or to ``device``; ``autocast_adapter_dtype`` sets their dtype."""
         if device is None:
             base_layer = self.get_base_layer()
             device, _ = self._get_base_layer_device_and_dtype(base_layer)
             if device is not None and device.type == "meta" and hasattr(base_layer, "_hf_hook"):
-                # where Accelerate will bring the weight
+                # the device to which Accelerate will move the weight
                 device = getattr(base_layer._hf_hook, "execution_device", None)
         if device is None:
             return
@@ -612,12 +612,12 @@ class RandLoraLayer(ScaledLayer):
 
 
 class ProjectionView(Mapping[str, Tensor]):
-    """Copies of the current bases by adapter, which PEFT's users know as ``randlora_A`` and ``randlora_B``.
+    """Copies of the current bases by adapter, under PEFT's names ``randlora_A`` and ``randlora_B``.
 
-    Writing into a copy changes nothing: the bases belong to all layers and adapters that use the same numbers.
+    Writing into a copy does not change the bases, which all layers and adapters with the same numbers share.
 
     Args:
-        bases: gives the adapters' bases.
+        bases: function that returns the adapters' bases.
         which: 0 for A, 1 for B.
     """
 
@@ -654,7 +654,7 @@ def known_basis(basis: Basis | AwaitedBasis) -> Basis:
     """Return the basis itself.
 
     Raises:
-        BasisMismatchError: if it was to come from a file, and no file has been loaded.
+        BasisMismatchError: if the basis must come from a file, and no file has been loaded.
     """
     if isinstance(basis, AwaitedBasis):
         raise basis.error()

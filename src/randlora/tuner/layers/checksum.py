@@ -1,4 +1,4 @@
-"""Whether a weight is still the one that was put there, told from its bits."""
+"""A checksum of a weight's bits, to find out whether it was changed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(tensor: Tensor) -> int | None:
-    """Return a number that changes with the bits and the order of rows; ``None`` where there are none to read."""
+    """Return a number that changes with the bits and the order of rows; ``None`` if bits cannot be read."""
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.dtype.itemsize not in _INTEGERS:
         return None
     with torch.no_grad():

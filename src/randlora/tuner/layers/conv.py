@@ -20,13 +20,13 @@ ConvNd = nn.Conv1d | nn.Conv2d | nn.Conv3d
 class _Conv(AdaptedModule, RandLoraLayer):
     """A convolution with RandLoRA adapters.
 
-    It computes conv(x, W + ΔW) in one convolution where W is float32 or wider, else conv(x, W) + conv(x, ΔW).
+    The layer computes conv(x, W + ΔW) in one convolution where W is float32 or wider, else conv(x, W) + conv(x, ΔW).
     Stride, padding, padding mode, dilation and groups are those of the base layer.
 
     Args:
         base_layer: the convolution to adapt.
         adapter_name: name of the first adapter.
-        **adapter: its values, as of :meth:`RandLoraLayer.update_layer`.
+        **adapter: values of the adapter, as of :meth:`RandLoraLayer.update_layer`.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **adapter: Any) -> None:
@@ -57,7 +57,7 @@ class _Conv(AdaptedModule, RandLoraLayer):
         """Return the part of the output that an update, in the layout of the weight, adds: its own convolution.
 
         Raises:
-            UnsupportedLayerError: if the base layer's ``_conv_forward`` is another, and none that an update has.
+            UnsupportedLayerError: if the base layer has its own ``_conv_forward``, which is not linear in the weight.
         """
         base: Any = self.get_base_layer()
         result: Tensor = base._conv_forward(x, update, None)
@@ -83,11 +83,11 @@ class _Conv(AdaptedModule, RandLoraLayer):
             return self.get_delta_weight(name).to(dtype)
 
     def _can_take_weight(self, name: str, x: Tensor) -> bool:
-        """Return whether one convolution may do both: see :meth:`RandLoraLayer._plain_weight` and ``ops.can_fuse``."""
+        """Return whether one convolution may use W + ΔW: see :meth:`RandLoraLayer._plain_weight`, ``ops.can_fuse``."""
         return self._plain_weight(name, x) is not None and ops.can_fuse(compute_dtype(x), self._base_weight().dtype)
 
     def _to_weight_layout(self, update: Tensor) -> Tensor:
-        base: Any = self.get_base_layer()  # a computed weight is not to be computed for its shape
+        base: Any = self.get_base_layer()  # reading `weight.shape` might compute the weight
         return update.reshape(base.out_channels, base.in_channels // base.groups, *base.kernel_size)
 
 

@@ -10,10 +10,10 @@ from torch import nn
 
 
 class Dropouts(nn.Module):
-    """The dropout of each adapter that has one: a single module for all of the same probability.
+    """The dropout of each adapter that has one, with a single module for all adapters of the same probability.
 
-    A thousand adapters would else bring a thousand modules to each layer, and whatever walks over the model, such as a
-    switch of adapters, meets them all.
+    Else a thousand adapters would add a thousand modules to each layer, and slow down every walk over the model, such
+    as a switch of adapters.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Dropouts(nn.Module):
         self._by_adapter: dict[str, nn.Dropout] = {}
 
     def add(self, adapter_name: str, probability: float) -> None:
-        """Give the adapter its dropout."""
+        """Add the dropout of an adapter."""
         there = cast("list[nn.Dropout]", list(self.children()))
         kind = next((kind for kind in there if kind.p == probability), None)
         if kind is None:

@@ -1,4 +1,4 @@
-"""Adapted ``nn.Embedding``: only the rows that are looked up are computed."""
+"""Adapted ``nn.Embedding``, which computes only the rows that are looked up."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from randlora.tuner.layers.mergeable import require_exchangeable
 class Embedding(AdaptedModule, RandLoraLayer):
     """An embedding (weight (num_embeddings, dim)) with RandLoRA adapters, for indices x (...).
 
-    It is the linear layer of a one-hot input: in = num_embeddings, out = dim. The row of ``padding_idx`` gets no
-    update. ``randlora_dropout`` does nothing here, because indices cannot be dropped.
+    An embedding is the linear layer of a one-hot input: in = num_embeddings, out = dim. The row of ``padding_idx`` gets
+    no update. ``randlora_dropout`` has no effect, since indices cannot be dropped.
 
     Args:
-        base_layer: the embedding to adapt; one that multiplies its output with ``embed_scale`` too, as Gemma's does.
+        base_layer: the embedding to adapt; it may multiply its output by an ``embed_scale``, as Gemma's does.
         adapter_name: name of the first adapter.
-        **adapter: its values, as of :meth:`RandLoraLayer.update_layer`.
+        **adapter: values of the adapter, as of :meth:`RandLoraLayer.update_layer`.
     """
 
     drops_input = False
@@ -49,7 +49,7 @@ class Embedding(AdaptedModule, RandLoraLayer):
         return result
 
     def _call_with_sum(self, names: list[str], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return the base layer's output with W + ΔW, for a class whose lookup is unknown."""
+        """Return the base layer's output with W + ΔW, for a class with an unknown forward."""
         require_exchangeable(self.base_layer, self.parameter_name, self._where())
         weight = self._base_weight()
         with without_autocast(weight.device.type):
@@ -58,7 +58,7 @@ class Embedding(AdaptedModule, RandLoraLayer):
         return cast("Tensor", functional_call(self.base_layer, exchanged, (x, *args), kwargs))
 
     def _exchanges_weight(self) -> bool:
-        """Return whether the class has a forward of its own: it may count positions, or take no indices."""
+        """Return whether the class has a forward of its own, which may count positions or take no indices."""
         base: Any = self.base_layer
         if not isinstance(base, nn.Embedding) or hasattr(base, "embed_scale"):
             return False
@@ -76,7 +76,7 @@ class Embedding(AdaptedModule, RandLoraLayer):
         return self._scaled(F.embedding(x, update))
 
     def _rows(self, name: str, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return rows ``ids`` of ΔW, by the product of all rows where that is less work than one for each index."""
+        """Return rows ``ids`` of ΔW, by the product of all rows if that is less work than one for each index."""
         base: Any = self.get_base_layer()
         operands = self._lookup(name, ids.device, dtype)
         with without_autocast(ids.device.type):
@@ -104,7 +104,7 @@ def embedding_shape(base_layer: nn.Embedding, name: str) -> tuple[int, int]:
     """Return (in, out) of the embedding as a linear layer.
 
     Raises:
-        UnsupportedLayerError: if it has a ``max_norm``, which would be applied to W without its update.
+        UnsupportedLayerError: if the embedding has a ``max_norm``, which torch would apply to W without its update.
     """
     if base_layer.max_norm is not None:
         raise UnsupportedLayerError(

@@ -1,4 +1,4 @@
-"""Which kind of adapted layer a module gets."""
+"""The choice of the kind of adapted layer for a module."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ class Kind(NamedTuple):
     """The way to adapt a module.
 
     Attributes:
-        create: takes the module, the adapter's name and its values (:meth:`RandLoraLayer.update_layer`).
-        shape: (in, out) of its weight as a matrix.
+        create: constructor of the adapted layer, from the module, the adapter's name and its values
+            (:meth:`RandLoraLayer.update_layer`).
+        shape: (in, out) of the module's weight as a matrix.
     """
 
     create: Callable[..., nn.Module]
@@ -41,10 +42,10 @@ def kind_of(
 
     Args:
         target: the module to adapt, possibly adapted already.
-        name: its name in ``model``, for messages.
-        model: the model that it is part of.
+        name: name of the module in ``model``, for messages.
+        model: the model with the module.
         config: the adapter's config.
-        parameter_name: the parameter of the module that is targeted, if it is not the module itself.
+        parameter_name: the targeted parameter of the module; ``None`` if the module itself is targeted.
 
     Raises:
         UnsupportedLayerError: if no kind fits.
@@ -85,7 +86,7 @@ def kind_of(
 
 
 def _ways_out(module: nn.Module, name: str) -> str:
-    """Return sentences on what can be adapted inside of an unsupported module: layers, or parameters of its own."""
+    """Return sentences on the layers and own parameters of an unsupported module that can be adapted."""
     leaf = name.rpartition(".")[2]
     layers = [
         f"{leaf}.{path}"

@@ -25,7 +25,7 @@ class Linear(AdaptedModule, RandLoraLayer):
     Args:
         base_layer: the ``nn.Linear`` (weight (out, in)) or ``Conv1D`` (weight (in, out)) to adapt.
         adapter_name: name of the first adapter.
-        **adapter: its values, as of :meth:`RandLoraLayer.update_layer`.
+        **adapter: values of the adapter, as of :meth:`RandLoraLayer.update_layer`.
     """
 
     is_linear = True
@@ -42,7 +42,7 @@ class Linear(AdaptedModule, RandLoraLayer):
         self.update_layer(adapter_name, **adapter)
 
     def forward_with(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output as if ``adapters`` were the active ones."""
+        """Return the output as if ``adapters`` were the active ones."""
         names = [name for name in adapters if name in self.r]
         if self._disable_adapters or self.merged_adapters or not names:
             return self.base_layer(x, *args, **kwargs)
@@ -63,12 +63,12 @@ class Linear(AdaptedModule, RandLoraLayer):
         return result
 
     def plan(self, tokens: int, adapter_name: str | None = None, dtype: torch.dtype | None = None) -> Plan:
-        """How the layer would compute the update of an adapter for a training step of that many tokens.
+        """Return the plan by which the layer would compute an adapter's update in a training step of that many tokens.
 
         Args:
             tokens: rows of the flattened input.
-            adapter_name: by default the first active adapter.
-            dtype: of the products; by default that of the base weight.
+            adapter_name: name of the adapter; by default the first active one.
+            dtype: dtype of the products; by default that of the base weight.
         """
         name = self.active_adapters[0] if adapter_name is None else adapter_name
         weight = self._base_weight()
@@ -78,34 +78,34 @@ class Linear(AdaptedModule, RandLoraLayer):
         return choose(self._problem(name, tokens, weight.device, dtype, fusible))
 
     def train(self, mode: bool = True) -> Linear:
-        """Sets the mode; training lets go of a held update."""
+        """Set the mode; training mode releases a held update."""
         if mode:
             self._held.release()
         return super().train(mode)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds the updates to the base weight, as :meth:`RandLoraLayer.merge`."""
+        """Add the updates to the base weight, as :meth:`RandLoraLayer.merge`."""
         self._held.release()
         super().merge(safe_merge, adapter_names)
 
     def bind_basis(self, adapter_name: str, basis: Basis | AwaitedBasis) -> None:
-        """Gives the adapter its bases, as :meth:`RandLoraLayer.bind_basis`; nothing holds on to other ones."""
+        """Give the adapter its bases, as :meth:`RandLoraLayer.bind_basis`, and release calls prepared from others."""
         self._prepared.clear()
         super().bind_basis(adapter_name, basis)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter, and what may have been held of it."""
+        """Delete an adapter, and all that is held or prepared for it."""
         self._held.release()
         self._prepared.clear()
         super().delete_adapter(adapter_name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
-        self._held.release()  # in another dtype or on another device it is of no use
+        self._held.release()  # useless in another dtype or on another device
         self._prepared.clear()
         return super()._apply(fn, recurse)
 
     def _kept_update(self, names: list[str], x: Tensor, dtype: torch.dtype, weight: Tensor) -> Tensor | None:
-        """ΔW of the adapters together, (out, in), where the layer may and should hold it between calls."""
+        """Return the sum of the adapters' ΔW (out, in), if the layer may and should hold it between calls."""
         training = self.training or torch.is_grad_enabled()
         if not may_hold(training) or _traces() or (training and len(names) > 1):
             return None
@@ -126,7 +126,7 @@ class Linear(AdaptedModule, RandLoraLayer):
     def _hold(
         self, terms: list[Term], names: list[str], x: Tensor, dtype: torch.dtype, training: bool
     ) -> Tensor | None:
-        """ΔW, once the calls without it have cost as much as it costs to make, and if the budget has room."""
+        """Make ΔW once calls without it have cost as much as making it; return it if the budget has room."""
         tokens = x.numel() // max(x.shape[-1], 1)
         problems = [self._problem(name, tokens, x.device, dtype, fusible=True) for name in names]
         if not self._held.pays(tuple(names), sum(map(call_cost, problems)), sum(map(sum_cost, problems))):
@@ -162,7 +162,7 @@ class Linear(AdaptedModule, RandLoraLayer):
         return ops.prepared_linear(x, self._prepared_call(name, x, weight), lam, gamma, weight, bias, kept)
 
     def _prepared_call(self, name: str, x: Tensor, weight: Tensor | None) -> Prepared:
-        if _traces():  # numbers of tokens may be symbols there
+        if _traces():  # the number of tokens may be a symbol
             return self._prepare(name, x, weight)
         tokens, basis = x.numel() // (x.shape[-1] or 1), self.bases[name]
         weight_dtype = None if weight is None else weight.dtype
@@ -179,15 +179,15 @@ class Linear(AdaptedModule, RandLoraLayer):
         return Prepared(operands, choose(problem), self.out_features)
 
     def _takeable_weight(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """The base weight, if the product with it may be done here, together with the update.
+        """Return the base weight, if its product may be computed here, together with the update.
 
-        Not where the base layer is anything but a plain product with a plain frozen tensor that sees the same input:
-        another adapter inside, a quantised or sharded weight, hooks (offloading, for one), active dropout.
+        The base layer must be a plain product of the same input with a plain frozen tensor: without another adapter
+        inside, a quantised or sharded weight, hooks (such as offloading) or active dropout.
         """
         weight = self._plain_weight(name, x)
         if weight is None or weight.requires_grad:
             return None
-        # else the base layer says what is wrong
+        # the base layer raises for a wrong dtype
         return weight if weight.dtype == x.dtype or dtype != x.dtype else None
 
     def _probe(self, weight: Tensor) -> Tensor:
@@ -201,19 +201,19 @@ class Linear(AdaptedModule, RandLoraLayer):
 
 
 class OutProjection(Linear):
-    """The ``out_proj`` of an ``nn.MultiheadAttention`` with RandLoRA adapters, which is read and never called."""
+    """The ``out_proj`` of an ``nn.MultiheadAttention``, with RandLoRA adapters. The attention reads only its weight."""
 
     computes_rows = False
     read_by_parent = True
 
 
 def _traces() -> bool:
-    """Whether operations are recorded, so that a tensor that is held would become a constant."""
+    """Return whether operations are recorded, so that a held tensor would become a constant."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def linear_shape(base_layer: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a linear layer; also where DeepSpeed has taken its weight apart."""
+    """Return (in_features, out_features) of a linear layer, also with a weight that DeepSpeed has partitioned."""
     if isinstance(base_layer, Conv1D):
         weight = base_layer.weight
         shape = getattr(weight, "ds_shape", weight.shape)

@@ -1,4 +1,4 @@
-"""Checks that a base layer may store W + ΔW: it must store W, and use it as the adapter uses ΔW beside it."""
+"""Checks that a base layer may store W + ΔW: it must store W, and use W as the adapter uses ΔW beside it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from randlora.errors import MergeError, UnsupportedLayerError
 
 
 def require_stored(base: nn.Module, parameter_name: str, where: str) -> Tensor:
-    """Return the weight, a parameter or buffer that the base layer holds.
+    """Return the weight, a parameter or buffer of the base layer.
 
     Args:
         base: the base layer.
-        parameter_name: name of its weight.
-        where: the layer, as messages name it.
+        parameter_name: name of the weight.
+        where: name of the layer for messages.
 
     Raises:
-        MergeError: if the weight is computed, as ``weight_norm`` and pruning do, or of no floating dtype.
+        MergeError: if the weight is computed, as by ``weight_norm`` and pruning, or not of a floating dtype.
     """
     weight = (base._buffers | base._parameters).get(parameter_name)
     if weight is None:
@@ -41,12 +41,12 @@ def require_stored(base: nn.Module, parameter_name: str, where: str) -> Tensor:
 
 
 def require_exchangeable(base: nn.Module, parameter_name: str, where: str) -> None:
-    """Refuse a weight that cannot be replaced while the module runs: hooks would compute it again.
+    """Check that the weight can be replaced while the module runs, so that no hook computes it again.
 
     Raises:
         UnsupportedLayerError: if the weight is computed.
     """
-    hooked = parameter_name not in base._parameters and len(base._forward_pre_hooks) > 0  # below FSDP it is none either
+    hooked = parameter_name not in base._parameters and len(base._forward_pre_hooks) > 0  # below FSDP neither
     if hooked or is_parametrized(base, parameter_name):
         raise UnsupportedLayerError(
             f"{where} computes its {parameter_name!r} from other parameters (parametrization, weight_norm, "
@@ -59,19 +59,19 @@ def require_exchangeable(base: nn.Module, parameter_name: str, where: str) -> No
 def require_linear(
     base: nn.Module, parameter_name: str, x: Tensor, product: Callable[[Tensor], Tensor], where: str
 ) -> None:
-    """Require that a change of the weight changes the output for ``x`` as an update beside the layer would.
+    """Check that a change of the weight changes the output for ``x`` like an update beside the layer.
 
-    The layer is called as it is and with another weight, both in evaluation mode.
+    The check calls the layer with its own weight and with another one, both in evaluation mode.
 
     Args:
         base: a base layer with a forward of its own, or with hooks.
-        parameter_name: name of its weight.
+        parameter_name: name of the weight.
         x: an input.
-        product: gives the output of the update for ``x`` and a change of the weight.
-        where: the layer, as messages name it.
+        product: function from a change of the weight to the output of that update for ``x``.
+        where: name of the layer for messages.
 
     Raises:
-        MergeError: if it does not, or the layer cannot be called so.
+        MergeError: if the outputs differ, or the layer cannot be called in this way.
     """
     weight = require_stored(base, parameter_name, where).detach()
     if weight.is_meta:
@@ -95,7 +95,7 @@ def require_linear(
 
 
 def random_input(shape: tuple[int, ...], weight: Tensor) -> Tensor:
-    """Return the same random numbers each time, in the dtype and on the device of the weight."""
+    """Return random numbers, the same at each call, in the dtype and on the device of the weight."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
 
 
@@ -105,7 +105,7 @@ _UNMERGED = (
 
 
 def _change_of(weight: Tensor) -> Tensor:
-    """Return a change as large as the weight, whatever the update is: a small one would hide in rounding."""
+    """Return a random change as large as the weight, since a small one would disappear in rounding."""
     change = torch.empty_like(weight).normal_(generator=torch.Generator(weight.device).manual_seed(0))
     size = weight.float().square().mean().sqrt()
     return change * torch.where(size.isfinite() & (size > 0), size, 1.0).to(weight.dtype)

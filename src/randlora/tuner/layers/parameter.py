@@ -1,4 +1,4 @@
-"""Adapted parameters that belong to no layer of their own, such as the stacked weights of experts."""
+"""Adapted parameters without a layer of their own, such as the stacked weights of experts."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _LINEAR = ((nn.Linear, "weight"), (nn.MultiheadAttention, "in_proj_weight"))
 class ParamWrapper(AdaptedModule, RandLoraLayer):
     """A module with RandLoRA adapters of one of its parameters.
 
-    The module runs with W + ΔW in the place of the parameter W: a stack (experts, out, in), where each expert has
-    its own λ and γ, so that these are (experts, r, n) and (experts, n, m); or a matrix (out, in). The bases are the
-    same for all. Where the module's ``is_transposed`` says so, the stack is (experts, in, out). Several parameters of
-    one module are wrapped one around the other.
+    The module runs with W + ΔW in place of the parameter W. W is a matrix (out, in), or a stack (experts, out, in), in
+    which each expert has its own λ and γ, of shapes (experts, r, n) and (experts, n, m). The bases are the same for all
+    experts. If the module has a true ``is_transposed``, the stack is (experts, in, out). Wrappers of several parameters
+    of one module are nested.
 
-    ΔW is added in the dtype of W: in half precision an update of less than half an ulp is rounded away. Threads run the
-    module one after another, since each would find the other's sum in the place of W.
+    W + ΔW is rounded to the dtype of W: in half precision, an update below half an ulp is rounded away. Threads run the
+    module in turn, since each would find the other's sum in place of W.
 
     Args:
-        base_layer: the module, or the wrapper of another of its parameters.
+        base_layer: the module, or the wrapper of another parameter of the module.
         adapter_name: name of the first adapter.
         parameter_name: name of the parameter in the module.
         **adapter: values of the adapter, as of :meth:`RandLoraLayer.update_layer`.
@@ -90,13 +90,13 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
         return self._to_weight_layout(torch.vmap(update)(lam, gamma))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return False: PEFT's own conversion writes a config from `target_modules` alone, which cannot be loaded."""
+        """Return False: PEFT's own conversion writes only `target_modules` to the config, which cannot be loaded."""
         return False
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Return the module itself, with all adapters of it and its parts merged or left out."""
+        """Return the module itself, with all adapters of the module and its parts merged or removed."""
         layer: nn.Module = self
         while isinstance(layer, ParamWrapper):
             if merge:
@@ -111,7 +111,7 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the module, with the updates of adapters if it is the adapted parameter."""
+        """The module's weight, with the updates of the active adapters if it is the adapted parameter."""
         return read_weight(self) if self.parameter_name == "weight" else cast("Tensor", self.base_layer.weight)
 
     def __getattr__(self, name: str) -> Any:
@@ -124,7 +124,7 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
         except AttributeError:
             if "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
-            return getattr(self.base_layer, name)  # private attributes too: torch's encoder reads those of attention
+            return getattr(self.base_layer, name)  # private ones too, which torch's encoder reads from attention
 
     def _path(self) -> str:
         """Return the parameter's name within ``base_layer``, which may be further wrappers."""
@@ -146,7 +146,7 @@ class ParamWrapper(AdaptedModule, RandLoraLayer):
 
 
 class _Turn:
-    """A thread's turn to exchange a parameter, which it may take again within it; a copy has turns of its own."""
+    """A reentrant lock, held by the thread that exchanges a parameter. A copy has a lock of its own."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -165,7 +165,7 @@ class _Turn:
 
 
 def parts_of_wrapped(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules inside of those a parameter of which is wrapped, by path; adapted layers count as one."""
+    """Return the modules inside of modules with wrapped parameters, with their paths; adapted layers count as one."""
     parts: list[tuple[str, nn.Module]] = []
     for path, wrapper in model.named_modules():
         if not isinstance(wrapper, ParamWrapper) or isinstance(wrapper.base_layer, ParamWrapper):
@@ -183,7 +183,7 @@ def stacked_shape(module: nn.Module, parameter_name: str, name: str) -> tuple[in
     """Return (number of matrices, in, out) of a parameter.
 
     Raises:
-        UnsupportedLayerError: if it is neither a matrix nor a stack of them, or computed.
+        UnsupportedLayerError: if the parameter is computed, or neither a matrix nor a stack of matrices.
     """
     require_exchangeable(module, parameter_name, f"the module of target parameter {name!r}")
     parameter = getattr(module, parameter_name)

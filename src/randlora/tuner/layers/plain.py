@@ -1,7 +1,7 @@
-"""Checks that a layer computes what its kind computes, so that its product may be computed in its place.
+"""Checks that a layer runs the forward of its kind, so that its product may be computed in its place.
 
 A forward may be replaced in one layer (diffusers' and Accelerate's hooks), in a class or in all of torch, before
-randlora is imported or after. Wherever that is so, the layer has to be called.
+randlora is imported or after. Such a layer has to be called.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from transformers.pytorch_utils import Conv1D
 
-_Product = tuple[Any, str, Any]  # where a forward looks it up, its name, and what is there unless it was replaced
+_Product = tuple[Any, str, Any]  # place where a forward looks it up, name, and the function there unless replaced
 
 _PRODUCTS: dict[type[nn.Module], _Product] = {
     kind: (place, name, getattr(place, name))
@@ -36,7 +36,7 @@ _PRODUCTS: dict[type[nn.Module], _Product] = {
 
 
 def _written_with(owner: type[nn.Module], method: Any) -> bool:
-    """Return whether the method was written where its class was; a replacement has another module's globals."""
+    """Return whether a method is from the module of its class; a replacement has another module's globals."""
     return isinstance(method, types.FunctionType) and method.__globals__ is vars(sys.modules[owner.__module__])
 
 
@@ -53,7 +53,7 @@ _CALL_IMPL = nn.Module._call_impl if _written_with(nn.Module, nn.Module._call_im
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Return whether a call of the layer runs the forward of torch or Transformers for its kind, and no more."""
+    """Return whether a call of the layer runs only the forward of torch or Transformers for its kind."""
     held, kind = layer.__dict__, type(layer)
     if "_hf_hook" in held or "_call_impl" in held or ("forward" in held and not _is_bound(held["forward"], layer)):
         return False
@@ -65,7 +65,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def is_only_moved(layer: nn.Module) -> bool:
-    """Return whether Accelerate moves the weight or the input of a layer that would be plain otherwise."""
+    """Return whether the layer is plain except that Accelerate moves its weight or input."""
     held, kind = layer.__dict__, type(layer)
     old = held.get("_old_forward")
     moved = type(held.get("_hf_hook")) in (AlignDevicesHook, CpuOffload)
@@ -81,15 +81,15 @@ def has_plain_product(layer: nn.Module) -> bool:
 
 
 def has_plain_convolution(layer: nn.Module) -> bool:
-    """Return whether ``_conv_forward`` is torch's own, if the layer has one."""
+    """Return whether the layer's ``_conv_forward``, if any, is torch's own."""
     return "_conv_forward" not in layer.__dict__ and getattr(type(layer), "_conv_forward", None) in _CONV_FORWARDS
 
 
 def _has_function_mode() -> bool:
-    """Return whether something watches or changes calls of torch, other than a default device."""
+    """Return whether a mode other than a default device watches or changes calls of torch."""
     return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
 def _is_bound(forward: Any, layer: nn.Module) -> bool:
-    """Return whether ``forward`` is the class's own after all, as Accelerate leaves it when it takes a hook away."""
+    """Return whether ``forward`` is the class's own, bound to the layer, as after Accelerate removes a hook."""
     return getattr(forward, "__func__", None) is type(layer).forward and forward.__self__ is layer

@@ -1,8 +1,8 @@
-"""Linear layers with a quantised base weight: one mechanism for every kind of quantisation.
+"""Linear layers with a quantised base weight, of any kind of quantisation.
 
-The base layer is called as it is, and the update is computed beside it in the dtype of the input. For merging, PEFT's
-``QuantizationBackend`` of the kind says how to read the weight as plain numbers and how to write numbers back; what
-that rounds away is measured and said, and the original is kept whole.
+The adapted layer calls the base layer unchanged, and computes the update beside it in the dtype of the input. For
+merging, PEFT's ``QuantizationBackend`` of the kind reads the weight as plain numbers and writes numbers back. A warning
+reports the measured rounding error, and the original is kept whole.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class QuantizedLinear(Linear):
     """A quantised linear layer with RandLoRA adapters.
 
     Args:
-        base_layer: the quantised layer; anything that can be called, with ``in_features`` and ``out_features``.
+        base_layer: the quantised layer, any module with ``in_features`` and ``out_features``.
         adapter_name: name of the first adapter.
-        backend: how its weight is read and written.
+        backend: reader and writer of the layer's weight.
         **adapter: values of the adapter, as of :meth:`RandLoraLayer.update_layer`.
     """
 
-    weight = BaseTunerLayer.weight  # its codes, which nobody can add to
+    weight = BaseTunerLayer.weight  # its codes, to which no update can be added
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, backend: QuantizationBackend, **adapter: Any) -> None:
         _keep_trainable_format(innermost(base_layer))
@@ -50,7 +50,11 @@ class QuantizedLinear(Linear):
         self._unmerged: _Kept | None = None
 
     def require_mergeable(self) -> None:
-        """Raise :class:`MergeError` for a kind whose weight cannot be written."""
+        """Check that the weight can be written.
+
+        Raises:
+            MergeError: for a kind of quantisation whose weight cannot be written.
+        """
         backend = self._backend()
         if not backend.supports_merge:
             raise MergeError(
@@ -108,13 +112,13 @@ def quantized_class(backend: QuantizationBackend) -> type[QuantizedLinear]:
 
 
 def quantization_backend(base_layer: nn.Module, model: nn.Module) -> QuantizationBackend | None:
-    """Return the backend that reads and writes the layer's weight; ``None`` if it is not quantised.
+    """Return the backend that reads and writes the layer's weight; ``None`` if the weight is not quantised.
 
-    A linear layer of a kind that PEFT does not know is one that can be called, and not merged into.
+    For a quantised linear layer that PEFT does not know, the backend allows calls but no merging.
 
     Args:
         base_layer: a layer of ``model``.
-        model: a model that Transformers has loaded knows how to quantise anew.
+        model: the model; if loaded by Transformers, it knows how to quantise again.
     """
     if is_parametrized(base_layer, "weight"):
         return None
@@ -126,7 +130,7 @@ def quantization_backend(base_layer: nn.Module, model: nn.Module) -> Quantizatio
         return ForwardOnlyQuantizationBackend("torchao, outside of Transformers,")
     try:
         backend = resolve_quantization_backend(base_layer, **known_how)
-    except ImportError:  # PEFT wants a companion of GPTQ's package that running a layer does not need
+    except ImportError:  # PEFT asks for a companion of GPTQ's package, which calls do not need
         backend = None
     of_one_byte = isinstance(weight, Tensor) and weight.element_size() == 1
     if backend is None and (of_one_byte or hasattr(base_layer, "qweight")) and hasattr(base_layer, "in_features"):
@@ -136,7 +140,7 @@ def quantization_backend(base_layer: nn.Module, model: nn.Module) -> Quantizatio
 
 @dataclass
 class _Kept:
-    """The objects of a base layer before merging, so that nothing has to be computed to go back."""
+    """The objects of a base layer before merging, which unmerging puts back without computation."""
 
     layer: nn.Module
     weight: nn.Parameter | None
@@ -151,13 +155,13 @@ class _Kept:
         return kept
 
     def complete(self, adapted: QuantizedLinear) -> None:
-        """Give a base layer that the backend has made anew the bias of the old one."""
+        """Give the old bias to a base layer that the backend has created."""
         new: Any = adapted.get_base_layer()
         if new is not self.layer and new.bias is None:
             new.bias = self.layer.bias
 
     def restore(self, adapted: QuantizedLinear) -> None:
-        """Put everything back, where the merged layer is now."""
+        """Put all objects back, on the device of the merged layer."""
         layer: Any = self.layer
         device = _device(adapted.get_base_layer())
         if adapted.base_layer is not layer and adapted.get_base_layer() is adapted.base_layer:
@@ -176,8 +180,8 @@ class Rounding:
     """The error of quantising a merged weight.
 
     Attributes:
-        of_weight: norm of the error by the norm of the merged weight.
-        of_update: norm of the error by the norm of the update; at 1 the update might as well not be there.
+        of_weight: norm of the error divided by the norm of the merged weight.
+        of_update: norm of the error divided by the norm of the update; at 1 the update is lost.
     """
 
     of_weight: float
@@ -185,7 +189,7 @@ class Rounding:
 
     @classmethod
     def measure(cls, before: Tensor, merged: Tensor, rounded: Tensor) -> Rounding:
-        """Return the rounding, from the weight before merging, the exact sum, and the sum as it is now stored."""
+        """Return the rounding error, from the weight before merging, the exact sum, and the sum after quantisation."""
         error = torch.linalg.vector_norm(rounded.float() - merged.float())
         update = torch.linalg.vector_norm(merged.float() - before.float())
         return cls(float(error / torch.linalg.vector_norm(merged.float())), float(error / update))
@@ -196,7 +200,7 @@ _collected: ContextVar[list[Rounding] | None] = ContextVar("_collected", default
 
 @contextmanager
 def one_rounding_warning() -> Iterator[None]:
-    """Let all layers together warn once of the rounding of merged weights, within the context."""
+    """Make all layers together warn once of the rounding of merged weights, within this context."""
     token = _collected.set([])
     try:
         yield
@@ -233,8 +237,9 @@ def _device(base_layer: Any) -> torch.device | None:
 def _keep_trainable_format(base_layer: Any) -> None:
     """Keep a 4-bit layer of bitsandbytes in the format that has a gradient.
 
-    On CPUs with AVX512-BF16, evaluating such a layer packs its weight for inference. From then on it gives its input
-    no gradient, cannot be read as numbers, and sizes that are not a multiple of 32 (out) or of a block (in) raise.
+    On CPUs with AVX512-BF16, evaluating such a layer packs its weight for inference. A packed layer returns no gradient
+    for its input, cannot be read as numbers, and raises for sizes that are not a multiple of 32 (out) or of a block
+    (in).
     """
     if not getattr(base_layer, "support_avx512bf16_for_cpu", False):
         return
@@ -244,6 +249,6 @@ def _keep_trainable_format(base_layer: Any) -> None:
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse  # noqa: PLC0415 - optional
 
         base_layer.weight.data, state = _convert_weight_packed_for_cpu_inverse(base_layer.weight.data, state)
-        if state.absmax.ndim == 2:  # which the inverse leaves as it was packed
+        if state.absmax.ndim == 2:  # which the inverse leaves packed
             state.absmax = state.absmax.T.reshape(-1).float()
         base_layer.weight.quant_state = base_layer.quant_state = state

@@ -1,8 +1,8 @@
-"""Weights that are read past the forward of their layer, such as ``F.linear(x, self.proj.weight)`` in that of a parent.
+"""Reads of a weight outside of its layer's forward, such as ``F.linear(x, self.proj.weight)`` in that of a parent.
 
-Such a read gives W + ΔW, and a gradient goes on from it to λ and γ. Most reads want no number: ``weight.dtype``,
-``.device`` and ``.shape`` occur in many a forward. So a read gives a stand-in for the sum, with its shape, dtype and
-device, and W + ΔW is computed where an operation first takes it.
+Such a read returns W + ΔW, with gradients to λ and γ. Most reads need no values: many forwards read ``weight.dtype``,
+``.device`` or ``.shape``. So a read returns a stand-in for the sum, with its shape, dtype and device, and the first
+operation on the stand-in computes W + ΔW.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 def read_weight(layer: RandLoraLayer) -> Tensor:
-    """Return the layer's weight as its parents read it.
+    """Return the layer's weight for a read by its parents.
 
     Returns:
-        The parameter itself where no adapter changes it, or torch asks for the parameter and not for its value, as
-        Transformers does to tie another to it. Else W + ΔW in the shape and dtype of W, read-only.
+        The parameter itself if no adapter changes it, or if ``get_parameter`` asks for the parameter rather than its
+        value, as for tying in Transformers. Else W + ΔW in the shape and dtype of W, read-only.
 
-        Operations on it raise :class:`UnsupportedLayerError` while dropout is active, which it cannot have, or where W
-        is offloaded, and :class:`AdapterNamesError` where rows of a batch have adapters of their own.
+        Operations on W + ΔW raise :class:`UnsupportedLayerError` while dropout is active, which cannot be applied to
+        it, or if W is offloaded, and :class:`AdapterNamesError` if rows of a batch have adapters of their own.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling and sys._getframe(2).f_code is nn.Module.get_parameter.__code__:
@@ -53,7 +53,7 @@ def read_weight(layer: RandLoraLayer) -> Tensor:
         return layer.with_updates(weight, names)
 
     if compiling or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return values()  # these trace, or transform, plain operations only
+        return values()  # tracers and transforms need plain operations
     parameters = [part[name] for name in names for part in (layer.randlora_lambda, layer.randlora_gamma)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (weight, *parameters)):
         return cast("Tensor", _Read.apply(layer, names, values, weight, *parameters))
@@ -61,10 +61,10 @@ def read_weight(layer: RandLoraLayer) -> Tensor:
 
 
 def reads_weight_of(parent: nn.Module, name: str) -> bool:
-    """Return whether a module of torch reads the weight of its child ``name`` where no gradient is asked for.
+    """Return whether a module of torch reads the weight of its child ``name`` in calls without gradients.
 
-    It has a kernel for the whole block then (:class:`torch.nn.TransformerEncoderLayer`). Other modules are known to
-    read once they have done so.
+    :class:`torch.nn.TransformerEncoderLayer` does, for its kernel of the whole block. Other modules are known to read
+    weights once they have done so.
     """
     return (
         isinstance(parent, nn.TransformerEncoderLayer)
@@ -75,7 +75,7 @@ def reads_weight_of(parent: nn.Module, name: str) -> bool:
 
 
 def _within_a_call() -> bool:
-    """Return whether a module runs in this thread, so that code, and not a person, looks at a weight."""
+    """Return whether a module runs in this thread, so that its code, not a user, reads the weight."""
     frame = sys._getframe(2)
     while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
         frame = frame.f_back  # type: ignore[assignment]
@@ -83,14 +83,14 @@ def _within_a_call() -> bool:
 
 
 class AdaptedWeight(Tensor):
-    """A stand-in for W + ΔW, which the first operation on it computes; read-only, and so are its views."""
+    """A stand-in for W + ΔW, computed by the first operation on it. It and its views are read-only."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     _make: Callable[[], Tensor]
     _made: Tensor | None
 
     @staticmethod
-    def __new__(cls, like: Tensor, make: Callable[[], Tensor]) -> AdaptedWeight:  # noqa: D102 - the class says it
+    def __new__(cls, like: Tensor, make: Callable[[], Tensor]) -> AdaptedWeight:  # noqa: D102 - documented by the class
         made = Tensor._make_wrapper_subclass(
             cls,
             like.shape,
@@ -150,7 +150,7 @@ class AdaptedWeight(Tensor):
 
 
 class _Read(torch.autograd.Function):
-    """A stand-in with a gradient: that of W + ΔW goes on to W, λ and γ."""
+    """The stand-in with a gradient: that of W + ΔW goes on to W, λ and γ."""
 
     @staticmethod
     def forward(
@@ -171,7 +171,7 @@ class _Read(torch.autograd.Function):
         again = torch.is_grad_enabled()
         for i, name in enumerate(ctx.names):
             needed = ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i]
-            # views, or the hooks of λ and γ would run here too
+            # views, so that the hooks of λ and γ do not run here
             with torch.enable_grad():
                 pair = [tensor.view_as(tensor) for tensor in ctx.saved_tensors[2 * i : 2 * i + 2]]
                 update = ctx.layer.delta_of(name, *pair)
@@ -218,7 +218,7 @@ def _require_readable(layer: RandLoraLayer, weight: Tensor, names: list[str], co
 
 
 def _of_rows(layer: RandLoraLayer, compiling: bool) -> list[str]:
-    """Return the adapters of this layer that a mixed batch of this thread names, or that shape its weight meanwhile."""
+    """Return this layer's adapters that are named by a mixed batch of this thread, or merged or active meanwhile."""
     names = calls.adapters
     here = next(iter(names.values()), None) if compiling else names.get(threading.get_ident())
     shaping = () if here is None else (*here, *layer.merged_adapters, *layer.active_adapters)

@@ -1,9 +1,9 @@
-"""The rows of a batch that has several adapters, each row with one of its own.
+"""Mixed batches, in which each row has an adapter of its own.
 
-For the time of such a call ``calls`` knows the names of every adapted layer and every module of ``modules_to_save``, by
-the thread that calls. Nothing of the model changes, so that threads can share it. PEFT's LoRA sends the names by hooks
+During such a call, ``calls`` has the names of the rows for each adapted layer and each module of ``modules_to_save``,
+by calling thread. The model does not change, so that threads can share it. PEFT's LoRA passes the names by hooks
 instead. Threads that add and remove hooks of one module disturb each other (torch may give two hooks one id, or lose
-how a hook is to be called), and a compiled module does not see hooks that come later.
+the way to call a hook), and a compiled module does not see hooks that are added later.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from randlora.errors import AdapterNamesError
 
 BASE = "__base__"
-"""Stands for no adapter in ``adapter_names``."""
+"""The name for no adapter in ``adapter_names``."""
 
 
 class Calls:
     """The calls with ``adapter_names`` that run now, of all models.
 
     Attributes:
-        running: whether there are any. It is a plain value, on which compiled code is guarded.
-        adapters: their ``adapter_names``, by thread: plain values too, for weights that are read past their layers.
+        running: whether any call runs; a plain value, on which compiled code is guarded.
+        adapters: the ``adapter_names`` of the calls, by thread; plain values too, for reads of weights.
     """
 
     def __init__(self) -> None:
@@ -41,9 +41,9 @@ class Calls:
         """Give modules the names of their rows, within the context and in this thread only.
 
         Args:
-            adapter_names: of the call, one for each sample.
-            names: for each module the names, one for each sample.
-            copies: as of :func:`one_adapter_per_sample`.
+            adapter_names: names of the call, one for each sample.
+            names: names for each module, one for each sample.
+            copies: as in :func:`one_adapter_per_sample`.
         """
         thread = threading.get_ident()
         outer, outer_names = self._of_thread.get(thread, {}), self.adapters.get(thread)
@@ -77,11 +77,11 @@ class Calls:
 calls = Calls()
 
 
-@torch.compiler.disable  # threads that share a compiled model have names of their own
+@torch.compiler.disable  # names differ between the threads of a compiled model
 def mixed_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """Return the output of an adapted layer for rows that belong to different adapters.
 
-    Each adapter's rows go through the layer as if it were the only active one, hence by the same computation.
+    Each adapter's rows pass through the layer as if it were the only active adapter, by the same computation.
 
     Args:
         layer: the adapted layer.

@@ -8,24 +8,24 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 class ScaledLayer(BaseTunerLayer):
     """A layer whose updates are multiplied by a factor for each adapter.
 
-    Scales belong to the run: an adapter is saved as its config says. A merged weight keeps the scale it was merged
-    with.
+    Scales are not saved: an adapter is saved with the scaling of its config. A merged weight keeps the scale with which
+    it was merged.
 
     Attributes:
         scaling: per adapter the factor of the update.
-        initial_scaling: for each adapter, the scaling of its config.
+        initial_scaling: per adapter the scaling of its config.
     """
 
     scaling: dict[str, float]
     initial_scaling: dict[str, float]
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Scale an adapter by ``scale``, relative to its config; a layer without the adapter stays as it is."""
+        """Scale an adapter by ``scale``, relative to its config; a layer without the adapter does not change."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self.initial_scaling[adapter]
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of all active adapters."""
+        """Multiply the scale of all active adapters by ``scale``."""
         for name in self._scaled_adapters():
             self.scaling[name] *= scale
 

@@ -1,16 +1,16 @@
 """Updates ΔW that layers keep between calls, within a budget of bytes.
 
-ΔW depends on λ, γ, the scaling and the bases only. While they do not change, evaluation would compute the same update
-for every token; kept, it costs as much as a second product with a matrix of the base layer's size. In training it lives
-for one optimiser step: kept, it serves the backward too, and all micro-batches of gradient accumulation, for the price
-of a copy of the weight. So that training holds no copy unless asked to, its budget is 0 by default.
+ΔW depends only on λ, γ, the scaling and the bases. While these do not change, evaluation would compute the same update
+for every token. A kept update costs only a second product with a matrix of the base layer's size. In training, an
+update is valid for one optimiser step: kept, it serves the backward and all micro-batches of gradient accumulation, for
+the price of a copy of the weight. The budget for training is 0 by default, so that copies are kept only on request.
 
-A kept update serves only the λ and γ of which it was made. Each call compares the bits of λ and γ, which are small,
-with copies, and the bases, which nobody can write into, as objects. Nothing is concluded from addresses, counters of
-versions or notices of optimisers: there are writers past each of these. What is kept holds nothing of W, since a
-comparison of W would cost more than the second product does.
+A kept update serves only the λ and γ of which it was made. Each call compares λ and γ, which are small, bit by bit with
+copies, and the bases, which are never written, as objects. Addresses, version counters and hooks of optimisers would
+not do, since there are writes that change none of them. A kept update does not include W, since comparing W would cost
+more than the second product.
 
-On other devices than the CPU nothing is kept: each comparison would have the host wait for the device.
+On devices other than the CPU no update is kept: each comparison would make the host wait for the device.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _lock = threading.Lock()
 def set_weight_cache(*, evaluation: int | None = None, training: int | None = None) -> None:
     """Set the number of bytes that all adapted layers of the process together may keep as updates ΔW.
 
-    What is held beyond a lowered budget is let go. Layers that find no room compute as without a cache.
+    Updates beyond a lowered budget are released. Layers without room in the budget compute as without a cache.
 
     Args:
         evaluation: bytes for calls in ``eval()`` mode without gradients; 2 GiB unless set.
@@ -64,17 +64,17 @@ def set_weight_cache(*, evaluation: int | None = None, training: int | None = No
 
 
 def held_bytes() -> int:
-    """Return the bytes that all adapted layers keep: updates, and copies of the λ and γ of which they were made."""
+    """Return the bytes of all kept updates, and of the copies of the λ and γ of which they were made."""
     return sum(holder.nbytes for holder in _living())
 
 
 def may_hold(training: bool) -> bool:
-    """Return whether there is a budget at all."""
+    """Return whether the budget is above 0."""
     return (_budget.training if training else _budget.evaluation) > 0
 
 
 class Term(NamedTuple):
-    """Everything of which the update of one adapter is made."""
+    """The values of which the update of one adapter is made."""
 
     basis: Basis
     scaling: float
@@ -86,7 +86,7 @@ class _Copy:
     """A copy of a term."""
 
     def __init__(self, term: Term) -> None:
-        self._basis = weakref.ref(term.basis)  # a dead one is never another basis, whatever its address holds now
+        self._basis = weakref.ref(term.basis)  # a dead reference never equals a new basis at the same address
         self._scaling = term.scaling
         self.lam, self.gamma = (t.detach().clone(memory_format=torch.contiguous_format) for t in (term.lam, term.gamma))
 
@@ -132,7 +132,7 @@ class HeldUpdate:
         return None
 
     def pays(self, names: Hashable, call: float, making: float) -> bool:
-        """Return whether the calls with these adapters, this one included, have cost as much as the update would."""
+        """Return whether the calls with these adapters so far, this one included, have cost as much as the update."""
         spent = call + (self._spent[1] if self._spent[0] == names else 0.0)
         self._spent = (names, spent)
         return spent >= making
@@ -140,7 +140,7 @@ class HeldUpdate:
     def make(
         self, terms: Sequence[Term], make: Callable[[Sequence[Term]], Tensor], nbytes: int, training: bool
     ) -> Tensor | None:
-        """Make and keep the update of ``nbytes`` if the budget has room."""
+        """Make, keep and return the update of ``nbytes``, or return ``None`` if the budget has no room."""
         nbytes += sum(term.lam.nbytes + term.gamma.nbytes for term in terms)
         with _lock, torch.inference_mode(False), torch.no_grad():
             if held_bytes() + nbytes > (_budget.training if training else _budget.evaluation):
