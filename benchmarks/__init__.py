@@ -1,1 +1,1 @@
-"""Honest measurements: `python -m benchmarks --help`. Names of benchmarks are names of files here."""
+"""Honest measurements: `python -m benchmarks --help`. Each benchmark has the name of its file."""

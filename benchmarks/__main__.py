@@ -1,4 +1,4 @@
-"""`python -m benchmarks [--quick] [names]`: runs benchmarks, prints their tables, writes benchmarks/results/*.json."""
+"""`python -m benchmarks [--quick] [names]`: run benchmarks, print their tables, write benchmarks/results/*.json."""
 
 import argparse
 import importlib
@@ -30,10 +30,10 @@ NAMES = (
     "scaling",
     "plan",
 )
-"""Each is a file here, with `COLUMNS` of its table, and `run(quick)` that yields its rows."""
+"""Benchmarks by name of file; each file has the `COLUMNS` of its table, and a `run(quick)` that yields the rows."""
 
 ON_REQUEST = ("gpu_resources", "sweep", "hard_task", "reach", "serving")
-"""Likewise, but run only where they are named: they need what others do not, or measure what training ends with."""
+"""Benchmarks that run only if named: they need more than the others, or measure trained models."""
 
 KNOWN = (*NAMES, *ON_REQUEST)
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(KNOWN)}")
 
     for name in options.names or NAMES:
-        # in a file or a pipe no column may be cut
+        # no column is cut in a file or a pipe
         measure(name, options.quick, Console(width=None if sys.stdout.isatty() else 160))
 
 

@@ -1,7 +1,7 @@
 """Seconds to create an adapter where bases are large: on one layer of hidden size 4096, the first and a second one.
 
-The second adapter is of the same kind and key, on the same model. Each case runs in a process of its own, where
-nothing has been drawn before.
+The second adapter is of the same kind and key, on the same model. Each case runs in a process of its own,
+without earlier draws.
 """
 
 from collections.abc import Iterator

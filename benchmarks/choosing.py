@@ -1,4 +1,4 @@
-"""`python -m benchmarks.choosing`: the picture and the tables of docs/choosing.md, from what `sweep` measured."""
+"""`python -m benchmarks.choosing`: the picture and the tables of docs/choosing.md, from the results of `sweep`."""
 
 import json
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "full fine-tuning": {"method": "full"},
     "head alone": {"method": "head"},
 }
-"""The rows of each at several learning rates."""
+"""Values that select the rows of each method at several learning rates."""
 _AT_ONE_RATE = {"method": "randlora", "scaling": "peft", "learning rate": "0.0003"}
 OTHERS: Mapping[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "alpha": ({**_AT_ONE_RATE, "bases": "dense", "r": 32}, ("alpha/r",)),
@@ -40,7 +40,7 @@ OTHERS: Mapping[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "r of LoRA": ({"method": "lora", "learning rate": "0.001"}, ("r", "trainable")),
     "bases": ({**_AT_ONE_RATE, "r": 32, "alpha/r": 20.0}, ("bases",)),
 }
-"""By name: which rows, and what grows in them."""
+"""Values that select the rows of each table, and the columns that grow in it."""
 
 
 def rows_of(wanted: dict[str, Any], order: str, rows: list[Row]) -> list[Row]:
@@ -49,7 +49,7 @@ def rows_of(wanted: dict[str, Any], order: str, rows: list[Row]) -> list[Row]:
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
-    """The tables of the page in Markdown, by name."""
+    """Return the tables of the page in Markdown, by name."""
     by_rate = [
         [name, row["learning rate"], *_results(row)]
         for name, wanted in METHODS.items()
@@ -77,7 +77,7 @@ def _results(row: Row) -> list[str]:
 
 
 def draw(path: Path, rows: list[Row]) -> None:
-    """Accuracy and forgetting against the learning rate, as a PNG of 1,600 pixels' width."""
+    """Draw accuracy and forgetting against the learning rate, as a PNG of 1,600 pixels' width."""
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 4.2), dpi=160, layout="constrained")
         for axes, column in zip(figure.subplots(1, 2), TITLES, strict=True):

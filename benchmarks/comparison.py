@@ -1,8 +1,8 @@
 """Seconds of one real training step, method beside method, as a multiple of the frozen model's step.
 
-A step is forward, loss, backward, and AdamW on whatever trains. In every method the embeddings' output requires a
+A step is forward, loss, backward, and AdamW on all that trains. In every method the embeddings' output requires a
 gradient (as with gradient checkpointing), so that all walk the same path back through the model. The frozen model's
-step is that path and nothing else: no gradient of any weight, no optimiser. All methods but full fine-tuning work on
+step is that path alone, without gradients of weights and without an optimiser. All methods but full fine-tuning work on
 the same frozen weights. A compute dtype other than fp32 is that of the model's weights; adapters stay in fp32, as PEFT
 makes them.
 """
@@ -23,9 +23,9 @@ from .rounds import Seconds, added_ratio, interleave, ratio, typical
 
 _FLOORS = ("floor", "layers' floor")
 COLUMNS = ("tokens", "method", "trainable", "seconds", "× frozen", *_FLOORS, "× PEFT", "added × PEFT", "loss")
-"""floor: what `× frozen` would be if only large products took time (see floor.py); layers' floor: that of the adapted
-layers alone. × PEFT: the step beside that of PEFT's RandLora. added × PEFT: the same beyond the frozen step, that is,
-over the adapted layers.
+"""floor: `× frozen` if only large products took time (see floor.py). layers' floor: the same for the adapted layers
+alone. × PEFT: the step as a multiple of that of PEFT's RandLora. added × PEFT: the same for the time beyond the frozen
+step, that is, over the adapted layers.
 """
 LEARNING_RATE = 1e-4
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}  # of a loss, relative to PEFT's
@@ -51,7 +51,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``rounds`` steps of ``tokens`` tokens of every method, after one that makes the optimiser's state."""
+    """A comparison of ``rounds`` steps of ``tokens`` tokens, after one step that creates the optimiser's state."""
 
     architecture: Architecture
     tokens: int
@@ -61,7 +61,7 @@ class Comparison:
     clock: Callable[[], float] = time.perf_counter
 
     def run(self) -> list[dict[str, Any]]:
-        """One row for each method."""
+        """Yield one row for each method."""
         base: Any = self.architecture.build()
         base.to(self.dtype).requires_grad_(False)
         steps = {name: Step(METHODS[name](twin(base), self.architecture)) for name in self.methods}
@@ -102,7 +102,7 @@ class Comparison:
 
 
 def require_equal_losses(losses: Mapping[str, list[float]], tolerance: float) -> None:
-    """A speed counts only where the result is right: ours must learn exactly as PEFT's RandLora does."""
+    """Raise if our losses differ from those of PEFT's RandLora: a speed counts only with the right result."""
     for mine, theirs in TWINS.items():
         for number, (own, peer) in enumerate(zip(losses.get(mine, []), losses.get(theirs, []), strict=False)):
             if not abs(own - peer) <= tolerance * peer:

@@ -1,7 +1,7 @@
-"""A training step under torch.compile, and the seconds it takes to compile, with nothing cached.
+"""A training step under torch.compile, and the seconds to compile the step with empty caches.
 
-The embeddings are given instead of tokens, and require a gradient: so the step needs no hook, which would break the
-graph. Otherwise it is that of comparison.py, at one number of tokens.
+The input is embeddings that require a gradient, instead of tokens. So the step needs no hook, which would break the
+graph. Otherwise the step is that of comparison.py, at one number of tokens.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""Where token space ends and weight space begins: as the planner counts it, and as it is measured.
+"""The crossover from token space to weight space, as counted by the planner and as measured.
 
 Forward and backward of one layer in fp32 run with either plan forced, at numbers of tokens around the one at which the
-planner changes from one to the other. The measured crossover is where a line through the logarithms of the ratios of
-their times crosses zero. At the planned one both should take as long: "off by" says what choosing wrongly costs there.
+planner changes from one to the other. The measured crossover is the zero of a line through the logarithms of the ratios
+of their times. At the planned crossover both should take equally long; "off by" is the cost of a wrong choice there.
 """
 
 import math
@@ -67,7 +67,7 @@ class Layer:
         return torch.randn(tokens, self.weight.shape[1], requires_grad=True)
 
     def output(self, x: Tensor, plan: Plan) -> Tensor:
-        """The gradients' ways are fixed here too."""
+        """Return the output by ``plan``, which also fixes the ways of the gradients."""
         with planner.force(plan):
             return adapted_linear(x, self.bases, self.lam, self.gamma, 1.0, self.weight.shape[0], self.weight)
 
@@ -88,7 +88,7 @@ def compare(layer: Layer, direction: str, planned: int, rounds: int) -> dict[str
 
 
 def planned_crossover(problem: Callable[[int], Problem], direction: str) -> int | None:
-    """The smallest number of tokens from which weight space counts as cheaper; none with very sparse bases, mostly."""
+    """Return the least number of tokens with a cheaper weight space; mostly ``None`` for very sparse bases."""
     token, weight = COSTS[direction]
     low, high = 0, MOST_TOKENS
     if token(problem(high)) <= weight(problem(high)):
@@ -101,7 +101,7 @@ def planned_crossover(problem: Callable[[int], Problem], direction: str) -> int 
 
 
 def measured_ratio(layer: Layer, direction: str, tokens: int, rounds: int) -> float:
-    """Time in token space over time in weight space."""
+    """Return the time in token space divided by the time in weight space."""
     x, dy = layer.input(tokens), torch.randn(tokens, layer.weight.shape[0])
     forward = {name: partial(layer.output, x, plan) for name, plan in PLANS.items()}
     if direction == "forward":

@@ -1,7 +1,7 @@
-"""Seconds for one token of text: one sequence, one token at a time after what is cached, in eval mode.
+"""Seconds for one token of text: one sequence, one token at a time after the cached ones, in eval mode.
 
-The tokens are given, so that all methods read the same ones; a `generate` would add only the choice of the next. LoRA
-and PEFT's RandLora are not merged.
+The tokens are given, so that all methods read the same ones; `generate` would add only the choice of the next token.
+LoRA and PEFT's RandLora are not merged.
 """
 
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ def build(architecture: Architecture) -> dict[str, Any]:
 
 @torch.no_grad()
 def decode(model: Any, ids: Tensor) -> Tensor:
-    """Logits after the last of the tokens (1, T)."""
+    """Return the logits after the last of the tokens (1, T)."""
     cache = None
     for position in range(ids.shape[1]):
         output = model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)

@@ -1,8 +1,8 @@
-"""Bytes of an adapter file, and the seconds it takes to create, save, load, merge and unmerge the adapter.
+"""Bytes of an adapter file, and the seconds to create, save, load, merge and unmerge the adapter.
 
 Writing and reading run in processes of their own. `import randlora` replaces PEFT's RandLora, so PEFT's can be measured
-only where randlora was never imported; and a process that has created an adapter still holds the bases that loading
-must make.
+only in a process that never imported randlora; and a process that has created an adapter still has the bases that
+loading must make.
 """
 
 import importlib

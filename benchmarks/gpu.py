@@ -23,7 +23,7 @@ from . import gpu_kernels, gpu_model, record
 from .gpu_clock import measured_rates
 from .gpu_model import ALL, QV
 
-SECONDS = 210  # of measuring; then what is left out is said, and the tables are printed
+SECONDS = 210  # of measuring; then the tables are printed, with a list of missing parts
 STEPS = ("adapted", "tokens", "method", "trainable", "ms", "host ms", "× LoRA", "× PEFT", "peak GB", "loss", "note")
 KERNELS = ("layer", "tokens", "step", "ms", "torch ms", "floor ms", "of the floor's rate", "error")
 PROFILE = ("ms", "calls", "share", "kernel")
@@ -76,7 +76,7 @@ def measure(device: torch.device, tiny: bool, late: Callable[[], bool]) -> dict[
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with their time as a multiple of LoRA's and of PEFT's RandLora."""
+    """Return the rows with their time as a multiple of LoRA's and of PEFT's RandLora."""
     times = {row["method"]: row.get("ms") for row in rows}
     return [
         row
@@ -89,7 +89,7 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plain_table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
-    """The rows with a heading, in columns of equal width; a package for tables may not be there."""
+    """Return the rows with a heading, in columns of equal width; a package for tables may be missing."""
     lines = [list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

@@ -1,4 +1,4 @@
-"""Time and memory of work on a device, and the rates that its floor is counted with."""
+"""Time and memory of work on a device, and the rates for its floor."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 
 
 def milliseconds(work: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """Median of ``rounds`` runs after two that compile, tune and warm up; by events where the device has them."""
+    """Return the median of ``rounds`` runs after two for warm-up, by the device's events where it has them."""
     for _ in range(2):
         work()
     if device.type != "cuda":
@@ -29,7 +29,7 @@ def milliseconds(work: Callable[[], object], device: torch.device, rounds: int) 
 
 
 def waited(device: torch.device) -> None:
-    """Returns when the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -46,7 +46,7 @@ def forget_peak(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the device was measured to do.
+    """Measured rates of a device.
 
     Attributes:
         products: multiply-adds a second of a large product in bf16, by torch.
@@ -57,7 +57,7 @@ class Rates:
     memory: float
 
     def floor(self, multiply_adds: float, nbytes: float) -> float:
-        """Milliseconds that so much work and traffic take at least."""
+        """Return the least number of milliseconds for so much work and traffic."""
         return 1e3 * max(multiply_adds / self.products, nbytes / self.memory)
 
 

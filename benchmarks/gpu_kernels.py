@@ -1,4 +1,4 @@
-"""The steps of an adapted layer on the device: checked against torch's without kernels, then timed beside it."""
+"""The steps of an adapted layer on the device, checked against torch without kernels, then timed beside it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ TOLERANCE = 3e-2  # of the norm: both round to bf16 on the way
 
 @dataclass(frozen=True)
 class Trial:
-    """One step on one layer, and what it needs at least."""
+    """One step on one layer, and the least work and traffic of the step."""
 
     name: str
     work: Callable[[], Any]
@@ -30,7 +30,7 @@ class Trial:
 def run(
     device: torch.device, rates: Rates, shapes: list[tuple[int, int]], tokens: int, rank: int, rounds: int
 ) -> Iterator[dict[str, Any]]:
-    """A row for each step and shape (M, m)."""
+    """Yield a row for each step and shape (M, m)."""
     for M, m in shapes:
         for trial in trials(device, M, m, tokens, rank):
             found, time = trial.work(), milliseconds(trial.work, device, rounds)

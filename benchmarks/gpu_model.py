@@ -24,15 +24,15 @@ from .models import twin
 LORA, LORA_BF16 = "LoRA r=32", "LoRA r=32, bf16"
 STOCHASTIC = "randlora, stochastic"
 NEWER = [field.name for field in fields(RandLoraConfig) if field.name == "structured"]
-"""A kind of bases that not every version has."""
-POSITIONS = 2048  # whose logits a loss is taken from, at most: all methods alike
+"""A kind of bases that some versions lack."""
+POSITIONS = 2048  # most positions with a loss, for all methods
 TOLERANCE = 2e-2  # of a loss, beside PEFT's
 QV, ALL = r".*\.(q|v)_proj", r".*\.(q|k|v|o|gate|up|down)_proj"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama, and which of its layers are adapted."""
+    """A Llama and its adapted layers."""
 
     targets: str = QV
     hidden: int = 3072
@@ -61,7 +61,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Way:
-    """A method, and the setting in which its steps run."""
+    """A method and the setting of its steps."""
 
     build: Method
     setting: Callable[[], AbstractContextManager[Any]] = ExitStack
@@ -98,7 +98,7 @@ WAYS = {
 def run(
     device: torch.device, base: Any, shape: Shape, tokens: int, rounds: int, late: Callable[[], bool]
 ) -> Iterator[dict[str, Any]]:
-    """A row for each method; those that no time is left for are rows without figures."""
+    """Yield a row for each method, without figures once the time is over."""
     losses: dict[str, float] = {}
     for name, way in WAYS.items():
         row: dict[str, Any] = {"adapted": _label(shape.targets), "tokens": tokens, "method": name}
@@ -137,13 +137,13 @@ def measure(way: Way, base: Any, shape: Shape, tokens: int, device: torch.device
 def training_step(
     way: Way, base: Any, shape: Shape, tokens: int, device: torch.device
 ) -> tuple[Callable[[], Tensor], int]:
-    """A function that takes a step and returns its loss, and the number of trained values."""
+    """Return a function that takes a step and returns its loss, and the number of trained values."""
     model: Any = way.build(twin(base), shape).train()
     ids = torch.randint(shape.vocab, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4) if trainable else None
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model.model if way.autocast else model
-    inner.enable_input_require_grads()  # all walk the same path back
+    inner.enable_input_require_grads()  # so that all methods have the same backward path
     if tokens > 2 * POSITIONS:
         inner.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -162,7 +162,7 @@ def training_step(
 
 
 def host_milliseconds(step: Callable[[], Tensor], device: torch.device) -> float:
-    """Until the host has launched all of a step: the same as the step's time where the host is what it waits for."""
+    """Return the milliseconds until the host has launched all of a step: the step's time if the host limits it."""
     waited(device)
     start = time.perf_counter()
     step()
@@ -170,7 +170,7 @@ def host_milliseconds(step: Callable[[], Tensor], device: torch.device) -> float
 
 
 def profile(device: torch.device, base: Any, shape: Shape, tokens: int, most: int = 15) -> Iterator[dict[str, Any]]:
-    """The kernels of a step of ours that take the longest, and what the others take together."""
+    """Yield the slowest kernels of our step, then the time of all others together."""
     step, _ = training_step(WAYS[DENSE], base, shape, tokens, device)
     step()
     waited(device)
@@ -192,7 +192,7 @@ def profile(device: torch.device, base: Any, shape: Shape, tokens: int, most: in
 
 
 def require_equal_loss(name: str, losses: dict[str, float]) -> None:
-    """A speed counts only where the result is right: ours with the same bases beside PEFT's, once both are there."""
+    """Raise if our loss differs from PEFT's with the same bases, once both are there: a speed needs a right result."""
     for mine in (DENSE, STOCHASTIC):
         known = {mine, PEFT_DENSE} <= losses.keys() and name in (mine, PEFT_DENSE)
         if known and not abs(losses[mine] / losses[PEFT_DENSE] - 1) <= TOLERANCE:

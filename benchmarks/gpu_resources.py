@@ -1,7 +1,7 @@
-"""What the GPU's kernels take of a multiprocessor, read from their machine code, which Triton makes without a device.
+"""Resources of the GPU's kernels, read from their machine code, which Triton makes without a device.
 
-Registers for each thread, bytes spilled to memory, shared memory, and how many instructions multiply matrices. It needs
-Triton (its wheel brings ptxas, cuobjdump and nvdisasm), no GPU.
+The resources are registers for each thread, bytes spilled to memory, shared memory, and the number of instructions that
+multiply matrices. The benchmark needs Triton (its wheel has ptxas, cuobjdump and nvdisasm), but no GPU.
 """
 
 import re
@@ -30,7 +30,7 @@ KERNELS: dict[str, tuple[Any, list[dict[str, int]], dict[str, Any]]] = {
         {"HAS_SECOND": True, "HAS_ADDEND": False, "a_1": 1, "b_0": 1, "c_1": 1, "d_0": 1},
     ),
 }
-"""By name: the kernel, its block sizes, and constants. Strides are those of x Wᵀ + h Bᵀ."""
+"""Kernels, block sizes and constants, by name. Strides are those of x Wᵀ + h Bᵀ."""
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TYPES = {"lam": "*fp32", "gamma": "*fp32", "d_lam": "*fp32", "d_gamma": "*fp32", "seed": "*i32"}
 _TYPES |= dict.fromkeys(("out", "A", "a", "b", "c", "d", "addend", "update", "base", "d_scaled"), "*bf16")
@@ -44,7 +44,7 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def resources(arch: int, name: str, kernel: Any, sizes: dict[str, int], constants: dict[str, Any]) -> dict[str, Any]:
-    """One row: a kernel, compiled for pointers and sizes that 16 divides, as of the usual layers."""
+    """Return the row of a kernel, compiled for pointers and sizes divisible by 16, as in the usual layers."""
     options = {"num_warps": 4} | {key: size for key, size in sizes.items() if key.startswith("num_")}
     constants = constants | {key: size for key, size in sizes.items() if key not in options}
     signature = {

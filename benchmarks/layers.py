@@ -26,7 +26,7 @@ TOLERANCE = 1e-3  # of the largest value
 
 @dataclass(frozen=True)
 class OneLayer:
-    """A model that is one linear layer, as the methods take it."""
+    """A model of a single linear layer, in the form that the methods take."""
 
     out: int
     into: int
@@ -69,7 +69,7 @@ def compare(layer: OneLayer, tokens: int, rounds: int) -> Iterator[dict[str, Any
 
 
 def gradients(model: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
-    """Output, dx, and the gradients of what trains, in the order of the parameters."""
+    """Return the output, dx, and the gradients of the trained parameters, in their order."""
     y = model(x)
     return [y, *torch.autograd.grad(y, [x, *(p for p in model.parameters() if p.requires_grad)], dy)]
 

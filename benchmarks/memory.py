@@ -1,4 +1,4 @@
-"""Memory of a training step in fp32: bytes kept for the backward, and the most that a process ever held.
+"""Memory of a training step in fp32: bytes kept for the backward, and the peak of a process.
 
 Each method runs in a process of its own. Its peak includes Python, the libraries and the frozen weights, which the
 frozen model's row shows; full fine-tuning has a second copy of the weights, as if the process kept the original.
@@ -15,7 +15,7 @@ from .processes import fresh_processes
 from .saved import saved_bytes
 
 COLUMNS = ("tokens", "method", "trainable", "saved MB", "saved beyond frozen MB", "peak MB", "peak beyond frozen MB")
-STEPS = 2  # the first makes the optimiser's state
+STEPS = 2  # the first creates the optimiser's state
 
 
 def run(quick: bool) -> Iterator[dict[str, Any]]:

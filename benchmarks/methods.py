@@ -1,4 +1,4 @@
-"""The ways of fine-tuning that are compared: each makes a frozen base model ready to train."""
+"""The compared methods of fine-tuning, each a function that makes a frozen base model ready to train."""
 
 import copy
 from collections.abc import Callable
@@ -26,16 +26,15 @@ PEERS = {
     STRUCTURED: PEFT_DENSE,
     STRUCTURED_16: PEFT_DENSE,
 }
-"""PEFT's RandLora that each of ours is compared with. Sparse bases make no difference to its speed; others it has not.
-"""
+"""PEFT's RandLora to which each of ours is compared. Sparse bases do not change its speed; it has no other kinds."""
 TWINS = {DENSE: PEFT_DENSE, VERY_SPARSE: PEFT_VERY_SPARSE}
-"""Those that must learn the same, since their bases are the same."""
+"""Pairs of methods that must learn the same, since their bases are the same."""
 
 Method = Callable[[Any, Target], nn.Module]
 
 
 def frozen(base: Any, _target: Target) -> nn.Module:
-    """Nothing trains: the floor under every method."""
+    """Return the base unchanged, without trained values: the floor under every method."""
     return base
 
 
@@ -49,7 +48,7 @@ def vera(base: Any, target: Target) -> nn.Module:
 
 
 def peft_own(**kind: Any) -> Method:
-    """PEFT's RandLora, built from its class, since `import randlora` has taken its place in PEFT's registries."""
+    """Return PEFT's RandLora, built from its class, since `import randlora` replaces it in PEFT's registries."""
 
     def build(base: Any, target: Target) -> nn.Module:
         config = peft_randlora.RandLoraConfig(r=target.rank, target_modules=target.targets, **kind)
@@ -69,7 +68,7 @@ def ours(**kind: Any) -> Method:
 
 
 def full(base: Any, _target: Target) -> nn.Module:
-    """Trains weights of its own, for the base's are shared."""
+    """Return a model that trains copies of the weights, since the base's own are shared."""
     return copy.deepcopy(base).requires_grad_(True)
 
 
@@ -89,7 +88,7 @@ METHODS: dict[str, Method] = {
 
 
 def fill_scalings(model: nn.Module) -> None:
-    """Gives λ random values, the same in PEFT's RandLora and in ours, and LoRA's B too: an update that is not zero."""
+    """Fill λ with random values, the same in PEFT's RandLora and ours, and LoRA's B, so that updates are not zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,7 +1,7 @@
 """The models that benchmarks share. All but MiniLM have random weights: only shapes matter for speed and size.
 
-No model drops out anything, so that methods can be compared by their losses. This file must not import randlora:
-processes that measure PEFT alone read it.
+The models have no dropout, so that methods can be compared by their losses. This file must not import randlora, since
+processes that measure PEFT alone read this file.
 """
 
 import copy
@@ -31,11 +31,11 @@ SEQUENCE = 256  # most tokens of one sequence; a batch has as many sequences as 
 
 
 class Target(Protocol):
-    """What a method needs to know of a model."""
+    """The properties of a model that a method needs."""
 
     @property
     def rank(self) -> int:
-        """R of RandLoRA."""
+        """r of RandLoRA."""
 
     @property
     def targets(self) -> str:
@@ -43,18 +43,18 @@ class Target(Protocol):
 
 
 class Architecture(Target, Protocol):
-    """A model's shape, and what a training step needs besides."""
+    """A model's shape, weights and batches."""
 
     def build(self) -> PreTrainedModel:
-        """The same fp32 weights at each call."""
+        """Return a model in fp32 with the same weights at each call."""
 
     def batch(self, tokens: int) -> dict[str, Tensor]:
-        """The same random batch at each call, with labels."""
+        """Return the same random batch at each call, with labels."""
 
 
 @dataclass(frozen=True)
 class Llama:
-    """All seven projections of each layer are adapted."""
+    """A Llama in which all seven projections of each layer are adapted."""
 
     hidden: int
     intermediate: int
@@ -82,7 +82,7 @@ class Llama:
 
 @dataclass(frozen=True)
 class GPT2:
-    """Conv1D layers, which store their weights as (in, out)."""
+    """A GPT-2, whose Conv1D layers store their weights as (in, out)."""
 
     hidden: int
     layers: int
@@ -112,7 +112,7 @@ class GPT2:
 
 @dataclass(frozen=True)
 class MiniLM:
-    """A BERT of hidden size 384 and 6 layers, with its real weights, which a Python package carries."""
+    """A BERT of hidden size 384 and 6 layers, with its real weights, from a Python package."""
 
     rank: int = 32
     targets: str = r".*\.encoder\..*\.(query|key|value|dense)"
@@ -136,7 +136,7 @@ class MiniLM:
 
 @dataclass(frozen=True)
 class ViT:
-    """Images of 224 × 224 in patches of 16 × 16: 197 tokens each."""
+    """A vision transformer for images of 224 × 224 in patches of 16 × 16, 197 tokens each."""
 
     hidden: int
     intermediate: int
@@ -166,12 +166,12 @@ LLAMA_QUICK = Llama(hidden=256, intermediate=704, layers=2, heads=4, vocab=512)
 
 
 def twin(base: nn.Module) -> Any:
-    """A model with modules of its own on the very weights of ``base``, so that many methods fit into memory."""
+    """Return a model with modules of its own that share the weights of ``base``, so that many fit into memory."""
     return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
 
 
 def linear_shapes(model: nn.Module, targets: str | None = None) -> list[tuple[int, int]]:
-    """(out, in) of the linear layers whose names match ``targets``; of all by default."""
+    """Return (out, in) of the linear layers whose names match ``targets``; by default of all."""
     shapes = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and (targets is None or re.fullmatch(targets, name)):
@@ -181,7 +181,7 @@ def linear_shapes(model: nn.Module, targets: str | None = None) -> list[tuple[in
 
 
 def matched_lora_rank(model: nn.Module, targets: str, rank: int) -> int:
-    """The LoRA rank whose number of trainable parameters is nearest to RandLoRA's of ``rank``."""
+    """Return the LoRA rank whose number of trainable parameters is nearest to that of RandLoRA with ``rank``."""
     return counts.matched_lora_rank(linear_shapes(model, targets), rank)
 
 

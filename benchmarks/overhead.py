@@ -1,6 +1,6 @@
-"""Host time: layers and a model so small that nothing but Python and launches takes time: CPU time of one thread.
+"""Host time: CPU time of one thread, for layers and a model so small that only Python and launches take time.
 
-It decides every step with few tokens, on any device, and can be measured without one.
+Host time limits steps with few tokens on any device, and can be measured without the device.
 """
 
 import time
@@ -22,7 +22,7 @@ TINY = Llama(hidden=64, intermediate=160, layers=2, heads=4, vocab=128, rank=8)
 
 
 class OneLayer:
-    """A model of a single linear layer, as the methods take architectures."""
+    """A model of a single linear layer, in the form that the methods take."""
 
     rank, targets = 8, "0"
 
@@ -67,7 +67,7 @@ def repeat(call: Callable[[], Tensor], times: int, both: bool) -> None:
 
 
 def layers() -> dict[str, Callable[[], Tensor]]:
-    """Calls of the adapted layer alone: no model stands around it."""
+    """Yield rows for calls of the adapted layer alone, without a model around it."""
     base, x = OneLayer().build().requires_grad_(False), torch.randn(TOKENS, WIDTH, requires_grad=True)
     models = {name: filled(name, base, OneLayer()) for name in CHOSEN}
     found = {name: next(m for m in model.modules() if hasattr(m, "base_layer")) for name, model in models.items()}

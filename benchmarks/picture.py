@@ -12,7 +12,7 @@ from randlora.tuner.files.atomic import write_atomically
 
 from .methods import DENSE, FROZEN, FULL, LORA, PEFT_DENSE, VERY_SPARSE
 
-# Okabe and Ito's colours as in randlora.report.figures; line styles and markers say the same again.
+# Okabe and Ito's colours as in randlora.report.figures; line styles and markers distinguish the lines without colour.
 STYLES = {
     PEFT_DENSE: ("#CC79A7", "--", "s"),
     DENSE: ("#D55E00", "-", "o"),
@@ -26,16 +26,16 @@ AXES = {
     "hidden": ("× frozen", "Step against hidden size", "hidden size"),
     "layers": ("seconds", "Step against depth", "layers"),
 }
-"""Per quantity that grows: what is drawn of it, title, label."""
+"""Column to draw, title, and label of the x axis, for each quantity that grows."""
 UNITS = {"× frozen": "multiple of the frozen step", "seconds": "seconds per step"}
 
 
 def draw(path: Path, rows: Mapping[str, list[dict[str, Any]]]) -> None:
-    """One panel for each quantity that grows, as a PNG of 2,080 pixels' width.
+    """Draw one panel for each quantity that grows, as a PNG of 2,080 pixels' width.
 
     Args:
-        path: where to write it.
-        rows: per quantity the rows measured while it grew.
+        path: file to write.
+        rows: rows measured while a quantity grew, by quantity.
     """
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(13, 4.4), dpi=160, layout="constrained")
@@ -52,7 +52,7 @@ def draw(path: Path, rows: Mapping[str, list[dict[str, Any]]]) -> None:
 
 
 def _panel(axes: Axes, rows: list[dict[str, Any]], quantity: str, drawn: str) -> None:
-    """Lines over an axis that names the measured points; upwards from zero, so that heights compare."""
+    """Draw lines over an axis that names the measured points, with heights from zero so that they compare."""
     for method, points in _lines(rows, quantity, drawn):
         color, style, marker = STYLES[method]
         x, y = zip(*points, strict=True)

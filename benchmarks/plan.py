@@ -1,6 +1,7 @@
-"""What `randlora plan` says of a training step, beside what is measured: time as a multiple of the frozen model's step,
-and the most bytes of tensors at one moment, as PyTorch's profiler sees its allocator. The process itself holds more,
-which its own column shows: beyond what it held before it built the model.
+"""The predictions of `randlora plan` for a training step, beside measurements.
+
+They are the time as a multiple of the frozen model's step, and the peak bytes of tensors, as PyTorch's profiler sees
+its allocator. The process itself takes more: another column has its peak beyond its memory before it built the model.
 """
 
 import itertools
@@ -47,7 +48,7 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def plans(architecture: Llama, tokens: int) -> dict[str, tuple[float, int]]:
-    """Cost and peak bytes by method."""
+    """Return cost and peak bytes by method."""
     config = LlamaConfig(
         hidden_size=architecture.hidden,
         intermediate_size=architecture.intermediate,
@@ -85,7 +86,7 @@ def process_bytes(method: str, architecture: Llama, tokens: int) -> int:
 
 
 def two_steps(method: str, architecture: Llama, tokens: int) -> None:
-    """Builds the model and trains it; the second step finds the optimiser's state made."""
+    """Build the model and train two steps; the second finds the optimiser's state created."""
     base = architecture.build().requires_grad_(False)
     # full fine-tuning trains the base itself here, not a copy beside it
     step = Step(base.requires_grad_(True) if method == FULL else METHODS[method](base, architecture))

@@ -1,4 +1,4 @@
-"""Processes of their own, for what must not see what was measured before: imports, caches, the peak of memory."""
+"""Fresh processes for measurements that earlier ones would disturb by imports, caches or the peak of memory."""
 
 import multiprocessing
 import warnings
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def fresh_processes(tasks: int | None = 1, workers: int = 1) -> Iterator[ProcessPoolExecutor]:
-    """Runs each task in a new process, forked from a server that has imported PEFT and nothing of randlora.
+    """Open an executor that runs each task in a new process, forked from a server with PEFT but without randlora.
 
-    The server, one for all benchmarks, spares each process the slowest imports. With ``tasks=None`` all tasks run in
-    the same processes, ``workers`` of them, which keep what tasks leave in their modules.
+    The server, one for all benchmarks, saves each process the slowest imports. With ``tasks=None`` all tasks run in
+    the same ``workers`` processes, which keep the state of their modules between tasks.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.models", "peft"])

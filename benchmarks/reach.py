@@ -1,4 +1,4 @@
-"""How much of full fine-tuning's update on the hard task each method can express, whatever its training makes of that.
+"""The share of full fine-tuning's update on the hard task that each method can express, apart from its training.
 
 Full fine-tuning moves each adapted weight by some W*. LoRA's nearest update has W*'s largest singular values.
 RandLoRA's is found by turns: with γ fixed the update is linear in λ, and with λ fixed each of its columns is so in γ.
@@ -22,7 +22,7 @@ from .hard_task.runs import adapted, rated
 from .hard_task.settings import QUICK, STUDY, Task
 
 COLUMNS = ("budget", "method", "share")
-"""share: of the squared norm of W*, over all adapted layers."""
+"""share: share of the squared norm of W*, over all adapted layers."""
 RATE = 2e-3  # full fine-tuning's best
 SWEEPS = 20  # turns of λ and γ
 RANDLORA = ("RandLoRA, dense", "RandLoRA, 4 groups", "RandLoRA, 8 groups", "RandLoRA, very sparse")
@@ -90,7 +90,7 @@ def lora_reach(update: Tensor, rank: int) -> float:
 
 
 def randlora_reach(layer: RandLoraLayer, update: Tensor) -> float:
-    """Return the squared norm of W* less that of its distance to the nearest update that turns of λ and γ find."""
+    """Return the squared norm of W* minus that of its distance to the nearest update found by turns of λ and γ."""
     A, B = layer.basis("default").tensors(torch.device("cpu"), torch.float64, layer.sizes("default"))
     lam, gamma = (parameter.detach().double() for parameter in layer._scalings("default"))
     lam = torch.randn(lam.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -106,13 +106,13 @@ def product(A: Tensor, B: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
 
 
 def nearest_gamma(A: Tensor, B: Tensor, lam: Tensor, update: Tensor) -> Tensor:
-    """Return γ (n, m) that is best for this λ: column j of the update is Σ_b γ_bj Σ_k λ_kb A_kj B_kb."""
+    """Return the best γ (n, m) for this λ: column j of the update is Σ_b γ_bj Σ_k λ_kb A_kj B_kb."""
     parts = torch.einsum("Mkn,kn,km->mMn", B.unflatten(1, lam.shape), lam, A)
     return torch.linalg.lstsq(parts, update.T.unsqueeze(2), driver="gelsd").solution.squeeze(2).T
 
 
 def nearest_lambda(A: Tensor, B: Tensor, gamma: Tensor, update: Tensor) -> Tensor:
-    """Return λ (r, n) that is best for this γ, by the normal equations of its r·n terms of rank one."""
+    """Return the best λ (r, n) for this γ, by the normal equations of its r·n terms of rank one."""
     rows = torch.einsum("km,nm->knm", A, gamma).flatten(0, 1)  # each beside its column of B
     gram = (B.T @ B) * (rows @ rows.T)
     right = ((B.T @ update) * rows).sum(1, keepdim=True)

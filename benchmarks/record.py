@@ -1,4 +1,4 @@
-"""A result as a file that says where it comes from."""
+"""Files of results with their provenance."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def _version(package: str) -> str:
 
 
 def this_machine() -> dict[str, Any]:
-    """What the figures depend on; asked before a benchmark runs, for the load that others put on the machine."""
+    """Return the properties of the machine on which figures depend, with its load before a benchmark runs."""
     cpu = Path("/proc/cpuinfo")
     models = [line.partition(": ")[2] for line in cpu.read_text().splitlines() if line.startswith("model name")]
     return {
@@ -54,7 +54,7 @@ def this_machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit, with a mark where the tree differs from it; empty outside a clone."""
+    """Return the commit, with a mark if the tree differs from it; empty outside a clone."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     run = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
     return run.stdout.strip()

@@ -1,7 +1,7 @@
-"""Actions in turn, round after round, and what their times say.
+"""Times of actions in turn, round after round, and their ratios.
 
-All actions run once in each round, so that a disturbance of the machine falls on all of them alike. What is compared is
-the ratio of two times of the same round; the median over rounds is reported.
+All actions run once in each round, so that a disturbance of the machine affects all of them alike. A comparison is the
+median over rounds of the ratio of two times of the same round.
 """
 
 import time
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from statistics import median
 
 Seconds = Mapping[str, float]
-"""Of one round, by action."""
+"""Seconds of one round, by action."""
 
 
 def interleave(
@@ -33,5 +33,5 @@ def ratio(history: list[Seconds], name: str, to: str) -> float:
 
 
 def added_ratio(history: list[Seconds], name: str, peer: str, floor: str) -> float:
-    """What ``name`` takes beyond ``floor``, as a share of what ``peer`` takes beyond it."""
+    """Return the time of ``name`` beyond ``floor``, as a share of the time of ``peer`` beyond ``floor``."""
     return median((times[name] - times[floor]) / (times[peer] - times[floor]) for times in history)

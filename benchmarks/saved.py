@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def saved_bytes(forward: Callable[[], Any]) -> int:
-    """Bytes of the storages that autograd holds when ``forward`` has run, each counted once.
+    """Return the bytes of the storages that autograd keeps after ``forward``, each counted once.
 
-    Storages that were there before do not count: parameters, frozen bases and weights, the batch.
+    Storages that existed before do not count: parameters, frozen bases and weights, the batch.
     """
     before = {_address(thing) for thing in gc.get_objects() if _is_tensor(thing)}
     sizes: dict[int, int] = {}
@@ -28,7 +28,7 @@ def saved_bytes(forward: Callable[[], Any]) -> int:
 
 
 def _is_tensor(thing: object) -> bool:
-    """Whether it has memory of its own: not a sparse tensor, nor one of a compiler's stand-ins."""
+    """Return whether an object is a tensor with its own memory: neither sparse nor a compiler's stand-in."""
     return type(thing) in (Tensor, torch.nn.Parameter) and thing.layout == torch.strided  # type: ignore[attr-defined]
 
 

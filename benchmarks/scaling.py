@@ -1,6 +1,6 @@
-"""How a step's time grows: with tokens, with the hidden size, with the number of layers; drawn as a picture.
+"""The growth of a step's time with tokens, hidden size and number of layers, with a picture.
 
-The vocabulary is small, so that it does not hide what the layers cost.
+The vocabulary is small, so that its product does not hide the cost of the layers.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from .record import RESULTS
 
 COLUMNS = ("hidden", "layers", "tokens", "method", "seconds", "× frozen", "floor", "µs per token")
 METHODS = (FROZEN, LORA, PEFT_DENSE, DENSE, VERY_SPARSE, FULL)
-HIDDEN, LAYERS, TOKENS = 1024, 2, 1024  # what stays as it is while another grows
+HIDDEN, LAYERS, TOKENS = 1024, 2, 1024  # sizes of the quantities that do not grow
 PICTURE = RESULTS.parents[1] / "docs" / "images" / "scaling.png"
 
 Point = tuple[int, int, int]
@@ -43,7 +43,7 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def measure(hidden: int, layers: int, tokens: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """One row for each method, for a Llama of the usual proportions."""
+    """Yield one row for each method, for a Llama of the usual proportions."""
     heads = max(1, hidden // 64)
     architecture = Llama(hidden, hidden * 11 // 4, layers, heads, vocab=2048)
     for row in Comparison(architecture, tokens, rounds, methods=METHODS).run():

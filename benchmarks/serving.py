@@ -1,8 +1,8 @@
-"""Many adapters behind one server: what loading them takes, and requests for adapters drawn at random over loopback.
+"""Many adapters behind one server: the cost of loading them, and requests for random adapters over loopback.
 
-The server and its model have a process of their own, the clients are threads of this one. Beside it, in another
-process, PEFT loads as many LoRA adapters, with as many trained values, onto the same base model; up to 100, since its
-time for one more grows with their number, and a thousand would take it many minutes.
+The server and its model have a process of their own, the clients are threads of this process. In another process, PEFT
+loads as many LoRA adapters, with as many trained values, onto the same base model. PEFT loads up to 100, since its time
+for one more grows with their number, and a thousand would take many minutes.
 """
 
 import http.client
@@ -80,15 +80,15 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def spawned() -> ProcessPoolExecutor:
-    """A process that shares nothing with this one: PEFT's must not have imported randlora."""
+    """Return an executor with one spawned process: PEFT's process must not have imported randlora."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(1, mp_context=context, initializer=prepare)
 
 
 def write_patterns(folder: Path, case: str) -> float:
-    """Writes an adapter to be varied, and the base model, with a tokenizer of numbered words; kB of one adapter."""
+    """Write a template adapter, and the base model with a tokenizer of numbered words; return kB of the adapter."""
     base, targets = ARCHITECTURE.build(), ARCHITECTURE.targets
-    base.generation_config.eos_token_id = None  # every text has its full length
+    base.generation_config.eos_token_id = None  # so that every text has its full length
     base.save_pretrained(folder / "base")
     inner = Tokenizer(WordLevel({f"w{number}": number for number in range(ARCHITECTURE.vocab)}, unk_token="w0"))
     inner.pre_tokenizer = Whitespace()
@@ -105,7 +105,7 @@ def write_patterns(folder: Path, case: str) -> float:
 
 
 def write(folder: Path, case: str, number: int) -> Path:
-    """An adapter with numbers of its own, as if trained."""
+    """Write an adapter with random numbers of its own, as if trained, and return its folder."""
     path = folder / f"{case} {number}"
     path.mkdir()
     shutil.copy(folder / case / "adapter_config.json", path)
@@ -119,7 +119,7 @@ def write(folder: Path, case: str, number: int) -> Path:
 
 
 class Server:
-    """The server's model, and the server from the first requests on."""
+    """The server's model with its adapters, and the server, which starts at the first request."""
 
     def __init__(self, base: Path) -> None:
         self.adapters, self._port = Adapters.for_paths([], str(base)), 0
@@ -138,7 +138,7 @@ class Server:
 
 @cache
 def server_of(base: Path) -> Server:
-    """The one of this process."""
+    """Return the server of this process."""
     return Server(base)
 
 
@@ -149,12 +149,12 @@ def load(base: Path, paths: list[Path]) -> dict[str, Any]:
 
 
 def listen(base: Path) -> tuple[int, float]:
-    """The port, and the CPU time of the process until now."""
+    """Return the port, and the CPU time of the process until now."""
     return server_of(base).port(), time.process_time()
 
 
 def ask(port: int, adapters: int, requests: int) -> dict[str, Any]:
-    """Many clients at once, each with one request at a time."""
+    """Return times of requests by many clients at once, each with one request at a time."""
     draw = random.Random(0)
     words = [f"w{number}" for number in range(1, ARCHITECTURE.vocab)]
     asked = [(f"a{draw.randrange(adapters)}", " ".join(draw.choices(words, k=PROMPT))) for _ in range(requests)]

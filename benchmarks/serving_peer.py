@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 
 def prepare() -> None:
-    """To be called first in each process: one thread, and silence."""
+    """Limit the process to one thread, and silence it."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
@@ -45,7 +45,7 @@ class Lora:
 
 @cache
 def model_of(base: Path) -> Lora:
-    """The one of this process."""
+    """Return the model of this process."""
     return Lora(base)
 
 
@@ -56,7 +56,7 @@ def load(base: Path, paths: list[Path]) -> dict[str, Any]:
 
 
 def measure_loading(load_one: Callable[[Path], None], paths: list[Path]) -> dict[str, float]:
-    """Loads adapters; ``one more cpu ms`` is the median of the last five, ``resident kB`` is of one of them."""
+    """Load adapters; ``one more cpu ms`` is the median of the last five, ``resident kB`` is of one of them."""
     gc.collect()
     start, memory, spent = time.perf_counter(), resident(), []
     for path in paths:
@@ -73,5 +73,5 @@ def measure_loading(load_one: Callable[[Path], None], paths: list[Path]) -> dict
 
 
 def resident() -> int:
-    """Bytes of physical memory that the process holds."""
+    """Return the bytes of physical memory of the process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""A training step of the Llama shape in fp32, from few tokens to many (see comparison.py for what is compared)."""
+"""A training step of the Llama shape in fp32, from few tokens to many (comparison.py describes the comparison)."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,7 @@ from .comparison import Comparison
 from .models import LLAMA, LLAMA_QUICK
 
 COLUMNS = COMPARED
-ROUNDS = {128: 7, 256: 7, 512: 5, 2048: 5, 4096: 3}  # by tokens; long steps are steadier, and long
+ROUNDS = {128: 7, 256: 7, 512: 5, 2048: 5, 4096: 3}  # by tokens; long steps vary less
 
 
 def run(quick: bool) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """A training step of the Llama shape with structured bases, beside LoRA and dense bases: CPU time of one thread.
 
-CPU time is what a step takes of a core, whatever else the machine does; `step` measures the same by the clock, on all
-cores and for more methods.
+CPU time does not depend on the load of the machine; `step` measures the same by the clock, on all cores and for more
+methods.
 """
 
 import time

@@ -1,9 +1,9 @@
-"""What the settings do on real data: accuracy and forgetting against learning rate, scaling, rank and method.
+"""The effect of settings on real data: accuracy and forgetting against learning rate, scaling, rank and method.
 
 The data are the demo's: its 4,000 training sentences for one epoch. Accuracy is taken on the 3,530 film reviews that
-the demo neither trains on nor tests on, so that nothing here is chosen by the demo's test sentences. Forgetting is
-looked for in what the base model was made for, nearness of sentences: of each one's ten nearest among 1,000 sentences
-about Python, how many are still among its ten nearest after training.
+the demo neither trains on nor tests on, so that no setting is chosen by the demo's test sentences. Forgetting is
+measured on the base model's own task, similarity of sentences: the share of each sentence's ten nearest, among 1,000
+sentences about Python, that are still among its ten nearest after training.
 """
 
 import csv
@@ -65,7 +65,7 @@ COLUMNS = (
 
 
 def run(quick: bool) -> Iterator[dict[str, Any]]:
-    """Two runs at a time, of one thread each: nothing here is timed."""
+    """Yield the rows; two runs of one thread each at a time, since no run is timed."""
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         train, evaluation = split(Path(folder), quick)
@@ -85,7 +85,7 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def split(folder: Path, quick: bool) -> tuple[Path, Path]:
-    """Files of the demo's training sentences and of those that the demo does not use."""
+    """Return files of the demo's training sentences and of the sentences that the demo does not use."""
     file, _ = write_sentences(folder, ALL, seed=0)  # its first 4,000 are the demo's
     rows = read_rows(file)
     parts = {"train": rows[: 64 if quick else TRAIN], "evaluation": rows[TRAIN:][: 200 if quick else None]}
@@ -129,7 +129,7 @@ def described(case: dict[str, Any], settings: TrainSettings) -> dict[str, Any]:
 
 
 def outcome(settings: TrainSettings, texts: list[str], before: torch.Tensor) -> dict[str, Any]:
-    """Nothing but the reason, where the run ended because its loss was no number."""
+    """Return the figures of a run, all ``None`` if it ended with a loss that is not a number."""
     result: dict[str, Any] = dict.fromkeys(COLUMNS[6:])
     try:
         metrics = train_in_own_process(settings)
@@ -139,13 +139,13 @@ def outcome(settings: TrainSettings, texts: list[str], before: torch.Tensor) -> 
     low, high = wilson_interval(round(accuracy * count), count)
     result |= {"trainable": metrics["trainable_parameters"], "accuracy %": 100 * accuracy}
     result |= {"from %": 100 * low, "to %": 100 * high, "neighbours kept %": 100.0}
-    if settings.method != "head":  # which changes no sentence's vector
+    if settings.method != "head":  # a head alone changes no sentence's vector
         result["neighbours kept %"] = 100 * kept(before, neighbours(Path(settings.output_dir), texts))
     return result
 
 
 def foreign_sentences(count: int) -> list[str]:
-    """Sentences of Python's reference manual, which comes with Python; the seed decides which."""
+    """Return a fixed sample of sentences from Python's reference manual, which comes with Python."""
     text = " ".join(topic.replace("\n", " ") for topic in pydoc_data.topics.topics.values())
     sentences = sorted({" ".join(one.split()) for one in re.findall(r"(?<=\.) +[A-Z][^.]{40,200}\.(?=\s)", text)})
     return random.Random(0).sample(sentences, count)
@@ -153,7 +153,7 @@ def foreign_sentences(count: int) -> list[str]:
 
 @torch.no_grad()
 def neighbours(folder: Path, texts: list[str]) -> torch.Tensor:
-    """Nearest texts of each (texts, NEAREST) by the cosine of their vectors, means of the last hidden states."""
+    """Return each text's nearest ones (texts, NEAREST) by cosine; vectors are means of the last hidden states."""
     trained = load_trained(folder, task="sequence-classification")
     vectors = []
     for start in range(0, len(texts), 100):

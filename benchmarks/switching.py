@@ -1,7 +1,7 @@
-"""Many adapters on one model: what one more costs, and a switch to another, while 10, 100 or 1,000 are there.
+"""Many adapters on one model: the cost of one more, and of a switch to another, with 10, 100 or 1,000 adapters.
 
-Each method has a process of its own, as in `files`, which keeps its model; they are measured in turn, round after
-round. The peers are measured with up to 100 adapters: with more of them, adding all takes them many minutes.
+Each method has a process of its own, as in `files`, which keeps its model; methods are measured in turn, round after
+round. The peers are measured with up to 100 adapters, since adding more takes them many minutes.
 """
 
 import os
@@ -53,7 +53,7 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
 
 @cache
 def model_of(case: str) -> tuple[Any, int]:
-    """The model of this process, made with one adapter at the first call, and the rank of its peer LoRA."""
+    """Return the model of this process, made with one adapter at the first call, and the rank of its peer LoRA."""
     prepare(case)
     base = ARCHITECTURE.build()
     lora_rank = matched_lora_rank(base, ARCHITECTURE.targets, ARCHITECTURE.rank)
@@ -61,7 +61,7 @@ def model_of(case: str) -> tuple[Any, int]:
 
 
 def grow(case: str, count: int) -> dict[str, float]:
-    """Gives the model so many adapters; kB of what one of them takes."""
+    """Add adapters up to ``count``; return kB of one adapter's values and of its resident memory."""
     model, lora_rank = model_of(case)
     before, start = len(model.peft_config), resident()
     for number in range(before, count):
@@ -71,7 +71,7 @@ def grow(case: str, count: int) -> dict[str, float]:
 
 
 def measure(case: str) -> dict[str, float]:
-    """Each operation once, and many switches; afterwards the model has the adapters that it had."""
+    """Return the time of each operation, run once, and of many switches; the model ends with the same adapters."""
     model, lora_rank = model_of(case)
     config, names = config_of(case, lora_rank), cycle(list(model.peft_config))
     times = {}
@@ -93,5 +93,5 @@ def config_of(case: str, lora_rank: int) -> peft.PeftConfig:
 
 
 def resident() -> int:
-    """Bytes of physical memory that the process holds."""
+    """Return the bytes of physical memory of the process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -7,7 +7,7 @@ from rich.table import Table
 
 
 def table(title: str, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> Table:
-    """Columns of words to the left, of numbers to the right; a rule wherever anything before the method changes."""
+    """Return a table with words to the left, numbers to the right, and a rule if columns before the method change."""
     result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         words = all(isinstance(row[column], str) for row in rows)

@@ -1,4 +1,4 @@
-"""What a step of each method costs, and its file: methods in turn, as in `comparison`, on one core."""
+"""The cost of a step and of a file for each method, with methods in turn, as in `comparison`, on one core."""
 
 import tempfile
 from functools import partial

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 OMITTED = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "msilib"}
-"""Folders: what others installed, tests, tables and prose."""
+"""Folders that are left out: installed packages, tests, tables and prose."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes to train on and bytes held out, as torch has them."""
+    """Bytes to train on and bytes held out, as tensors."""
 
     train: Tensor
     held_out: Tensor
@@ -53,12 +53,12 @@ def source() -> Text:
 
 
 def family(module: Path) -> str:
-    """Return what modules that belong together have in common: `decimal` of `_pydecimal.py` and of `decimal.py`."""
+    """Return the common name of modules that belong together: `decimal` for `_pydecimal.py` and `decimal.py`."""
     return re.sub(r"^_*(py_*)?", "", module.with_suffix("").parts[0]).partition("_")[0]
 
 
 def draw(text: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
-    """Return windows (count, length) from anywhere in the text."""
+    """Return windows (count, length) from random places of the text."""
     return _windows(text, torch.randint(len(text) - length, (count,), generator=generator), length)
 
 
@@ -72,7 +72,7 @@ def _windows(text: Tensor, starts: Tensor, length: int) -> Tensor:
 
 
 def _split(groups: dict[bytes, str], share: int) -> Text:
-    """Hold out the documents whose group's hash says so; in the order of their own hashes."""
+    """Split the documents by the hashes of their groups, each part in the order of the documents' own hashes."""
     parts: dict[bool, list[bytes]] = {False: [], True: []}
     for document in sorted(groups, key=_digest):
         parts[_digest(groups[document].encode())[0] % share == 0].append(document)

@@ -1,4 +1,4 @@
-"""Kinds of basis that the library does not have, to learn what the columns of B are worth: orthogonal or drawn."""
+"""Kinds of basis that the library lacks, to compare orthogonal with drawn columns of B."""
 
 from dataclasses import dataclass
 
@@ -44,5 +44,5 @@ class DrawnStored(StructuredStored):
 
 
 def signs(key: int, rows: int, columns: int) -> Tensor:
-    """Return drawn ±1 (rows, columns), in int8."""
+    """Return drawn signs ±1 (rows, columns), in int8."""
     return torch.from_numpy(np.random.RandomState(key).choice(np.array([-1, 1], np.int8), (rows, columns)))

@@ -1,4 +1,4 @@
-"""The methods as one table: how each adapts the model, at which budgets, and the learning rates it starts from.
+"""The table of methods: the way of adapting the model, the budgets, and the first learning rates.
 
 A budget is the number of values that RandLoRA of a rank trains. LoRA's rank is chosen by kind of layer, so that its
 number is the same or as near as ranks can come.
@@ -26,7 +26,7 @@ VERA_RANK = 256
 its products would cost many times the model's own (`vera_rank`)."""
 
 Adapt = Callable[[GPT2LMHeadModel, int, int], nn.Module]
-"""Makes the frozen model ready to train; given r of RandLoRA at this budget, and a seed."""
+"""A function that makes the frozen model ready to train, given r of RandLoRA at this budget, and a seed."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Method:
     """A row of the table.
 
     Args:
-        adapt: makes the model ready to train.
-        rates: learning rates to begin with, each twice the one before.
-        budgeted: whether the method is run at every budget, or once with its own number of values.
-        variant: whether it is a question about RandLoRA rather than a rival: the first budget alone.
-        least_r: the least r of RandLoRA with which the method is what it says: a rank has no more groups than rows.
-        gamma_rate: γ's learning rate beside that of all else.
-        gamma_start: what γ's first values are multiplied by.
+        adapt: function that makes the model ready to train.
+        rates: first learning rates, each twice the one before.
+        budgeted: whether the method runs at every budget, or once with its own number of values.
+        variant: whether the method is a variant of RandLoRA rather than a rival; variants run at the first budget only.
+        least_r: least r of RandLoRA at which the method has all its groups, which are at most as many as rows.
+        gamma_rate: learning rate of γ as a multiple of all others.
+        gamma_start: factor of γ's initial values.
     """
 
     adapt: Adapt
@@ -61,7 +61,7 @@ def full(model: GPT2LMHeadModel, _r: int, _seed: int) -> nn.Module:
 
 
 def lora(**options: Any) -> Adapt:
-    """α = 2·rank in each layer."""
+    """Return the function for LoRA with α = 2·rank in each layer."""
 
     def adapt(model: GPT2LMHeadModel, r: int, _seed: int) -> nn.Module:
         ranks = lora_ranks(model, r, magnitudes=options.get("use_dora", False))
@@ -80,7 +80,10 @@ def vera(model: GPT2LMHeadModel, _r: int, seed: int) -> nn.Module:
 
 
 def ours(alpha: float = 2.0, kind: BasisKind | None = None, **options: Any) -> Adapt:
-    """The paper's scaling, and its α = 2·r; each seed has bases of its own. ``kind`` is one that no option names."""
+    """Return the function for RandLoRA in the paper's scaling; ``kind`` is a kind of basis without an option.
+
+    By default α = 2·r, as in the paper. Each seed has bases of its own.
+    """
 
     def adapt(model: GPT2LMHeadModel, r: int, seed: int) -> nn.Module:
         chosen = {"randlora_scaling": "paper", **options}
@@ -107,7 +110,7 @@ VARIANTS: dict[str, Method] = {
     "RandLoRA, dense, γ start / 10": Method(ours(), doubling(8e-3), variant=True, gamma_start=0.1),
     "RandLoRA, dense, γ start × 16": Method(ours(), doubling(4e-3), variant=True, gamma_start=16.0),
 }
-"""Questions about RandLoRA."""
+"""Variants of RandLoRA."""
 
 METHODS: dict[str, Method] = {
     "LoRA": Method(lora(), doubling(4e-3)),
@@ -120,7 +123,7 @@ METHODS: dict[str, Method] = {
     "VeRA": Method(vera, doubling(1.6e-2), budgeted=False),
     **VARIANTS,
 }
-"""In the order of the study."""
+"""All methods, in the order of the study."""
 
 
 def budget(model: nn.Module, r: int) -> int:
@@ -131,7 +134,7 @@ def budget(model: nn.Module, r: int) -> int:
 def lora_ranks(model: nn.Module, r: int, magnitudes: bool) -> dict[str, int]:
     """Return the rank of each kind of layer: the same for all, and one more for some, to come nearest to the budget.
 
-    DoRA trains the magnitudes of a layer's outputs besides, which leave less to its ranks.
+    DoRA also trains the magnitudes of a layer's outputs, which leaves fewer values to its ranks.
     """
     costs = {name: sum(map(sum, shapes(model, (name,)))) for name in TARGETS}
     own = sum(out for out, _ in shapes(model, TARGETS)) if magnitudes else 0
@@ -142,7 +145,7 @@ def lora_ranks(model: nn.Module, r: int, magnitudes: bool) -> dict[str, int]:
 
 
 def vera_rank(model: nn.Module, r: int) -> float:
-    """Return the rank at which VeRA would train as many values: it has r + out in each layer."""
+    """Return the rank at which VeRA would train as many values, with r + out in each layer."""
     outputs = [out for out, _ in shapes(model, TARGETS)]
     return (budget(model, r) - sum(outputs)) / len(outputs)
 

@@ -1,4 +1,4 @@
-"""The language model on bytes: how it is made, trained, measured, and kept."""
+"""The language model on bytes, with its construction, training, evaluation and storage."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -56,20 +56,20 @@ def build(settings: Pretraining) -> GPT2LMHeadModel:
 
 
 def reading(text: Tensor, settings: Pretraining, steps: int, batch: int, seed: int) -> list[Tensor]:
-    """Return the batches of a training run, which the seed decides and nothing else."""
+    """Return the batches of a training run, which depend only on the seed."""
     generator = torch.Generator().manual_seed(seed)
     return [data.draw(text, batch, settings.context, generator) for _ in range(steps)]
 
 
 Groups = list[dict[str, Any]]
-"""Parameters with their learning rates, as optimisers take them."""
+"""Parameters with their learning rates, in the form of optimisers' groups."""
 
 
 def train(model: nn.Module, groups: Groups, batches: list[Tensor], tick: Callable[[], object] = int) -> bool:
     """Train the groups of parameters by AdamW, warmed up and let down linearly; ``tick`` is called after each step.
 
     Returns:
-        Whether the loss was a number to the end.
+        Whether the loss remained a number.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = LambdaLR(optimizer, lambda step: factor(step, len(batches)))
@@ -89,7 +89,7 @@ def train(model: nn.Module, groups: Groups, batches: list[Tensor], tick: Callabl
 
 
 def factor(step: int, steps: int) -> float:
-    """Return the share of the learning rate that a step has."""
+    """Return the factor of the learning rate at a step."""
     warm = max(1, round(WARM_UP * steps))
     return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
@@ -101,7 +101,7 @@ def mean_loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bits_per_byte(model: nn.Module, windows: Tensor) -> float:
-    """Return the mean over all bytes of the windows but each first one, which has nothing before it."""
+    """Return the mean over all bytes of the windows except each first byte, which has no context."""
     model.eval()
     losses: Iterable[Tensor] = (mean_loss(model, part) * len(part) for part in windows.split(32))
     return float(sum(losses)) / len(windows) / math.log(2)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.hard_task.page`: the tables of docs/hard_task.md, from what `hard_task` measured."""
+"""`python -m benchmarks.hard_task.page`: the tables of docs/hard_task.md, from the results of `hard_task`."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""One run: a method with a budget, a learning rate and a seed, and what comes of it."""
+"""One run, of a method with a budget, a learning rate and a seed, and its figures."""
 
 import itertools
 import time
@@ -19,7 +19,7 @@ from .settings import Task
 
 @dataclass(frozen=True)
 class Run:
-    """``r`` is RandLoRA's at the budget; 0 for methods that are run once, with their own number of values."""
+    """A run. ``r`` is RandLoRA's at the budget; 0 for methods that run once, with their own number of values."""
 
     method: str
     r: int
@@ -28,9 +28,9 @@ class Run:
 
 
 def outcome(run: Run, task: Task, folder: Path) -> dict[str, Any]:
-    """Return the run with its figures; no bits where the loss was no number.
+    """Return the run with its figures, without bits if the loss was not a number.
 
-    Seconds are those of one core, so that another process on the machine counts little.
+    Seconds are CPU time of one core, on which other processes have little effect.
     """
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
@@ -67,7 +67,7 @@ def adapted(method: Method, task: Task, r: int, seed: int, folder: Path) -> nn.M
 
 
 def rated(method: Method, model: nn.Module, rate: float) -> Groups:
-    """Return what trains as groups with their learning rates."""
+    """Return the trained parameters as groups with their learning rates."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -80,7 +80,7 @@ def is_gamma(name: str) -> bool:
 
 
 def bits(model: nn.Module, task: Task) -> dict[str, float]:
-    """Return bits per byte on source and on English that no training has seen."""
+    """Return bits per byte on held-out source and on held-out English."""
     return {name: bits_per_byte(model, windows) for name, windows in held_out(task).items()}
 
 

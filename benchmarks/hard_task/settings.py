@@ -1,4 +1,4 @@
-"""The sizes of the hard task: one set for the study, small ones to try whether it runs."""
+"""The sizes of the hard task: one set for the study, and small ones for a trial run."""
 
 import hashlib
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Pretraining:
-    """A GPT-2 on bytes and its training on English; whatever changes here makes another base model."""
+    """A GPT-2 on bytes and its training on English; any change makes another base model."""
 
     layers: int = 2
     hidden: int = 256
@@ -38,5 +38,5 @@ QUICK = Task(Pretraining(1, 32, 64, 2, 32, steps=20, batch=8), steps=4, windows=
 
 
 def name_of(settings: Pretraining | Task) -> str:
-    """Return the name under which results of these settings are kept: equal settings, equal name."""
+    """Return the name under which results of these settings are kept, equal for equal settings."""
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""The runs that the study needs, found step by step: where a best rate is at an edge, the next one is tried too."""
+"""The runs of the study, found step by step: if the best rate is at an edge, the next rate is tried too."""
 
 import json
 import math
@@ -17,7 +17,7 @@ BELOW, ABOVE = 1, 2  # rates that are tried beyond the best one, at the least
 
 
 def complete(task: Task, folder: Path, pool: Executor, workers: int) -> dict[Run, dict[str, Any]]:
-    """Run whatever is not in the folder yet, as many at a time as there are workers, and return all results."""
+    """Run all runs that the folder lacks, as many at a time as there are workers, and return all results."""
     results = load(file_of(task, folder))
     running: dict[Future[dict[str, Any]], Run] = {}
     while True:
@@ -75,13 +75,13 @@ def rates(name: str, r: int, results: Results) -> list[float]:
 
 
 def settled(name: str, r: int, results: Results) -> float | None:
-    """Return the best rate, once all that are needed to know it have been tried."""
+    """Return the best rate, once all rates for its choice have been tried."""
     tried = {rate: results.get(Run(name, r, rate, 0)) for rate in rates(name, r, results)}
     return None if None in tried.values() else min(tried, key=lambda rate: loss(tried[rate]))
 
 
 def finished(task: Task, results: Results) -> list[tuple[str, int]]:
-    """Return the methods, with their budgets, of which all runs are done."""
+    """Return the methods with their budgets for which all runs are done."""
     best = {cell: settled(*cell, results) for cell in cells(task)}
     return [
         (name, r)
@@ -91,7 +91,7 @@ def finished(task: Task, results: Results) -> list[tuple[str, int]]:
 
 
 def loss(result: dict[str, Any] | None) -> float:
-    """Return bits per byte on source; infinite for what ended without a number."""
+    """Return bits per byte on source, infinite for a run that ended without a number."""
     return math.inf if result is None or result["source"] is None else result["source"]
 
 

@@ -21,11 +21,11 @@ COLUMNS = (
     "× frozen",
     "file",
 )
-"""source, english: bits per byte of what was held out, mean ± standard deviation over the seeds at the best rate.
+"""source, english: bits per byte of held-out text, mean ± standard deviation over the seeds at the best rate.
 
 rates within 0.1: the lowest and the highest rate up to which every run is within 0.1 bits of the best. lost at: the
-lowest rate above the best at which the model ends worse on source than it began, or with a loss that is no number.
-seconds, × frozen: a step's, with all methods in turn. file: bytes of what `save_pretrained` writes by default.
+lowest rate above the best at which the model ends worse on source than it began, or with a loss that is not a number.
+seconds, × frozen: time of a step, with all methods in turn. file: bytes that `save_pretrained` writes by default.
 """
 Row = dict[str, Any]
 
@@ -59,7 +59,7 @@ def row(task: Task, name: str, r: int, results: Results, before: dict[str, float
 
 
 def measured(values: list[float | None]) -> str:
-    """Return the mean ± the standard deviation, or how many of the values there are not."""
+    """Return the mean ± the standard deviation, or the number of missing values."""
     numbers = [value for value in values if value is not None]
     if len(numbers) < len(values):
         return f"{len(values) - len(numbers)} of {len(values)} lost"

@@ -82,7 +82,7 @@ class Basis:
         Layers of equal sizes and scaling share this A.
         """
         operands, scaling = self.operands(device, dtype, sizes, tokens), scaling * self.factor
-        # a compiler may have a symbol for the scaling, which is no key, and fuses the product
+        # a compiler may have a symbol for the scaling, which cannot be a key, and fuses the product
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return operands.scaled_by(scaling)
         key = (device, dtype, sizes, type(operands), scaling)

@@ -65,7 +65,7 @@ class Ternary:
 
     @classmethod
     def faults(cls, config: Any) -> list[str]:
-        """Return a fault for an s below 1 or not finite, for which 1/(2s) is no probability of a sign."""
+        """Return a fault for an s below 1 or not finite, for which 1/(2s) is not a probability."""
         s = config.sparsity
         if s is None or 1 <= s <= sys.float_info.max:
             return []

@@ -46,7 +46,8 @@ def require_exchangeable(base: nn.Module, parameter_name: str, where: str) -> No
     Raises:
         UnsupportedLayerError: if the weight is computed.
     """
-    hooked = parameter_name not in base._parameters and len(base._forward_pre_hooks) > 0  # below FSDP neither
+    # below FSDP the weight is not a parameter either, but has no hooks
+    hooked = parameter_name not in base._parameters and len(base._forward_pre_hooks) > 0
     if hooked or is_parametrized(base, parameter_name):
         raise UnsupportedLayerError(
             f"{where} computes its {parameter_name!r} from other parameters (parametrization, weight_norm, "
