@@ -7,7 +7,6 @@ tensors without memory (``trace.py``); the cost of RandLoRA's products comes fro
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -281,7 +280,7 @@ class _Planner:
     def _structured_cost(self, chosen: Option, traces: dict[str, Trace]) -> float | None:
         if not traces or chosen.r is None or self.setup.kind in Structured.flags:
             return None
-        return self._cost(chosen.r, chosen.trainable, Structured(math.gcd(chosen.r, Setup.groups)), traces["frozen"])
+        return self._cost(chosen.r, chosen.trainable, Structured(Setup.groups), traces["frozen"])
 
     def _cost(self, r: int, trainable: int, kind: BasisKind, frozen: Trace) -> float:
         extra = sum(
