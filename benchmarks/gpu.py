@@ -1,15 +1,17 @@
 """`python -m benchmarks.gpu`: on a GPU, measures steps of a 3B-shaped Llama, where their time goes, and each kernel.
 
 It takes about four minutes: what matters most is measured first, and what no time is left for is said. It needs torch,
-Triton, PEFT and Transformers, and this folder and `src` on the path; nothing has to be installed. Tables and the same
-figures as JSON come last, and go to a file. ``--tiny`` is a rehearsal on tiny shapes, on any device.
+Triton, PEFT and Transformers, and this folder and `src` on the path; nothing has to be installed. Each row goes to the
+standard error as soon as it is there; tables and the same figures as JSON come last, and go to a file. A wrong result
+is a note in its row and the exit status 1. ``--tiny`` is a rehearsal on tiny shapes, on any device.
 """
 
 import argparse
 import json
+import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,31 @@ from transformers.utils import logging
 
 from randlora.ops.gpu import availability
 
-from . import gpu_kernels, gpu_model, record
+from . import gpu_kernels, gpu_model, gpu_plans, record
 from .gpu_clock import measured_rates
 from .gpu_model import ALL, QV
 
-SECONDS = 210  # of measuring; then the tables are printed, with a list of missing parts
-STEPS = ("adapted", "tokens", "method", "trainable", "ms", "host ms", "× LoRA", "× PEFT", "peak GB", "loss", "note")
+SECONDS = 240  # of measuring; then the tables are printed, with a list of missing parts
+STEPS = (
+    "adapted",
+    "tokens",
+    "method",
+    "trainable",
+    "ms",
+    "× LoRA",
+    "× PEFT",
+    "kernels ms",
+    "host ms",
+    "peak GB",
+    "loss",
+    "note",
+)
 KERNELS = ("layer", "tokens", "step", "ms", "torch ms", "floor ms", "of the floor's rate", "error")
+PLANS = ("layer", "bases", "tokens", "direction", "chosen", "ms", "fastest", "fastest ms", "chosen / fastest")
 PROFILE = ("ms", "calls", "share", "kernel")
+TABLES = {"training steps": STEPS, "kernels": KERNELS, "plans": PLANS, "profile": PROFILE}
 SHAPES = [(3072, 3072), (8192, 3072)]  # (M, m) of q and o, and of the MLP
-CASES = [(ALL, 4096, 5), (QV, 840, 5), (QV, 4096, 5), (ALL, 16384, 3)]  # with rounds; the last one is profiled
+CASES = [(QV, 840, 15), (ALL, 4096, 7), (QV, 4096, 7), (ALL, 16384, 3)]  # with rounds; the last one is profiled
 TINY: dict[str, Any] = dict(hidden=64, intermediate=96, layers=1, heads=4, kv_heads=2, vocab=128, rank=16)
 
 
@@ -43,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     machine = record.this_machine() | {"device": _name(device), "kernels": _kernels(device)}
     found = measure(device, given.tiny, lambda: time.perf_counter() - start > SECONDS)
-    for title, columns in (("training steps", STEPS), ("kernels", KERNELS), ("profile", PROFILE)):
+    for title, columns in TABLES.items():
         print(f"\n{title}\n{plain_table(columns, found[title])}")
     rates = found["rates"][0]
     print(f"\n{_name(device)}; kernels: {_kernels(device)}; torch {torch.__version__}")
@@ -53,25 +70,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = record.save(f"gpu-{_name(device)}" + "-tiny" * given.tiny, rows, machine, seconds, given.folder)
     print(f"{seconds:.0f} seconds; written to {path}")
     print(json.dumps(rows, ensure_ascii=False))
+    if wrong := [row for row in rows if (row.get("note") or "").startswith(gpu_kernels.WRONG)]:
+        sys.exit(f"{len(wrong)} wrong results, with a note in their rows")
 
 
 def measure(device: torch.device, tiny: bool, late: Callable[[], bool]) -> dict[str, list[dict[str, Any]]]:
     rates = measured_rates(device, tiny)
-    found: dict[str, list[dict[str, Any]]] = {
-        "rates": [{"TFLOPs": 2e-12 * rates.products, "GB/s": 1e-9 * rates.memory}],
-        "training steps": [],
-        "kernels": [],
-        "profile": [],
-    }
+    found: dict[str, list[dict[str, Any]]] = {part: [] for part in ("rates", *TABLES)}
+    found["rates"] += told([{"TFLOPs": 2e-12 * rates.products, "GB/s": 1e-9 * rates.memory}])
     shapes, tokens, rank, rounds = ([(96, 64)], 24, 16, 2) if tiny else (SHAPES, 4096, 32, 10)
-    found["kernels"] += gpu_kernels.run(device, rates, shapes, tokens, rank, rounds)
+    found["kernels"] += told(gpu_kernels.run(device, rates, shapes, tokens, rank, rounds))
+    found["plans"] += told(gpu_plans.run(device, shapes, [8, 24] if tiny else [840, 4096, 16384], rank, rounds))
     cases = [(QV, 24, 1), (ALL, 24, 1)] if tiny else CASES
     base = gpu_model.Shape(**(TINY if tiny else {})).build(device)
     for targets, tokens, rounds in cases:
         shape = replace(gpu_model.Shape(**(TINY if tiny else {})), targets=targets)
-        rows = list(gpu_model.run(device, base, shape, tokens, rounds, late))
-        found["training steps"] += compared(rows)
-    found["profile"] += [] if late() else gpu_model.profile(device, base, shape, tokens)
+        found["training steps"] += compared(told(gpu_model.run(device, base, shape, tokens, rounds, late)))
+    found["profile"] += [] if late() else told(gpu_model.profile(device, base, shape, tokens))
+    return found
+
+
+def told(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows as a list, after printing each as it comes: a run that is cut off leaves what it found."""
+    found = []
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False), file=sys.stderr, flush=True)
+        found.append(row)
     return found
 
 

@@ -8,10 +8,11 @@ from statistics import median
 import torch
 
 
-def milliseconds(work: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """Return the median of ``rounds`` runs after two for warm-up, by the device's events where it has them."""
-    for _ in range(2):
+def milliseconds(work: Callable[[], object], device: torch.device, rounds: int, warmup: int = 2) -> float:
+    """Return the median of ``rounds`` runs after those of the warm-up, by the device's events where it has them."""
+    for _ in range(warmup):
         work()
+    waited(device)
     if device.type != "cuda":
         times = []
         for _ in range(rounds):
@@ -32,6 +33,10 @@ def waited(device: torch.device) -> None:
     """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def allocated_bytes(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def peak_bytes(device: torch.device) -> int | None:

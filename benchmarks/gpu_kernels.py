@@ -14,6 +14,7 @@ from randlora.ops.gpu import availability
 
 from .gpu_clock import Rates, milliseconds
 
+WRONG = "wrong"
 TOLERANCE = 3e-2  # of the norm: both round to bf16 on the way
 
 
@@ -40,8 +41,6 @@ def run(
             finally:
                 availability.set_kernels(True)
             error = _error(found, expected)
-            if not error <= TOLERANCE:
-                raise RuntimeError(f"{trial.name} on {M}×{m}: relative error {error:.1e} beside torch's")
             floor = rates.floor(trial.multiply_adds, trial.nbytes)
             yield {
                 "step": trial.name,
@@ -52,6 +51,7 @@ def run(
                 "floor ms": floor,
                 "of the floor's rate": floor / time,
                 "error": error,
+                "note": None if error <= TOLERANCE else f"{WRONG}: beside torch's result",
             }
 
 

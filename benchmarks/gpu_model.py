@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, fields
+from statistics import median
 from typing import Any
 
 import peft
@@ -17,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from randlora import RandLoraConfig
 from randlora.ops import rounding
 
-from .gpu_clock import forget_peak, milliseconds, peak_bytes, waited
+from .gpu_clock import allocated_bytes, forget_peak, milliseconds, peak_bytes, waited
+from .gpu_kernels import WRONG
 from .methods import DENSE, FROZEN, PEFT_DENSE, SPARSE, VERY_SPARSE, Method, frozen, ours, peft_own
 from .models import twin
 
@@ -95,43 +97,75 @@ WAYS = {
 }
 
 
+@dataclass
+class Trained:
+    """A method that takes steps, with its figures so far."""
+
+    step: Callable[[], Tensor]
+    figures: dict[str, Any]
+
+
 def run(
     device: torch.device, base: Any, shape: Shape, tokens: int, rounds: int, late: Callable[[], bool]
-) -> Iterator[dict[str, Any]]:
-    """Yield a row for each method, without figures once the time is over."""
-    losses: dict[str, float] = {}
-    for name, way in WAYS.items():
-        row: dict[str, Any] = {"adapted": _label(shape.targets), "tokens": tokens, "method": name}
-        if late():
-            yield row | {"note": "not measured: out of time"}
-            continue
-        with way.setting():
-            try:
-                row |= measure(way, base, shape, tokens, device, rounds)
-            except torch.OutOfMemoryError:
-                yield row | {"note": "out of memory"}
-                continue
-            finally:
-                gc.collect()
-                forget_peak(device)
-        losses[name] = row["loss"]
-        require_equal_loss(name, losses)
-        yield row
-
-
-def measure(way: Way, base: Any, shape: Shape, tokens: int, device: torch.device, rounds: int) -> dict[str, Any]:
-    step, trainable = training_step(way, base, shape, tokens, device)
-    forget_peak(device)
-    losses: list[Tensor] = []
-    time = milliseconds(lambda: losses.append(step()), device, rounds)
-    peak = peak_bytes(device)
-    return {
-        "trainable": trainable,
-        "ms": time,
-        "host ms": host_milliseconds(step, device),
-        "peak GB": None if peak is None else peak / 1e9,
-        "loss": float(losses[-1]),
+) -> list[dict[str, Any]]:
+    """Return a row for each method, without figures once the time is over; the methods take their steps in turns."""
+    trained: dict[str, Trained] = {}
+    rows: dict[str, dict[str, Any]] = {
+        name: {"adapted": _label(shape.targets), "tokens": tokens, "method": name} for name in WAYS
     }
+    for name, way in WAYS.items():
+        if late():
+            rows[name]["note"] = "not measured: out of time"
+            continue
+        try:
+            trained[name] = warmed(way, base, shape, tokens, device)
+        except torch.OutOfMemoryError:
+            rows[name]["note"] = "out of memory"
+        gc.collect()
+        forget_peak(device)
+    times: dict[str, list[float]] = {name: [] for name in trained}
+    for name in list(trained) * rounds:
+        times[name].append(milliseconds(within(WAYS[name], trained[name].step), device, rounds=1, warmup=0))
+    for name, method in trained.items():
+        rows[name] |= {"ms": median(times[name]), "all ms": times[name]} | method.figures
+    losses = {name: method.figures["loss"] for name, method in trained.items()}
+    for name in trained:
+        rows[name]["note"] = why_wrong(name, losses)
+    return list(rows.values())
+
+
+def warmed(way: Way, base: Any, shape: Shape, tokens: int, device: torch.device) -> Trained:
+    """Return the method after three steps, with the loss of the second, its memory, host time and kernels' time."""
+    forget_peak(device)
+    before = allocated_bytes(device)  # of the base and of the other methods
+    built, trainable = training_step(way, base, shape, tokens, device)
+    step = within(way, built)
+    step()
+    host, loss = host_milliseconds(step, device)
+    peak = peak_bytes(device)
+    figures = {
+        "trainable": trainable,
+        "kernels ms": device_milliseconds(step, device),
+        "host ms": host,
+        "peak GB": None if peak is None else (peak - before + weight_bytes(base)) / 1e9,
+        "loss": loss,
+    }
+    return Trained(built, figures)
+
+
+def within(way: Way, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return the step under the settings of its method."""
+
+    def run_step() -> Tensor:
+        with way.setting():
+            return step()
+
+    return run_step
+
+
+def weight_bytes(model: Any) -> int:
+    """Return the bytes of the model's weights, those that are tied counted once."""
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def training_step(
@@ -161,42 +195,57 @@ def training_step(
     return step, sum(parameter.numel() for parameter in trainable)
 
 
-def host_milliseconds(step: Callable[[], Tensor], device: torch.device) -> float:
-    """Return the milliseconds until the host has launched all of a step: the step's time if the host limits it."""
+def host_milliseconds(step: Callable[[], Tensor], device: torch.device) -> tuple[float, float]:
+    """Return the milliseconds until the host has launched all of a step, which are the step's if the host limits it,
+    and the loss.
+    """
     waited(device)
     start = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - start)
+    loss = step()
+    return 1e3 * (time.perf_counter() - start), float(loss)
+
+
+def device_milliseconds(step: Callable[[], Tensor], device: torch.device) -> float | None:
+    """Return the sum of the times of a step's kernels; ``None`` without a GPU."""
+    return sum(time for time, _ in kernels_of(step, device)) if device.type == "cuda" else None
+
+
+def kernels_of(step: Callable[[], Tensor], device: torch.device) -> list[tuple[float, Any]]:
+    """Return the milliseconds and the profiler's entry of each kernel of a step (on a CPU, of each operation)."""
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+    waited(device)
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        waited(device)
+    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    return sorted(
+        ((1e-3 * getattr(event, key), event) for event in profiler.key_averages()), key=lambda found: -found[0]
+    )
 
 
 def profile(device: torch.device, base: Any, shape: Shape, tokens: int, most: int = 15) -> Iterator[dict[str, Any]]:
     """Yield the slowest kernels of our step, then the time of all others together."""
     step, _ = training_step(WAYS[DENSE], base, shape, tokens, device)
     step()
-    waited(device)
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profiler:
-        step()
-        waited(device)
-    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    times = sorted(((getattr(event, key), event) for event in profiler.key_averages()), key=lambda found: -found[0])
+    times = kernels_of(step, device)
     total = sum(time for time, _ in times)
     rest = times[most:]
     for time_, event in times[:most]:
-        yield {"ms": 1e-3 * time_, "calls": event.count, "share": time_ / total, "kernel": event.key[:90]}
+        yield {"ms": time_, "calls": event.count, "share": time_ / total, "kernel": event.key[:90]}
     if rest:
         left = sum(time for time, _ in rest)
         calls = sum(event.count for _, event in rest)
-        yield {"ms": 1e-3 * left, "calls": calls, "share": left / total, "kernel": f"{len(rest)} others"}
+        yield {"ms": left, "calls": calls, "share": left / total, "kernel": f"{len(rest)} others"}
 
 
-def require_equal_loss(name: str, losses: dict[str, float]) -> None:
-    """Raise if our loss differs from PEFT's with the same bases, once both are there: a speed needs a right result."""
+def why_wrong(name: str, losses: dict[str, float]) -> str | None:
+    """Return a note if our loss differs from PEFT's with the same bases, once both are there."""
     for mine in (DENSE, STOCHASTIC):
         known = {mine, PEFT_DENSE} <= losses.keys() and name in (mine, PEFT_DENSE)
         if known and not abs(losses[mine] / losses[PEFT_DENSE] - 1) <= TOLERANCE:
-            raise RuntimeError(f"the loss of {mine!r} is {losses[mine]}, but that of PEFT's {losses[PEFT_DENSE]}")
+            return f"{WRONG}: the loss of {mine!r} is {losses[mine]}, but that of PEFT's {losses[PEFT_DENSE]}"
+    return None
 
 
 def _label(targets: str) -> str:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from randlora.ops.gpu.launch import block, launch, rounded
+from randlora.ops.gpu.launch import block, blocks, launch, rounded
 
 SCALED = block({"ROWS": 16, "COLUMNS": 256}, {"ROWS": 4, "COLUMNS": 16})
 ROW = block({"COLUMNS": 1024}, {"COLUMNS": 32})
@@ -30,8 +30,9 @@ def scaled(
     (r, n), m = lam.shape, gamma.shape[1]
     rho, group = r // groups, m // groups
     out = torch.empty((rho * n, m), dtype=dtype, device=A.device)
-    grid = (n, groups * triton.cdiv(group, SCALED["COLUMNS"]), triton.cdiv(rho, SCALED["ROWS"]))
-    launch(_scaled, grid, out, A, lam.contiguous(), gamma.contiguous(), rho, n, m, group, A.stride(0), **SCALED)
+    grid = (n, groups * blocks(group, SCALED["COLUMNS"]), blocks(rho, SCALED["ROWS"]))
+    tensors = (out, A, lam.contiguous(), gamma.contiguous())
+    launch(_scaled, grid, tensors, (rho, n, m, group, A.stride(0)), SCALED)
     return out
 
 
@@ -39,8 +40,9 @@ def stochastic_sum(update: Tensor, base: Tensor, seed: Tensor) -> Tensor:
     """Return ``update + base`` (i, j) in bfloat16, rounded as by ``rounding.stochastic``."""
     rows, columns = update.shape
     out = torch.empty((rows, columns), dtype=torch.bfloat16, device=update.device)
-    grid = (rows, triton.cdiv(columns, ROW["COLUMNS"]))
-    launch(_stochastic_sum, grid, out, update, base, seed, columns, *update.stride(), *base.stride(), **ROW)
+    grid = (rows, blocks(columns, ROW["COLUMNS"]), 1)
+    sizes = (columns, *update.stride(), *base.stride())
+    launch(_stochastic_sum, grid, (out, update, base, seed), sizes, ROW)
     return out
 
 
@@ -48,8 +50,9 @@ def mixed(values: Tensor, mix: Tensor) -> Tensor:
     """Return ``mix @ values`` for values (T, g, k) of any strides: contiguous, summed in float32, rounded once."""
     tokens, g, k = values.shape
     out = torch.empty((tokens, g, k), dtype=values.dtype, device=values.device)
-    grid = (tokens, triton.cdiv(k, MIXED["COLUMNS"]))
-    launch(_mixed_groups, grid, out, values, mix, k, *values.stride(), *mix.stride(), G=g, **MIXED)
+    grid = (tokens, blocks(k, MIXED["COLUMNS"]), 1)
+    sizes = (k, *values.stride(), *mix.stride())
+    launch(_mixed_groups, grid, (out, values, mix), sizes, {"G": g} | MIXED)
     return out
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from randlora.ops.gpu.launch import block, launch
+from randlora.ops.gpu.launch import block, blocks, launch
 
 BLOCK = block({"ROWS": 16, "COLUMNS": 256}, {"ROWS": 4, "COLUMNS": 16})
 
@@ -26,12 +26,12 @@ def scaling_gradients(
 ) -> tuple[Tensor, Tensor]:  # (groups·ρ, n), (n, m)
     """Return dλ and dγ from dÃ, summed in float32; dense bases are one group."""
     (groups, _, group), (r, n), m = d_scaled.shape, lam.shape, gamma.shape[1]
-    parts = triton.cdiv(group, BLOCK["COLUMNS"])
+    parts = blocks(group, BLOCK["COLUMNS"])
     d_lam = torch.empty((parts, r, n), dtype=torch.float32, device=A.device)
     d_gamma = torch.empty((n, m), dtype=torch.float32, device=A.device)
-    sizes = (r // groups, n, m, group, r * n)
-    arguments = (d_gamma, d_scaled, A, lam.contiguous(), gamma.contiguous(), *sizes, *d_scaled.stride(), A.stride(0))
-    launch(_scaling_gradients, (n, parts, groups), d_lam, *arguments, **BLOCK)
+    tensors = (d_lam, d_gamma, d_scaled, A, lam.contiguous(), gamma.contiguous())
+    sizes = (r // groups, n, m, group, r * n, *d_scaled.stride(), A.stride(0))
+    launch(_scaling_gradients, (n, parts, groups), tensors, sizes, BLOCK)
     return (d_lam.sum(0) if parts != 1 else d_lam[0]), d_gamma
 
 

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, cast
 
 import torch
 import triton
@@ -16,13 +17,58 @@ interpreting: bool = triton.knobs.runtime.interpret
 INTERPRETING = tl.constexpr(interpreting)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], out: torch.Tensor, *arguments: Any, **constants: Any) -> None:
-    """Run ``kernel`` on the device of ``out``, its first argument; Triton itself takes the current device."""
-    if out.is_cuda and out.device.index != torch.cuda.current_device():
-        with torch.cuda.device(out.device):
-            kernel[grid](out, *arguments, **constants)
+_MOST = 4096  # kept kernels; strides of some inputs depend on the number of tokens
+_compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tensors: tuple[torch.Tensor | None, ...],
+    sizes: tuple[int, ...],
+    constants: dict[str, Any],
+    rows: tuple[int, ...] = (),
+) -> None:
+    """Run ``kernel`` on the device of its first tensor; Triton itself takes the current device.
+
+    The kernel's parameters are the ``tensors``, then ``rows``, which Triton must not specialise on, then ``sizes``, and
+    the ``constants``, which may also hold options of the compiler.
+    """
+    device = cast("torch.Tensor", tensors[0]).device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _launch(kernel, grid, device, tensors, (*rows, *sizes), sizes, constants)
     else:
-        kernel[grid](out, *arguments, **constants)
+        _launch(kernel, grid, device, tensors, (*rows, *sizes), sizes, constants)
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    device: torch.device,
+    tensors: tuple[torch.Tensor | None, ...],
+    numbers: tuple[int, ...],
+    sizes: tuple[int, ...],
+    constants: dict[str, Any],
+) -> None:
+    """Run the kernel that Triton compiled for such arguments, past its own search, which takes longer than a launch.
+
+    All that Triton may specialise on is compared: dtypes, addresses' alignment, each size and constant.
+    """
+    if interpreting:
+        kernel[grid](*tensors, *numbers, **constants)
+        return
+    described = [None if t is None else (t.dtype, t.data_ptr() & 255) for t in tensors]
+    key = (kernel.fn, device.index, *described, sizes, *constants.values())
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, values = found
+        compiled[grid](*tensors, *numbers, *values)
+        return
+    if len(_compiled) >= _MOST:
+        _compiled.clear()
+    compiled = kernel[grid](*tensors, *numbers, **constants)
+    _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names if name in constants)
 
 
 def block(sizes: dict[str, int], small: dict[str, int]) -> dict[str, int]:
@@ -37,3 +83,8 @@ def rounded(values, dtype: tl.constexpr):
         bits = values.to(tl.uint32, bitcast=True)
         values = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return values.to(dtype)
+
+
+def blocks(size: int, block: int) -> int:
+    """Return the number of blocks that cover ``size``; ``triton.cdiv`` takes as long as a launch."""
+    return -(-size // block)

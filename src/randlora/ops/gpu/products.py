@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from randlora.ops.gpu.launch import INTERPRETING, block, interpreting, launch, rounded
+from randlora.ops.gpu.launch import INTERPRETING, block, blocks, interpreting, launch, rounded
 
 LARGE = {"ROWS": 128, "COLUMNS": 256, "DEPTH": 64, "num_warps": 8, "num_stages": 3}
 SMALL = {"ROWS": 64, "COLUMNS": 128, "DEPTH": 64, "num_warps": 4, "num_stages": 4}
@@ -38,16 +38,17 @@ def rounded_sum(
     else:
         strides = (*strides, 0, 0, 0, 0)
     strides = (*strides, 0, 0) if addend is None else (*strides, *addend.stride())
-    sizes = _blocks(rows, columns, a.device)
-    grid = (triton.cdiv(rows, sizes["ROWS"]) * triton.cdiv(columns, sizes["COLUMNS"]),)
-    flags = {"HAS_SECOND": c is not None, "HAS_ADDEND": addend is not None}
-    launch(_rounded_sum, grid, out, a, b, c, d, addend, rows, columns, depth, second, *strides, **flags, **sizes)
+    constants = _blocks(rows, columns, a.device)
+    grid = (blocks(rows, constants["ROWS"]) * blocks(columns, constants["COLUMNS"]), 1, 1)
+    constants = {"HAS_SECOND": c is not None, "HAS_ADDEND": addend is not None} | constants
+    sizes = (columns, depth, second, *strides)
+    launch(_rounded_sum, grid, (out, a, b, c, d, addend), sizes, constants, rows=(rows,))
     return out
 
 
 def _blocks(rows: int, columns: int, device: torch.device) -> dict[str, int]:
     """Return the block sizes for a result: large blocks read less, small ones occupy a device with few tokens."""
-    large = triton.cdiv(rows, LARGE["ROWS"]) * triton.cdiv(columns, LARGE["COLUMNS"])
+    large = blocks(rows, LARGE["ROWS"]) * blocks(columns, LARGE["COLUMNS"])
     return block(LARGE if large >= _ENOUGH and _has_room(device) else SMALL, _INTERPRETED)
 
 
