@@ -141,7 +141,7 @@ class StructuredStored:
         rows, columns = -(-sizes.max_dim // self.groups), sizes.num_bases * self.a.shape[0]
 
         def make() -> tuple[Tensor, Tensor, Tensor]:
-            A = padded(self.a[:, : sizes.min_dim], self.groups)
+            A = padded(self.a[:, : sizes.min_dim], self.groups, sizes.min_dim)
             mix = self.mix_signs[:, None] * hadamard(self.groups, self.groups).to(self.mix_signs.device)
             B = self.row_signs[:rows, None] * hadamard(rows, columns).to(self.row_signs.device)
             return A.to(device), mix.to(device, held), in_units(B, held).to(device)
@@ -276,12 +276,12 @@ class StructuredBases(NamedTuple):
 
     def project(self, u: Tensor, scaled: Scaled | None = None) -> Tensor:
         """Return u (Q_a ⊗ Q_b) as (T, g, ρ·n), or, for more tokens than Q_b has rows, u (Q_a ⊗ 1)."""
-        mixed = self._mixed(self._blocks(u), self.mix.T)  # (T, g, ⌈M/g⌉)
+        mixed = self._mixed(self._blocks(u, self.max_dim), self.mix.T)  # (T, g, ⌈M/g⌉)
         return mixed @ self.B if self._by_token(u.shape[0]) else mixed
 
     def narrow(self, projected: Tensor, scaled: Scaled, beside: Beside | None) -> Tensor:
         """Return u B Ã (+ the base layer's product)."""
-        tokens = projected.shape[0]
+        tokens = projected.size(0)  # torch 2.11 cannot trace a shape of three dimensions, one of which is a symbol
         if self._one_by_one(tokens):
             inner = self._back(projected, scaled)  # (g, T, c)
         else:
@@ -300,7 +300,7 @@ class StructuredBases(NamedTuple):
 
     def from_weight(self, d_weight: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """Return dλ and dγ."""
-        blocks = self._blocks(self._blocks(d_weight).flatten(1).T)  # (g·c, a, t)
+        blocks = self._blocks(self._blocks(d_weight, self.min_dim).flatten(1).T, self.max_dim)  # (g·c, a, t)
         by_group = blocks.unflatten(0, (self.groups, -1))
         return self._gradients(self.B.T @ torch.einsum("ijat,ai->itj", by_group, self.mix), lam, gamma)
 
@@ -328,7 +328,7 @@ class StructuredBases(NamedTuple):
         """Return Ã (ρ·n, g·c) without the zeros outside of its groups, formed in float32 or wider, rounded once."""
         kernels = availability.kernels(self.B.dtype, self.A, *scaled)
         if kernels is not None:
-            return kernels.scaled(self.A, scaled.lam, padded(scaled.gamma, self.groups), self.B.dtype, self.groups)
+            return kernels.scaled(self.A, scaled.lam, self._padded(scaled.gamma), self.B.dtype, self.groups)
         lam, gamma = self._by_group(*scaled)
         lam, gamma = lam.permute(1, 2, 0).unsqueeze(-1), gamma.transpose(0, 1)  # (ρ, n, g, 1), (n, g, c)
         formed = (lam * gamma * self._grouped_A(lam.dtype).unsqueeze(1)).flatten(0, 1).flatten(1)
@@ -343,7 +343,7 @@ class StructuredBases(NamedTuple):
         # few steps, and no copy for one token: here each step takes as long as a product
         # sizes are explicit, since torch cannot infer one for zero tokens
         (r, n), tokens, g = scaled.lam.shape, v.shape[0], self.groups
-        v, gamma = padded(v.to(self.B.dtype), g), padded(scaled.gamma, g)
+        v, gamma = self._padded(v.to(self.B.dtype)), self._padded(scaled.gamma)
         inner = (v.unsqueeze(1) * gamma).reshape(tokens * n, g, gamma.shape[1] // g).permute(1, 2, 0)  # (g, c, T·n)
         inner = self._grouped_A(inner.dtype).transpose(0, 1) @ inner  # (g, ρ, T·n)
         inner = inner.reshape(r, tokens, n) * scaled.lam.unsqueeze(1)
@@ -352,7 +352,7 @@ class StructuredBases(NamedTuple):
 
     def _back(self, projected: Tensor, scaled: Scaled) -> Tensor:  # (T, g, ρ·n) -> (g, T, c)
         (r, n), tokens, g = scaled.lam.shape, projected.shape[0], self.groups
-        gamma = padded(scaled.gamma, g).reshape(n, g, -1).transpose(0, 1)  # (g, n, c)
+        gamma = self._padded(scaled.gamma).reshape(n, g, -1).transpose(0, 1)  # (g, n, c)
         inner = (projected.reshape(tokens, r, n) * scaled.lam).reshape(tokens, g, r // g, n)
         inner = inner.permute(1, 0, 3, 2).reshape(g, tokens * n, r // g)  # (g, T·n, ρ)
         inner = (inner @ self._grouped_A(inner.dtype).transpose(0, 1)).reshape(g, tokens, n, gamma.shape[2])
@@ -363,7 +363,7 @@ class StructuredBases(NamedTuple):
         kernels = availability.kernels(self.B.dtype, values, mix)
         if kernels is not None:
             return kernels.mixed(values, mix)
-        return (mix @ values[0]).unsqueeze(0) if values.shape[0] == 1 else mix @ values
+        return (mix @ values[0]).unsqueeze(0) if values.size(0) == 1 else mix @ values
 
     def _grouped_A(self, dtype: torch.dtype) -> Tensor:  # (ρ, g·c) -> (ρ, g, c)
         A = self.A if self.A.dtype == dtype else self.A.to(torch.promote_types(dtype, self.A.dtype))
@@ -373,12 +373,15 @@ class StructuredBases(NamedTuple):
         """Return whether Q_b multiplies the tokens, rather than Ã once for all of them."""
         return tokens <= self.B.shape[0]
 
-    def _blocks(self, values: Tensor) -> Tensor:  # (T, k) -> (T, g, ⌈k/g⌉)
-        values = padded(values.to(self.B.dtype), self.groups)
-        return values.reshape(values.shape[0], self.groups, values.shape[1] // self.groups)
+    def _padded(self, values: Tensor) -> Tensor:  # (..., m) -> (..., g·c)
+        return padded(values, self.groups, self.min_dim)
+
+    def _blocks(self, values: Tensor, size: int) -> Tensor:  # (T, size) -> (T, g, ⌈size/g⌉)
+        values = padded(values.to(self.B.dtype), self.groups, size)
+        return values.reshape(-1, self.groups, -(-size // self.groups))
 
     def _columns(self, v: Tensor) -> Tensor:  # (T, m) -> (g, T, c)
-        return self._blocks(v).transpose(0, 1)
+        return self._blocks(v, self.min_dim).transpose(0, 1)
 
     def _padded_ids(self, ids: Tensor, size: int) -> Tensor:
         """Return the positions, among padded groups, of indices below ``size``."""
@@ -393,7 +396,7 @@ class StructuredBases(NamedTuple):
 
     def _by_group(self, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """Return λ (r, n) as (g, ρ, n), and γ (n, m) as (g, n, c)."""
-        gamma = padded(gamma, self.groups).unflatten(1, (self.groups, -1)).transpose(0, 1)
+        gamma = self._padded(gamma).unflatten(1, (self.groups, -1)).transpose(0, 1)
         return lam.unflatten(0, (self.groups, -1)), gamma
 
     def _signs(self) -> Tensor:
@@ -416,7 +419,7 @@ class StructuredBases(NamedTuple):
         """Return dλ (r, n) and dγ (n, m) from dÃ (g, ρ·n, c)."""
         kernels = availability.kernels(self.B.dtype, d_scaled, self.A, lam, gamma)
         if kernels is not None:
-            d_lam, d_gamma = kernels.scaling_gradients(d_scaled, self.A, lam, padded(gamma, self.groups))
+            d_lam, d_gamma = kernels.scaling_gradients(d_scaled, self.A, lam, self._padded(gamma))
             return d_lam, cut(d_gamma, self.groups, self.min_dim)
         rho = self.A.shape[0]
         wide = at_least_float32(d_scaled.dtype)
@@ -435,9 +438,12 @@ def _layout(size: int, groups: int) -> tuple[int, int, int]:
     return length, (groups - short) * length, short
 
 
-def padded(values: Tensor, groups: int) -> Tensor:
-    """Return values (..., k) with a zero after each of the last groups, which are shorter: (..., groups·⌈k/groups⌉)."""
-    length, edge, short = _layout(values.shape[-1], groups)
+def padded(values: Tensor, groups: int, size: int) -> Tensor:
+    """Return values (..., size) with a zero after each of the last groups, which are shorter.
+
+    The size is given, since torch 2.11 cannot trace sizes of tensors that are symbols first and constants later.
+    """
+    length, edge, short = _layout(size, groups)
     if not short:
         return values
     whole, rest = values.split([edge, short * (length - 1)], -1)

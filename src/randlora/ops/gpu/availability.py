@@ -14,7 +14,7 @@ from torch.nn import Parameter
 _HALF = (torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, Parameter)
 _enabled = True
-_found: dict[torch.device, str | None] = {}  # plain values, for compilers
+_found: dict[torch.device, str | None] = {}
 _kernels: list[ModuleType] = []
 
 
@@ -38,6 +38,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return "they were switched off by set_kernels(False)"
     if dtype not in _HALF:
         return f"they compute in half precision, not in {str(dtype).removeprefix('torch.')}"
+    if torch.compiler.is_compiling():  # an entry that is added later would be a reason to compile again
+        return _missing(device)
     if device not in _found:
         _found[device] = _missing(device)
     return _found[device]

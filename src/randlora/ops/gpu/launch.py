@@ -37,15 +37,14 @@ def launch(
     device = cast("torch.Tensor", tensors[0]).device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _launch(kernel, grid, device, tensors, (*rows, *sizes), sizes, constants)
+            _launch(kernel, grid, tensors, (*rows, *sizes), sizes, constants)
     else:
-        _launch(kernel, grid, device, tensors, (*rows, *sizes), sizes, constants)
+        _launch(kernel, grid, tensors, (*rows, *sizes), sizes, constants)
 
 
 def _launch(
     kernel: Any,
     grid: tuple[int, int, int],
-    device: torch.device,
     tensors: tuple[torch.Tensor | None, ...],
     numbers: tuple[int, ...],
     sizes: tuple[int, ...],
@@ -53,22 +52,26 @@ def _launch(
 ) -> None:
     """Run the kernel that Triton compiled for such arguments, past its own search, which takes longer than a launch.
 
-    All that Triton may specialise on is compared: dtypes, addresses' alignment, each size and constant.
+    All that Triton may specialise on or refuse is compared: dtypes, devices, addresses' alignment, sizes, constants.
     """
     if interpreting:
         kernel[grid](*tensors, *numbers, **constants)
         return
-    described = [None if t is None else (t.dtype, t.data_ptr() & 255) for t in tensors]
-    key = (kernel.fn, device.index, *described, sizes, *constants.values())
-    found = _compiled.get(key)
+    key: list[Hashable] = [kernel.fn, sizes, *constants.values()]
+    addresses: list[int | None] = []  # Triton asks the driver about each tensor, but takes an address as it is
+    for tensor in tensors:
+        address = None if tensor is None else tensor.data_ptr()
+        addresses.append(address)
+        key += (None,) if tensor is None or address is None else (tensor.dtype, tensor.get_device(), address & 255)
+    found = _compiled.get(tuple(key))
     if found is not None:
         compiled, values = found
-        compiled[grid](*tensors, *numbers, *values)
+        compiled[grid](*addresses, *numbers, *values)
         return
     if len(_compiled) >= _MOST:
         _compiled.clear()
     compiled = kernel[grid](*tensors, *numbers, **constants)
-    _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names if name in constants)
+    _compiled[tuple(key)] = compiled, tuple(constants[name] for name in kernel.arg_names if name in constants)
 
 
 def block(sizes: dict[str, int], small: dict[str, int]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, PreTrainedModel
 
@@ -114,7 +114,11 @@ def looks_ahead(model: PreTrainedModel) -> bool:
     """Return whether a model's output for a token depends on later tokens."""
     training, device = model.training, next(model.parameters()).device
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=device) % model.config.get_text_config().vocab_size
-    one, other = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1].float()
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):  # bitsandbytes' would repack its codes for inference, for good
+            module.train()
+    one, other = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1].float()
     model.train(training)
     rounding = 1e-5 if model.dtype is torch.float32 else 1e-2
     return bool((one - other).abs().max() > rounding * one.abs().max())
