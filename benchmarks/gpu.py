@@ -23,7 +23,8 @@ from randlora.ops.gpu import availability
 
 from . import gpu_kernels, gpu_model, gpu_plans, record
 from .gpu_clock import measured_rates
-from .gpu_model import ALL, QV
+from .gpu_model import ALL, LORA, QV, STOCHASTIC, WAYS
+from .methods import DENSE, FROZEN, VERY_SPARSE
 
 SECONDS = 240  # of measuring; then the tables are printed, with a list of missing parts
 STEPS = (
@@ -45,7 +46,13 @@ PLANS = ("layer", "bases", "tokens", "direction", "chosen", "ms", "fastest", "fa
 PROFILE = ("ms", "calls", "share", "kernel")
 TABLES = {"training steps": STEPS, "kernels": KERNELS, "plans": PLANS, "profile": PROFILE}
 SHAPES = [(3072, 3072), (8192, 3072)]  # (M, m) of q and o, and of the MLP
-CASES = [(QV, 840, 15), (ALL, 4096, 7), (QV, 4096, 7), (ALL, 16384, 3)]  # with rounds; the last one is profiled
+LONG = (FROZEN, LORA, DENSE, STOCHASTIC, VERY_SPARSE, *(f"randlora, {kind}" for kind in gpu_model.NEWER))
+CASES = [  # with rounds and methods; the case with most tokens is profiled
+    (QV, 840, 21, tuple(WAYS)),
+    (ALL, 4096, 7, tuple(WAYS)),
+    (ALL, 16384, 3, LONG),  # these steps take most of the time
+    (QV, 4096, 7, tuple(WAYS)),
+]
 TINY: dict[str, Any] = dict(hidden=64, intermediate=96, layers=1, heads=4, kv_heads=2, vocab=128, rank=16)
 
 
@@ -78,15 +85,21 @@ def measure(device: torch.device, tiny: bool, late: Callable[[], bool]) -> dict[
     rates = measured_rates(device, tiny)
     found: dict[str, list[dict[str, Any]]] = {part: [] for part in ("rates", *TABLES)}
     found["rates"] += told([{"TFLOPs": 2e-12 * rates.products, "GB/s": 1e-9 * rates.memory}])
-    shapes, tokens, rank, rounds = ([(96, 64)], 24, 16, 2) if tiny else (SHAPES, 4096, 32, 10)
-    found["kernels"] += told(gpu_kernels.run(device, rates, shapes, tokens, rank, rounds))
-    found["plans"] += told(gpu_plans.run(device, shapes, [8, 24] if tiny else [840, 4096, 16384], rank, rounds))
-    cases = [(QV, 24, 1), (ALL, 24, 1)] if tiny else CASES
+    cases = [(QV, 24, 1, tuple(WAYS)), (ALL, 24, 1, tuple(WAYS))] if tiny else CASES
     base = gpu_model.Shape(**(TINY if tiny else {})).build(device)
-    for targets, tokens, rounds in cases:
+    for targets, tokens, rounds, methods in cases:
         shape = replace(gpu_model.Shape(**(TINY if tiny else {})), targets=targets)
-        found["training steps"] += compared(told(gpu_model.run(device, base, shape, tokens, rounds, late)))
-    found["profile"] += [] if late() else told(gpu_model.profile(device, base, shape, tokens))
+        rows = gpu_model.run(device, base, shape, tokens, rounds, late, methods)
+        found["training steps"] += compared(told(rows))
+    shapes, tokens, rank, rounds = ([(96, 64)], 24, 16, 2) if tiny else (SHAPES, 4096, 32, 10)
+    if not late():
+        found["kernels"] += told(gpu_kernels.run(device, rates, shapes, tokens, rank, rounds))
+    if not late():
+        found["plans"] += told(gpu_plans.run(device, shapes, [8, 24] if tiny else [840, 4096, 16384], rank, rounds))
+    if not late():
+        targets, tokens = max(cases, key=lambda case: case[1])[:2]
+        shape = replace(shape, targets=targets)
+        found["profile"] += told(gpu_model.profile(device, base, shape, tokens))
     return found
 
 

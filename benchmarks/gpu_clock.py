@@ -4,15 +4,32 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
 
-def milliseconds(work: Callable[[], object], device: torch.device, rounds: int, warmup: int = 2) -> float:
-    """Return the median of ``rounds`` runs after those of the warm-up, by the device's events where it has them."""
-    for _ in range(warmup):
-        work()
+class Times(NamedTuple):
+    """The milliseconds of a run, and those until the host had launched all of it: the run's if the host limits it."""
+
+    whole: float
+    host: float
+
+
+def timed(work: Callable[[], object], device: torch.device) -> Times:
+    """Return the times of one run, of which the first ends with the device."""
     waited(device)
+    start = time.perf_counter()
+    work()
+    host = time.perf_counter() - start
+    waited(device)
+    return Times(1e3 * (time.perf_counter() - start), 1e3 * host)
+
+
+def milliseconds(work: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """Return the median of ``rounds`` runs after two for warm-up, by the device's events where it has them."""
+    for _ in range(2):
+        work()
     if device.type != "cuda":
         times = []
         for _ in range(rounds):

@@ -1,8 +1,7 @@
 """Training steps of a model of Llama-3.2-3B's shape in bf16: each method's time, host time, peak memory and loss."""
 
 import gc
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, fields
 from statistics import median
@@ -18,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from randlora import RandLoraConfig
 from randlora.ops import rounding
 
-from .gpu_clock import allocated_bytes, forget_peak, milliseconds, peak_bytes, waited
+from .gpu_clock import Times, allocated_bytes, forget_peak, peak_bytes, timed, waited
 from .gpu_kernels import WRONG
 from .methods import DENSE, FROZEN, PEFT_DENSE, SPARSE, VERY_SPARSE, Method, frozen, ours, peft_own
 from .models import twin
@@ -106,28 +105,35 @@ class Trained:
 
 
 def run(
-    device: torch.device, base: Any, shape: Shape, tokens: int, rounds: int, late: Callable[[], bool]
+    device: torch.device,
+    base: Any,
+    shape: Shape,
+    tokens: int,
+    rounds: int,
+    late: Callable[[], bool],
+    methods: Sequence[str] = tuple(WAYS),
 ) -> list[dict[str, Any]]:
     """Return a row for each method, without figures once the time is over; the methods take their steps in turns."""
     trained: dict[str, Trained] = {}
     rows: dict[str, dict[str, Any]] = {
-        name: {"adapted": _label(shape.targets), "tokens": tokens, "method": name} for name in WAYS
+        name: {"adapted": _label(shape.targets), "tokens": tokens, "method": name} for name in methods
     }
-    for name, way in WAYS.items():
+    for name in methods:
         if late():
             rows[name]["note"] = "not measured: out of time"
             continue
         try:
-            trained[name] = warmed(way, base, shape, tokens, device)
+            trained[name] = warmed(WAYS[name], base, shape, tokens, device)
         except torch.OutOfMemoryError:
             rows[name]["note"] = "out of memory"
         gc.collect()
         forget_peak(device)
-    times: dict[str, list[float]] = {name: [] for name in trained}
+    times: dict[str, list[Times]] = {name: [] for name in trained}
     for name in list(trained) * rounds:
-        times[name].append(milliseconds(within(WAYS[name], trained[name].step), device, rounds=1, warmup=0))
+        times[name].append(timed(trained[name].step, device))
     for name, method in trained.items():
-        rows[name] |= {"ms": median(times[name]), "all ms": times[name]} | method.figures
+        whole, host = zip(*times[name], strict=True)
+        rows[name] |= {"ms": median(whole), "host ms": median(host), "all ms": whole} | method.figures
     losses = {name: method.figures["loss"] for name, method in trained.items()}
     for name in trained:
         rows[name]["note"] = why_wrong(name, losses)
@@ -135,22 +141,21 @@ def run(
 
 
 def warmed(way: Way, base: Any, shape: Shape, tokens: int, device: torch.device) -> Trained:
-    """Return the method after three steps, with the loss of the second, its memory, host time and kernels' time."""
+    """Return the method after three steps, with the loss of the second, its memory and its kernels' time."""
     forget_peak(device)
     before = allocated_bytes(device)  # of the base and of the other methods
     built, trainable = training_step(way, base, shape, tokens, device)
     step = within(way, built)
     step()
-    host, loss = host_milliseconds(step, device)
+    loss = float(step())
     peak = peak_bytes(device)
     figures = {
         "trainable": trainable,
         "kernels ms": device_milliseconds(step, device),
-        "host ms": host,
         "peak GB": None if peak is None else (peak - before + weight_bytes(base)) / 1e9,
         "loss": loss,
     }
-    return Trained(built, figures)
+    return Trained(step, figures)
 
 
 def within(way: Way, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -193,16 +198,6 @@ def training_step(
         return loss.detach()
 
     return step, sum(parameter.numel() for parameter in trainable)
-
-
-def host_milliseconds(step: Callable[[], Tensor], device: torch.device) -> tuple[float, float]:
-    """Return the milliseconds until the host has launched all of a step, which are the step's if the host limits it,
-    and the loss.
-    """
-    waited(device)
-    start = time.perf_counter()
-    loss = step()
-    return 1e3 * (time.perf_counter() - start), float(loss)
 
 
 def device_milliseconds(step: Callable[[], Tensor], device: torch.device) -> float | None:

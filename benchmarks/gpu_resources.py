@@ -21,9 +21,9 @@ COLUMNS = ("arch", "kernel", "block", "warps", "registers", "spilled", "shared",
 ARCHITECTURES = (80, 90)
 SUM = "sum of products"
 KERNELS: dict[str, tuple[Any, list[dict[str, int]], dict[str, Any]]] = {
-    "Ã": (elementwise._scaled, [elementwise.SCALED], {}),
-    "W + ΔW, stochastic": (elementwise._stochastic_sum, [elementwise.ROW], {"update_1": 1, "base_1": 1}),
-    "dλ, dγ": (gradients._scaling_gradients, [gradients.BLOCK], {"d_2": 1}),
+    "Ã": (elementwise._scaled, [elementwise.SCALED.values], {}),
+    "W + ΔW, stochastic": (elementwise._stochastic_sum, [elementwise.ROW.values], {"update_1": 1, "base_1": 1}),
+    "dλ, dγ": (gradients._scaling_gradients, [gradients.BLOCK.values], {"d_2": 1}),
     SUM: (
         products._rounded_sum,
         [products.LARGE, products.SMALL],

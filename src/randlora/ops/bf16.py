@@ -47,14 +47,14 @@ def sum_of_products(pairs: list[tuple[Tensor, Tensor]], bias: Tensor | None, add
     """
     first, second = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
     rows, dtype, device = first[0].shape[0], first[0].dtype, first[0].device
-    on_gpu = availability.why_not(device, dtype) is None
-    if on_gpu or (device.type == "cpu" and _in_blocks(dtype)):
-        kernels = availability.kernels(dtype, *first, *second, addend, bias)
+    kernels = availability.kernels(dtype, *first, *second, addend, bias)
+    if kernels is not None:
         if bias is not None:
-            wide = bias.float() if kernels is None or addend is not None else bias
-            addend = wide.expand(rows, -1) if addend is None else addend + wide
-        if kernels is not None:
-            return kernels.rounded_sum(*first, *second, addend)
+            addend = bias.expand(rows, -1) if addend is None else addend + bias.float()
+        return kernels.rounded_sum(*first, *second, addend)
+    if availability.why_not(device, dtype) is None or (device.type == "cpu" and _in_blocks(dtype)):
+        if bias is not None:
+            addend = bias.float().expand(rows, -1) if addend is None else addend + bias.float()
         return call(_RoundedSum, torch.ops.randlora.rounded_sum, *first, *second, addend)
     if addend is not None:
         total = addend.float() if bias is None else addend + bias.float()

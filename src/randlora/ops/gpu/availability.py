@@ -38,11 +38,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return "they were switched off by set_kernels(False)"
     if dtype not in _HALF:
         return f"they compute in half precision, not in {str(dtype).removeprefix('torch.')}"
-    if torch.compiler.is_compiling():  # an entry that is added later would be a reason to compile again
-        return _missing(device)
-    if device not in _found:
-        _found[device] = _missing(device)
-    return _found[device]
+    # an entry that is added later would be a reason to compile again
+    return _missing(device) if torch.compiler.is_compiling() else _remembered(device)
 
 
 def kernels(dtype: torch.dtype, *tensors: Tensor | None) -> ModuleType | None:
@@ -53,7 +50,7 @@ def kernels(dtype: torch.dtype, *tensors: Tensor | None) -> ModuleType | None:
     """
     if dtype not in _HALF or torch.compiler.is_compiling():  # cheapest test first
         return None
-    if tensors[0] is None or why_not(tensors[0].device, dtype) is not None or _is_recorded():
+    if not _enabled or tensors[0] is None or _remembered(tensors[0].device) is not None or _is_recorded():
         return None
     differentiates = torch.is_grad_enabled()
     for tensor in tensors:  # a loop takes half the time of two generators, with few tokens as long as a small product
@@ -67,6 +64,12 @@ def loaded() -> ModuleType:
     if not _kernels:
         _kernels.append(import_module("randlora.ops.gpu.kernels"))
     return _kernels[0]
+
+
+def _remembered(device: torch.device) -> str | None:
+    if device not in _found:
+        _found[device] = _missing(device)
+    return _found[device]
 
 
 def _is_recorded() -> bool:

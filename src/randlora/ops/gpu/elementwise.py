@@ -7,16 +7,17 @@ Memory limits their speed, so that block sizes are constants and need no tuning.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from randlora.ops.gpu.launch import block, blocks, launch, rounded
+from randlora.ops.gpu.launch import Constants, blocks, launch, rounded
 
-SCALED = block({"ROWS": 16, "COLUMNS": 256}, {"ROWS": 4, "COLUMNS": 16})
-ROW = block({"COLUMNS": 1024}, {"COLUMNS": 32})
-MIXED = block({"COLUMNS": 256}, {"COLUMNS": 16})
+SCALED = Constants({"ROWS": 16, "COLUMNS": 256}, {"ROWS": 4, "COLUMNS": 16})
+ROW = Constants({"COLUMNS": 1024}, {"COLUMNS": 32})
 
 
 def scaled(
@@ -50,10 +51,16 @@ def mixed(values: Tensor, mix: Tensor) -> Tensor:
     """Return ``mix @ values`` for values (T, g, k) of any strides: contiguous, summed in float32, rounded once."""
     tokens, g, k = values.shape
     out = torch.empty((tokens, g, k), dtype=values.dtype, device=values.device)
-    grid = (tokens, blocks(k, MIXED["COLUMNS"]), 1)
+    constants = _of_groups(g)
+    grid = (tokens, blocks(k, constants["COLUMNS"]), 1)
     sizes = (k, *values.stride(), *mix.stride())
-    launch(_mixed_groups, grid, (out, values, mix), sizes, {"G": g} | MIXED)
+    launch(_mixed_groups, grid, (out, values, mix), sizes, constants)
     return out
+
+
+@cache
+def _of_groups(g: int) -> Constants:
+    return Constants({"G": g, "COLUMNS": 256}, {"G": g, "COLUMNS": 16})
 
 
 @triton.jit

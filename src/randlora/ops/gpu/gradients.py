@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from randlora.ops.gpu.launch import block, blocks, launch
+from randlora.ops.gpu.launch import Constants, blocks, launch
 
-BLOCK = block({"ROWS": 16, "COLUMNS": 256}, {"ROWS": 4, "COLUMNS": 16})
+BLOCK = Constants({"ROWS": 16, "COLUMNS": 256}, {"ROWS": 4, "COLUMNS": 16})
 
 
 def scaling_gradients(

@@ -15,10 +15,24 @@ interpreting: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, on tensors of the CPU: TRITON_INTERPRET=1 before the first import."""
 
 INTERPRETING = tl.constexpr(interpreting)
-
-
 _MOST = 4096  # kept kernels; strides of some inputs depend on the number of tokens
+_ALIGNED = 255  # low bits of an address; those of torch are zero, but for views
 _compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+
+
+class Constants:
+    """The constants of a kernel and options of its compiler, by name; compared as an object.
+
+    Args:
+        values: of a block and its options.
+        small: values in the interpreter, so that small tensors have several blocks.
+    """
+
+    def __init__(self, values: dict[str, Any], small: dict[str, Any]) -> None:
+        self.values = small if interpreting else values
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
 
 
 def launch(
@@ -26,57 +40,54 @@ def launch(
     grid: tuple[int, int, int],
     tensors: tuple[torch.Tensor | None, ...],
     sizes: tuple[int, ...],
-    constants: dict[str, Any],
+    constants: Constants,
     rows: tuple[int, ...] = (),
 ) -> None:
     """Run ``kernel`` on the device of its first tensor; Triton itself takes the current device.
 
     The kernel's parameters are the ``tensors``, then ``rows``, which Triton must not specialise on, then ``sizes``, and
-    the ``constants``, which may also hold options of the compiler.
-    """
-    device = cast("torch.Tensor", tensors[0]).device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            _launch(kernel, grid, tensors, (*rows, *sizes), sizes, constants)
-    else:
-        _launch(kernel, grid, tensors, (*rows, *sizes), sizes, constants)
-
-
-def _launch(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    tensors: tuple[torch.Tensor | None, ...],
-    numbers: tuple[int, ...],
-    sizes: tuple[int, ...],
-    constants: dict[str, Any],
-) -> None:
-    """Run the kernel that Triton compiled for such arguments, past its own search, which takes longer than a launch.
-
-    All that Triton may specialise on or refuse is compared: dtypes, devices, addresses' alignment, sizes, constants.
+    the constants. A kernel that Triton compiled for such arguments runs past Triton's own search, which takes longer
+    than a launch. All that Triton may specialise on or refuse is compared: dtypes, devices, sizes, constants; and
+    addresses, which all have to be aligned.
     """
     if interpreting:
-        kernel[grid](*tensors, *numbers, **constants)
+        kernel[grid](*tensors, *rows, *sizes, **constants.values)
         return
-    key: list[Hashable] = [kernel.fn, sizes, *constants.values()]
+    device = cast("torch.Tensor", tensors[0]).get_device()
+    if device >= 0 and device != torch._C._cuda_getDevice():
+        with torch.cuda.device(device):
+            launch(kernel, grid, tensors, sizes, constants, rows)
+        return
+    key: list[Hashable] = [kernel.fn, constants, sizes]
     addresses: list[int | None] = []  # Triton asks the driver about each tensor, but takes an address as it is
+    bits = 0
     for tensor in tensors:
-        address = None if tensor is None else tensor.data_ptr()
-        addresses.append(address)
-        key += (None,) if tensor is None or address is None else (tensor.dtype, tensor.get_device(), address & 255)
-    found = _compiled.get(tuple(key))
+        if tensor is None:
+            key.append(None)
+            addresses.append(None)
+        else:
+            key += (tensor.dtype, tensor.get_device())
+            addresses.append(address := tensor.data_ptr())
+            bits |= address
+    found = None if bits & _ALIGNED else _compiled.get(tuple(key))
     if found is not None:
         compiled, values = found
-        compiled[grid](*addresses, *numbers, *values)
-        return
+        compiled[grid](*addresses, *rows, *sizes, *values)
+    else:
+        compiled = kernel[grid](*tensors, *rows, *sizes, **constants.values)
+        if not bits & _ALIGNED:
+            _keep(tuple(key), compiled, kernel.arg_names, constants)
+
+
+def _keep(key: Hashable, compiled: Any, names: list[str], constants: Constants) -> None:
     if len(_compiled) >= _MOST:
         _compiled.clear()
-    compiled = kernel[grid](*tensors, *numbers, **constants)
-    _compiled[tuple(key)] = compiled, tuple(constants[name] for name in kernel.arg_names if name in constants)
+    _compiled[key] = compiled, tuple(constants[name] for name in names if name in constants.values)
 
 
-def block(sizes: dict[str, int], small: dict[str, int]) -> dict[str, int]:
-    """Return the ``sizes`` of a block; in the interpreter ``small`` ones, so that small tensors have several blocks."""
-    return small if interpreting else sizes
+def blocks(size: int, block: int) -> int:
+    """Return the number of blocks that cover ``size``; ``triton.cdiv`` takes as long as a launch."""
+    return -(-size // block)
 
 
 @triton.jit
@@ -86,8 +97,3 @@ def rounded(values, dtype: tl.constexpr):
         bits = values.to(tl.uint32, bitcast=True)
         values = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return values.to(dtype)
-
-
-def blocks(size: int, block: int) -> int:
-    """Return the number of blocks that cover ``size``; ``triton.cdiv`` takes as long as a launch."""
-    return -(-size // block)

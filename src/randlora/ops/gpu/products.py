@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from randlora.ops.gpu.launch import INTERPRETING, block, blocks, interpreting, launch, rounded
+from randlora.ops.gpu.launch import INTERPRETING, Constants, blocks, interpreting, launch, rounded
 
 LARGE = {"ROWS": 128, "COLUMNS": 256, "DEPTH": 64, "num_warps": 8, "num_stages": 3}
 SMALL = {"ROWS": 64, "COLUMNS": 128, "DEPTH": 64, "num_warps": 4, "num_stages": 4}
@@ -38,18 +38,19 @@ def rounded_sum(
     else:
         strides = (*strides, 0, 0, 0, 0)
     strides = (*strides, 0, 0) if addend is None else (*strides, *addend.stride())
-    constants = _blocks(rows, columns, a.device)
+    large = blocks(rows, LARGE["ROWS"]) * blocks(columns, LARGE["COLUMNS"]) >= _ENOUGH and _has_room(a.device)
+    constants = _constants(large, c is not None, addend is not None)
     grid = (blocks(rows, constants["ROWS"]) * blocks(columns, constants["COLUMNS"]), 1, 1)
-    constants = {"HAS_SECOND": c is not None, "HAS_ADDEND": addend is not None} | constants
     sizes = (columns, depth, second, *strides)
     launch(_rounded_sum, grid, (out, a, b, c, d, addend), sizes, constants, rows=(rows,))
     return out
 
 
-def _blocks(rows: int, columns: int, device: torch.device) -> dict[str, int]:
-    """Return the block sizes for a result: large blocks read less, small ones occupy a device with few tokens."""
-    large = blocks(rows, LARGE["ROWS"]) * blocks(columns, LARGE["COLUMNS"])
-    return block(LARGE if large >= _ENOUGH and _has_room(device) else SMALL, _INTERPRETED)
+@cache
+def _constants(large: bool, has_second: bool, has_addend: bool) -> Constants:
+    """Return the constants for a result: large blocks read less, small ones occupy a device with few tokens."""
+    flags = {"HAS_SECOND": has_second, "HAS_ADDEND": has_addend}
+    return Constants(flags | (LARGE if large else SMALL), flags | _INTERPRETED)
 
 
 @cache
