@@ -26,7 +26,7 @@ from .gpu_clock import measured_rates
 from .gpu_model import ALL, LORA, QV, STOCHASTIC, WAYS
 from .methods import DENSE, FROZEN, VERY_SPARSE
 
-SECONDS = 240  # of measuring; then the tables are printed, with a list of missing parts
+SECONDS = 220  # of measuring; then the tables are printed, with a list of missing parts
 STEPS = (
     "adapted",
     "tokens",

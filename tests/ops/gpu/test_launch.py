@@ -25,7 +25,7 @@ class Kernel:
     """A kernel as `triton.jit` makes it, which compiles at each call."""
 
     def __init__(self):
-        self.fn, self.arg_names, self.compiled = (lambda: None), ["out", "x", "rows", "k", "BLOCK"], []
+        self.fn, self.arg_names, self.compiled = (lambda: None), ["out", "x", "rows", "k", "COLUMNS"], []
 
     def __getitem__(self, grid):
         def run(*arguments, **constants):
@@ -56,14 +56,14 @@ class Elsewhere(torch.Tensor):
         return 1
 
 
-VALUES = {"BLOCK": 16, "num_warps": 4}
+VALUES = {"COLUMNS": 16, "num_warps": 4}
 
 
 @cache
 def constants(block):
     from randlora.ops.gpu.launch import Constants
 
-    return Constants(VALUES | {"BLOCK": block}, {})
+    return Constants(VALUES | {"COLUMNS": block}, {})
 
 
 def run(launch, kernel, out, x, rows=3, k=5, grid=(1, 1, 1), block=16):

@@ -370,7 +370,7 @@ class TestLaunches:
         products = mine.operations.count("aten::mm")
         assert products == (3 if out > in_ else 4)  # h, dy B and dÃ; where out < in both factors come before B
         others = [name for name in mine.operations if name != "aten::mm"]
-        shares = blocks(min(out, in_), gradients.BLOCK["COLUMNS"])  # of dλ
+        shares = blocks(min(out, in_), gradients.BLOCK.columns)  # of dλ
         assert others == ["aten::sum.dim_IntList"] * (shares > 1), others
 
 

@@ -56,7 +56,7 @@ def kernels(dtype: torch.dtype, *tensors: Tensor | None) -> ModuleType | None:
     for tensor in tensors:  # a loop takes half the time of two generators, with few tokens as long as a small product
         if tensor is not None and (type(tensor) not in _PLAIN or (differentiates and tensor.requires_grad)):
             return None
-    return _kernels[0] if _kernels else loaded()
+    return loaded()
 
 
 def loaded() -> ModuleType:

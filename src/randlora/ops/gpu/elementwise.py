@@ -31,7 +31,7 @@ def scaled(
     (r, n), m = lam.shape, gamma.shape[1]
     rho, group = r // groups, m // groups
     out = torch.empty((rho * n, m), dtype=dtype, device=A.device)
-    grid = (n, groups * blocks(group, SCALED["COLUMNS"]), blocks(rho, SCALED["ROWS"]))
+    grid = (n, groups * blocks(group, SCALED.columns), blocks(rho, SCALED.rows))
     tensors = (out, A, lam.contiguous(), gamma.contiguous())
     launch(_scaled, grid, tensors, (rho, n, m, group, A.stride(0)), SCALED)
     return out
@@ -41,7 +41,7 @@ def stochastic_sum(update: Tensor, base: Tensor, seed: Tensor) -> Tensor:
     """Return ``update + base`` (i, j) in bfloat16, rounded as by ``rounding.stochastic``."""
     rows, columns = update.shape
     out = torch.empty((rows, columns), dtype=torch.bfloat16, device=update.device)
-    grid = (rows, blocks(columns, ROW["COLUMNS"]), 1)
+    grid = (rows, blocks(columns, ROW.columns), 1)
     sizes = (columns, *update.stride(), *base.stride())
     launch(_stochastic_sum, grid, (out, update, base, seed), sizes, ROW)
     return out
@@ -52,7 +52,7 @@ def mixed(values: Tensor, mix: Tensor) -> Tensor:
     tokens, g, k = values.shape
     out = torch.empty((tokens, g, k), dtype=values.dtype, device=values.device)
     constants = _of_groups(g)
-    grid = (tokens, blocks(k, constants["COLUMNS"]), 1)
+    grid = (tokens, blocks(k, constants.columns), 1)
     sizes = (k, *values.stride(), *mix.stride())
     launch(_mixed_groups, grid, (out, values, mix), sizes, constants)
     return out

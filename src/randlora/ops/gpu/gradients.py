@@ -26,7 +26,7 @@ def scaling_gradients(
 ) -> tuple[Tensor, Tensor]:  # (groups·ρ, n), (n, m)
     """Return dλ and dγ from dÃ, summed in float32; dense bases are one group."""
     (groups, _, group), (r, n), m = d_scaled.shape, lam.shape, gamma.shape[1]
-    parts = blocks(group, BLOCK["COLUMNS"])
+    parts = blocks(group, BLOCK.columns)
     d_lam = torch.empty((parts, r, n), dtype=torch.float32, device=A.device)
     d_gamma = torch.empty((n, m), dtype=torch.float32, device=A.device)
     tensors = (d_lam, d_gamma, d_scaled, A, lam.contiguous(), gamma.contiguous())

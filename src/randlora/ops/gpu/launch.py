@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, cast
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -26,13 +27,17 @@ class Constants:
     Args:
         values: of a block and its options.
         small: values in the interpreter, so that small tensors have several blocks.
+
+    Attributes:
+        values: those that are used.
+        rows: of a block.
+        columns: of a block.
     """
 
     def __init__(self, values: dict[str, Any], small: dict[str, Any]) -> None:
         self.values = small if interpreting else values
-
-    def __getitem__(self, name: str) -> Any:
-        return self.values[name]
+        self.rows: int = self.values.get("ROWS", 1)
+        self.columns: int = self.values["COLUMNS"]
 
 
 def launch(
@@ -53,38 +58,34 @@ def launch(
     if interpreting:
         kernel[grid](*tensors, *rows, *sizes, **constants.values)
         return
-    device = cast("torch.Tensor", tensors[0]).get_device()
+    device = tensors[0].get_device()  # type: ignore[union-attr]
     if device >= 0 and device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, sizes, constants, rows)
         return
-    key: list[Hashable] = [kernel.fn, constants, sizes]
-    addresses: list[int | None] = []  # Triton asks the driver about each tensor, but takes an address as it is
-    bits = 0
-    for tensor in tensors:
-        if tensor is None:
-            key.append(None)
-            addresses.append(None)
-        else:
-            key += (tensor.dtype, tensor.get_device())
-            addresses.append(address := tensor.data_ptr())
-            bits |= address
-    found = None if bits & _ALIGNED else _compiled.get(tuple(key))
+    # Triton asks the driver about each tensor, but takes an address as it is
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    places = [None if tensor is None else (tensor.dtype, tensor.get_device()) for tensor in tensors]
+    key, bits = (kernel.fn, constants, sizes, *places), 0
+    for address in addresses:
+        bits |= address or 0
+    found = None if bits & _ALIGNED else _compiled.get(key)
     if found is not None:
         compiled, values = found
         compiled[grid](*addresses, *rows, *sizes, *values)
     else:
         compiled = kernel[grid](*tensors, *rows, *sizes, **constants.values)
         if not bits & _ALIGNED:
-            _keep(tuple(key), compiled, kernel.arg_names, constants)
+            _keep(key, compiled, kernel.arg_names, constants)
 
 
 def _keep(key: Hashable, compiled: Any, names: list[str], constants: Constants) -> None:
     if len(_compiled) >= _MOST:
         _compiled.clear()
-    _compiled[key] = compiled, tuple(constants[name] for name in names if name in constants.values)
+    _compiled[key] = compiled, tuple(constants.values[name] for name in names if name in constants.values)
 
 
+@lru_cache(maxsize=4096)
 def blocks(size: int, block: int) -> int:
     """Return the number of blocks that cover ``size``; ``triton.cdiv`` takes as long as a launch."""
     return -(-size // block)

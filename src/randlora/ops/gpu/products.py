@@ -40,7 +40,7 @@ def rounded_sum(
     strides = (*strides, 0, 0) if addend is None else (*strides, *addend.stride())
     large = blocks(rows, LARGE["ROWS"]) * blocks(columns, LARGE["COLUMNS"]) >= _ENOUGH and _has_room(a.device)
     constants = _constants(large, c is not None, addend is not None)
-    grid = (blocks(rows, constants["ROWS"]) * blocks(columns, constants["COLUMNS"]), 1, 1)
+    grid = (blocks(rows, constants.rows) * blocks(columns, constants.columns), 1, 1)
     sizes = (columns, depth, second, *strides)
     launch(_rounded_sum, grid, (out, a, b, c, d, addend), sizes, constants, rows=(rows,))
     return out

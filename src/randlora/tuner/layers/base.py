@@ -350,7 +350,7 @@ class RandLoraLayer(ScaledLayer):
 
     def drops(self, adapter_name: str) -> bool:
         """Return whether the adapter's dropout is active."""
-        dropouts: Dropouts = cast("Any", self)._modules["randlora_dropout"]
+        dropouts: Dropouts = self._modules["randlora_dropout"]  # type: ignore[attr-defined]
         return adapter_name in dropouts and dropouts[adapter_name].training
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -509,7 +509,7 @@ class RandLoraLayer(ScaledLayer):
         It is ``None`` where the base layer must be called (:func:`is_plain`), for a quantised or sharded weight, and
         with active dropout.
         """
-        base: Any = cast("Any", self)._modules["base_layer"]
+        base: Any = self._modules["base_layer"]  # type: ignore[attr-defined]
         if not (has_plain_product(base) and is_plain(base)) or self.drops(adapter_name):
             return None
         weight = base.weight
@@ -546,7 +546,7 @@ class RandLoraLayer(ScaledLayer):
 
     def _own_input(self, adapter_name: str, x: Tensor) -> Tensor:
         """Return the adapter's input: that of the layer, after dropout."""
-        dropouts: Dropouts = cast("Any", self)._modules["randlora_dropout"]
+        dropouts: Dropouts = self._modules["randlora_dropout"]  # type: ignore[attr-defined]
         return dropouts[adapter_name](x) if adapter_name in dropouts else x
 
     def _to_weight_layout(self, update: Tensor) -> Tensor:
@@ -577,7 +577,7 @@ class RandLoraLayer(ScaledLayer):
 
     def _scalings(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Return λ and γ, bypassing attribute lookups, which take longer than a small product."""
-        modules = cast("Any", self)._modules
+        modules = self._modules  # type: ignore[attr-defined]
         try:  # by `[]`, which DeepSpeed watches to gather sharded tensors
             lam = modules["randlora_lambda"]._parameters[adapter_name]
             return lam, modules["randlora_gamma"]._parameters[adapter_name]
