@@ -1,6 +1,6 @@
 """`python -m benchmarks.gpu`: on a GPU, measures steps of a 3B-shaped Llama, where their time goes, and each kernel.
 
-It takes about four minutes: what matters most is measured first, and what no time is left for is said. It needs torch,
+It takes about five minutes: what matters most is measured first, and what no time is left for is said. It needs torch,
 Triton, PEFT and Transformers, and this folder and `src` on the path; nothing has to be installed. Each row goes to the
 standard error as soon as it is there; tables and the same figures as JSON come last, and go to a file. A wrong result
 is a note in its row and the exit status 1. ``--tiny`` is a rehearsal on tiny shapes, on any device.
@@ -26,7 +26,7 @@ from .gpu_clock import measured_rates
 from .gpu_model import ALL, LORA, QV, STOCHASTIC, WAYS
 from .methods import DENSE, FROZEN, VERY_SPARSE
 
-SECONDS = 220  # of measuring; then the tables are printed, with a list of missing parts
+SECONDS = 300  # of measuring; then the tables are printed, with a list of missing parts
 STEPS = (
     "adapted",
     "tokens",
