@@ -14,6 +14,7 @@ import tomllib
 from typer.testing import CliRunner
 
 import fresh
+import randlora  # noqa: F401 - the whole package, before the command's entry imports a part of it
 from randlora_cli import COMMANDS, app
 
 ROOT = Path(__file__).parents[1]
