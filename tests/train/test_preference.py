@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -148,6 +149,18 @@ class TestEveryTask:
         assert whole.keys() == cut.keys()
         assert all(torch.equal(whole[name], cut[name]) for name in whole)
         assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+    def test_a_search_of_the_rate_goes_to_its_end(self, settings, task, tmp_path, monkeypatch):
+        monkeypatch.setattr("randlora.train.search.MOST", 3)
+        given = settings(task, tmp_path / "run", learning_rate="auto", eval_data=None)
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(given.model_dump(exclude_unset=True, by_alias=True)))
+        said = invoke("train", "--config", tmp_path / "run.yaml").stdout
+        tried = {float(rate): float(loss) for rate, loss in re.findall(r"learning rate (\S+): loss (\S+)", said)}
+        (taken,) = map(float, re.findall(r"takes ([\d.e-]+)", said))
+        assert len(tried) == 3
+        assert tried[taken] == min(tried.values()) < max(tried.values())
+        assert yaml.safe_load((tmp_path / "run/resolved.yaml").read_text())["learning_rate"] == taken
+        assert len(losses(tmp_path / "run")) == 2
 
     def test_the_loss_is_that_of_trl(self, settings, task):
         """TRL's loss of one batch that holds all that was held out."""
