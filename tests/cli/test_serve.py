@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 
 import pytest
@@ -42,6 +43,39 @@ def test_a_folder_of_adapters_until_ctrl_c(adapter, tiny_llama, tmp_path):
     assert "damaged" in errors
     assert "Traceback" not in errors
     assert "Request received" not in errors
+
+
+@pytest.mark.parametrize("place", ["words", "environment"])
+def test_a_key_is_asked_for_and_never_printed(place, adapter):
+    key = "sk-never-printed"
+    words = ["--api-key", "other", "--api-key", key] if place == "words" else []
+    process = subprocess.Popen(
+        [sys.executable, "-m", "randlora", "serve", str(adapter), "--port", "0", "--json", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | ({"RANDLORA_API_KEY": key} if place == "environment" else {}),
+    )
+    try:
+        first = process.stdout.readline()
+        request = urllib.request.Request(f"{json.loads(first)['url']}/models")
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(request)
+        request.add_header("Authorization", f"Bearer {key}")
+        with urllib.request.urlopen(request) as answer:
+            assert json.load(answer)["object"] == "list"
+    finally:
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=300)
+    assert (process.returncode, rest) == (0, "")
+    assert "with an API key; Ctrl-C ends it" in errors
+    assert key not in first + errors
+
+
+def test_an_empty_key_is_a_mistake_before_anything_is_loaded(monkeypatch):
+    assert "an API key" in invoke("serve", "nowhere", "--api-key", "", code=2).output
+    monkeypatch.setenv("RANDLORA_API_KEY", "")
+    assert "RANDLORA_API_KEY" in invoke("serve", "nowhere", code=2).output
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from cli.conftest import save_adapter
 from randlora.errors import BasisMismatchError, CheckpointError, ConfigError, UnknownModelError
@@ -120,6 +120,23 @@ class TestRefusals:
         model = AutoModelForCausalLM.from_pretrained(base)
         if any(name.endswith("bias") for name, _ in model.named_parameters()):
             self.refused(adapters, tmp_path / "a", "beside λ and γ")
+
+    def test_experts_whose_one_weight_serves_all_rows(self, base, tmp_path):
+        tokenizer, sizes = AutoTokenizer.from_pretrained(base), {"num_local_experts": 2, "num_experts_per_tok": 1}
+        sizes |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+        MixtralForCausalLM(MixtralConfig(vocab_size=len(tokenizer), **sizes, **heads)).save_pretrained(tmp_path / "moe")
+        tokenizer.save_pretrained(tmp_path / "moe")
+        moe = str(tmp_path / "moe")
+        save_adapter(moe, tmp_path / "law", target_modules=["q_proj"])
+        save_adapter(moe, tmp_path / "experts", target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+        match = r"cannot be served beside others, because it adapts 'model\.layers\.0\.mlp\.experts', .*: merge it"
+        self.refused(served(tmp_path, "law"), tmp_path / "experts", match)
+        alone = Adapters.for_paths([tmp_path / "experts"])
+        with pytest.raises(ConfigError, match=match):
+            alone.load("experts", tmp_path / "experts")
+        alone.load("law", tmp_path / "law")  # what was refused has left nothing behind
+        assert torch.allclose(logits(alone, "law"), logits(served(tmp_path, "law"), "law"), atol=1e-5)
 
     def test_another_method(self, adapters, base, tmp_path):
         get_peft_model(

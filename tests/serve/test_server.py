@@ -263,5 +263,21 @@ class TestErrors:
         monkeypatch.setattr(server.adapters.base.model, "generate", true)
         assert words(complete(server, "law", "good")) == words(alone("law", "good"))
 
-    def test_no_other_path(self, server):
-        assert "Not Found" in message(server, "responses", 404)
+    @pytest.mark.parametrize(
+        ("path", "shown", "code"),
+        [
+            ("responses", "responses", 404),
+            ("embeddings", "embeddings", 404),
+            ("x%0Ay", "x\\ny", 404),
+            ("models", "models", 405),
+        ],
+    )
+    def test_another_path_or_method_is_told_the_endpoints(self, server, path, shown, code):
+        assert message(server, path, code) == (
+            f"there is no POST '/v1/{shown}' here; there are GET /health, POST /v1/chat/completions, "
+            "POST /v1/completions, POST /v1/load_lora_adapter, GET /v1/models, POST /v1/unload_lora_adapter"
+        )
+
+    def test_openai_s_client_is_told_too(self, server):
+        with pytest.raises(openai.NotFoundError, match="there is no POST '/v1/responses' here; there are GET /health"):
+            server.client.responses.create(model="law", input="good")

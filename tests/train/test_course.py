@@ -13,10 +13,13 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback, TrainerState
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
+from cli.helpers import invoke
 from randlora.errors import ConfigError
 from randlora.train import callbacks, run
 from randlora.train.run import train
+from randlora.train.search import with_found_rate
 from randlora.train.settings import TrainSettings, load_settings
 
 
@@ -160,8 +163,9 @@ class TestTrackers:
             def on_train_end(self, args, state, control, **more):
                 told.append("end")
 
-        monkeypatch.setattr("randlora.train.trackers.get_reporting_integration_callbacks", lambda names: [Diary] * 2)
-        train(settings(tiny_bert, reviews, tmp_path, report_to=["wandb"], max_steps=1))
+        for name in ("wandb", "mlflow"):
+            monkeypatch.setitem(INTEGRATION_TO_CALLBACK, name, Diary)
+        train(settings(tiny_bert, reviews, tmp_path, report_to=["wandb", "mlflow"], max_steps=1))
         each = ["begin run", "step", "step", "evaluation", "end"]  # the second has the run's means
         assert told == [event for event in each for _ in range(2)]
 
@@ -175,7 +179,7 @@ class TestTrackers:
         def fail(*_):
             raise OSError("disk full")
 
-        monkeypatch.setattr("randlora.train.trackers.get_reporting_integration_callbacks", lambda names: [Diary])
+        monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", Diary)
         monkeypatch.setattr("randlora.train.run._save_result", fail)
         with pytest.raises(OSError, match="disk full"):
             train(settings(tiny_bert, reviews, tmp_path, report_to=["wandb"], max_steps=1))
@@ -185,6 +189,46 @@ class TestTrackers:
     def test_others_are_refused_before_anything_is_loaded(self, tmp_path, name, message):
         with pytest.raises(ConfigError, match=message):
             train(settings("no-model", "no-data", tmp_path, report_to=[name]))
+        with pytest.raises(ConfigError, match=message):
+            with_found_rate(settings("no-model", "no-data", tmp_path, report_to=[name], learning_rate="auto"))
+
+    @pytest.mark.parametrize(
+        ("name", "remedy"),
+        [("wandb", "WANDB_MODE=offline"), ("mlflow", "MLFLOW_TRACKING_URI"), ("swanlab", "environment variables")],
+    )
+    def test_one_that_does_not_start_is_one_line(self, tiny_bert, reviews, tmp_path, monkeypatch, name, remedy):
+        class Stranger(Exception):
+            pass
+
+        class Closed(TrainerCallback):
+            def on_train_begin(self, args, state, control, **more):
+                raise Stranger("no key\nat all " + "x" * 1000)
+
+            def on_step_begin(self, args, state, control, **more):
+                raise AssertionError
+
+        monkeypatch.setitem(INTEGRATION_TO_CALLBACK, name, Closed)
+        given = settings(tiny_bert, reviews, tmp_path, report_to=[name]).model_dump(exclude_unset=True)
+        (tmp_path / "run.yaml").write_text(json.dumps(given))
+        said = invoke("train", "--config", tmp_path / "run.yaml", code=2).output
+        (line,) = (line for line in said.splitlines() if line.startswith("error"))
+        assert line.startswith(f"error: report_to='{name}' does not start: ")
+        assert remedy in line
+        assert "`--report-to none` (docs/trackers.md). It says: Stranger: no key at all x" in line
+        assert len(line) < 700
+
+    def test_one_that_fails_later_leaves_the_run(self, tiny_bert, reviews, tmp_path, monkeypatch):
+        told = []
+
+        class Lost(TrainerCallback):
+            def on_log(self, args, state, control, **more):
+                told.append(state.global_step)
+                raise ConnectionError("gone")
+
+        monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "mlflow", Lost)
+        with pytest.warns(UserWarning, match="mlflow has failed and gets no more of this run: ConnectionError: gone"):
+            done = train(settings(tiny_bert, reviews, tmp_path, report_to=["mlflow"], max_steps=2))
+        assert (done.steps, told) == (2, [1])
 
 
 def test_two_processes_train_as_one(tiny_bert, reviews, tmp_path):

@@ -121,6 +121,15 @@ def test_a_name_that_is_nowhere():
         load_data(settings("no-such-owner/no-such-dataset"))
 
 
+@pytest.mark.parametrize("column", ["label", "nowhere"])
+def test_plain_text_has_no_labels_to_be_named(tmp_path, column):
+    data = write(tmp_path / "d.csv", ROWS)
+    with pytest.raises(
+        ConfigError, match=f"label_column='{column}': causal-lm .* reads no labels: leave it out, or .*chat"
+    ):
+        load_data(settings(data, task="causal-lm", label_column=column))
+
+
 class TestColumnsOfChat:
     ROWS = ({"ask": "one?", "more": None, "reply": "1"}, {"ask": "two?", "more": "Say it.", "reply": "2"})
 

@@ -4,12 +4,14 @@ import importlib.util
 import json
 import math
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -148,6 +150,18 @@ class TestEveryTask:
         assert whole.keys() == cut.keys()
         assert all(torch.equal(whole[name], cut[name]) for name in whole)
         assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+    def test_a_search_of_the_rate_goes_to_its_end(self, settings, task, tmp_path, monkeypatch):
+        monkeypatch.setattr("randlora.train.search.MOST", 3)
+        given = settings(task, tmp_path / "run", learning_rate="auto", eval_data=None)
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(given.model_dump(exclude_unset=True, by_alias=True)))
+        said = invoke("train", "--config", tmp_path / "run.yaml").stdout
+        tried = {float(rate): float(loss) for rate, loss in re.findall(r"learning rate (\S+): loss (\S+)", said)}
+        (taken,) = map(float, re.findall(r"takes ([\d.e-]+)", said))
+        assert len(tried) == 3
+        assert tried[taken] == min(tried.values()) < max(tried.values())
+        assert yaml.safe_load((tmp_path / "run/resolved.yaml").read_text())["learning_rate"] == taken
+        assert len(losses(tmp_path / "run")) == 2
 
     def test_the_loss_is_that_of_trl(self, settings, task):
         """TRL's loss of one batch that holds all that was held out."""
@@ -356,12 +370,6 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=r"task='dpo': .*lm_head"):
             train(settings("dpo", target_modules="q_proj,lm_head"))
 
-    def test_an_adapter_as_the_model(self, runs, settings):
-        """Its reference would be the model before it."""
-        for folder in (folder_of(runs["dpo"]), Path(runs["dpo"].result_path)):
-            with pytest.raises(ConfigError, match="is an adapter: merge it first"):
-                train(settings("dpo", model=str(folder)))
-
     def test_messages_without_a_template(self, settings):
         with pytest.raises(ConfigError, match="has no chat template: name a file with one by chat_template"):
             train(settings("dpo", chat_template=None))
@@ -381,6 +389,47 @@ def test_text_is_closed_by_the_end_of_text_token(tiny_llama, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama, eos_token="[SEP]", pad_token="[PAD]")
     (row,) = TASKS["dpo"].prepare(run.data.train.select([0]), tokenizer, run.settings)
     assert [tokenizer.decode(row[f"{name}_ids"]) for name in ("chosen", "rejected")] == ["good [SEP]", "bad film [SEP]"]
+
+
+class TestAfterFineTuning:
+    """A run or an adapter as the model, where the reference would be the model before it."""
+
+    @pytest.fixture(scope="class")
+    def tuned(self, settings, files, tmp_path_factory):
+        """Runs by `chat` in a folder whose name has a blank."""
+        folder = tmp_path_factory.mktemp("by chat") / "a run"
+        rows = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
+        chats = files / "chats.jsonl"
+        chats.write_text("".join(json.dumps({"messages": row["prompt"] + row["chosen"]}) + "\n" for row in rows))
+        values = {"data": str(chats), "eval_data": None, "max_steps": 4}
+        train(settings("chat", folder, save_steps=2, **values))
+        train(settings("chat", folder.with_name("in full"), method="full", **values))
+        return folder
+
+    @pytest.mark.parametrize("inner", [".", "adapter", "checkpoints/checkpoint-4"])
+    def test_the_way_out_that_is_named_leads_there(self, settings, tuned, tmp_path, monkeypatch, inner):
+        monkeypatch.chdir(tmp_path)
+        given = settings("dpo", tmp_path / "dpo", model=str(tuned / inner), chat_template=None)
+        with pytest.raises(ConfigError, match="is an adapter: merge it first") as refused:
+            train(given)
+        merge, then = map(shlex.split, re.findall("`(.*?)`", str(refused.value)))
+        assert merge[0] == "randlora"
+        invoke(*merge[1:])
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(given.model_dump(exclude_unset=True, by_alias=True)))
+        invoke("train", "--config", "run.yaml", *then)
+        assert losses(tmp_path / "dpo")[0] == pytest.approx(math.log(2), abs=1e-6)
+        prompt = torch.arange(10, 20)[None]
+        before = AutoModelForCausalLM.from_pretrained("merged")(prompt).logits
+        expected = load_trained(tuned / inner).model(prompt).logits
+        torch.testing.assert_close(before, expected, atol=1e-4, rtol=1e-4)
+
+    def test_a_run_in_full_is_told_where_its_model_is(self, settings, tuned, tmp_path):
+        given = settings("dpo", tmp_path / "dpo", model=str(tuned.with_name("in full")), chat_template=None)
+        with pytest.raises(ConfigError, match=r"is a run: train on its model, `--model .*in full/model'`") as refused:
+            train(given)
+        (then,) = map(shlex.split, re.findall("`(.*?)`", str(refused.value)))
+        train(given.model_copy(update={"model": then[1]}))
+        assert losses(tmp_path / "dpo")[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 class TestCommands:

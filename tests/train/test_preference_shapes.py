@@ -105,6 +105,11 @@ def test_gaps_are_named():
         read("dpo", [TEXTS, {**TEXTS, "prompt": None}])
 
 
+def test_pairs_have_no_labels_to_be_named():
+    with pytest.raises(ConfigError, match="label_column='thumb': 'd' has pairs of chosen and rejected; leave it out"):
+        read("kto", [{**TEXTS, "thumb": True}], label_column="thumb")
+
+
 @pytest.mark.parametrize(("task", "name"), [("dpo", "input_column"), ("kto", "input_column"), ("orpo", "label_column")])
 def test_columns_cannot_be_named_otherwise(task, name):
     with pytest.raises(ConfigError, match=r"reads columns by their own names.*rename \['other'\]"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import warnings
@@ -17,6 +18,9 @@ from randlora.errors import ConfigError, RandLoraError
 
 if TYPE_CHECKING:
     from randlora.serve.adapters import Adapters
+    from randlora.serve.keys import Keys
+
+_KEY = "RANDLORA_API_KEY"
 
 
 def serve(
@@ -30,12 +34,15 @@ def serve(
     load_from: Path | None = typer.Option(
         None, exists=True, file_okay=False, help="Let requests load adapters from this folder, and unload any."
     ),
+    api_key: list[str] | None = typer.Option(
+        None, help="Key that requests must have; give it again for several. Default: RANDLORA_API_KEY, if set."
+    ),
     json: bool = typer.Option(False, "--json", help="Print the address and the names as JSON on stdout."),
 ) -> None:
     """Serve adapters of one base model, by name, to OpenAI's clients.
 
     The server is Transformers' own. A request's model is an adapter's name, or the base model's. Requests for different
-    adapters are computed in one batch. There is no password: whoever reaches the address can use the server.
+    adapters are computed in one batch. Without --api-key, whoever reaches the address can use the server.
 
     [bold]Examples[/]
 
@@ -48,17 +55,33 @@ def serve(
         _require_packages()
         from randlora.serve.server import make_app
 
+        keys = _keys(api_key)
         served = _load(adapters or [], model, out)
         with _listening(host, port) as sock:
             url = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}/v1"
             names = [one.name for one in served.served]
-            out.print(f"{_counted(names[1:])} on {names[0]} at {url}; Ctrl-C ends it", markup=False)
+            place = f"{url}, with an API key" if keys else url
+            out.print(f"{_counted(names[1:])} on {names[0]} at {place}; Ctrl-C ends it", markup=False)
             if json:  # clients need the address while the server runs
                 with redirect_stdout(stdout):
                     print_json({"url": url, "models": names})
                 stdout.flush()
-            _run(make_app(served, batch_size, load_from), sock)
+            _run(make_app(served, batch_size, load_from, keys), sock)
         out.print("ended")
+
+
+def _keys(given: list[str] | None) -> Keys | None:
+    """Return the keys of the command line, or that of the environment.
+
+    Raises:
+        ConfigError: if a key cannot be used. An empty variable is one that a script failed to fill: without a key the
+            server would be open.
+    """
+    from randlora.serve.keys import Keys
+
+    if given:
+        return Keys(given)
+    return Keys([os.environ[_KEY]]) if _KEY in os.environ else None
 
 
 def _load(words: list[str], model: str | None, out: Console) -> Adapters:

@@ -14,13 +14,14 @@ from typing import Any
 
 from peft import PeftModel
 
-from randlora.errors import AdapterNamesError, CheckpointError, ConfigError, UnknownModelError
+from randlora.errors import CheckpointError, ConfigError, UnknownModelError
 from randlora.train.tasks import TASKS
 from randlora.train.trained import Place, Trained, load_language_model, load_processor, locate, task_of
 from randlora.tuner.adapters.mixed_batch import one_adapter_per_sample
 from randlora.tuner.base_model import base_path_of
 from randlora.tuner.files.adapter_folder import CONFIG, read_adapter
 from randlora.tuner.files.loading import named_errors
+from randlora.tuner.layers.base import adapted
 from randlora.tuner.layers.rows import BASE
 
 _OF_TOKENIZERS = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "additional_chat", "vocab", "merges")
@@ -185,12 +186,13 @@ class Adapters:
                 self._peft.load_adapter(os.fspath(folder), adapter_name=key)
         self._peft.base_model.set_adapter([])  # each row of a batch names its adapter
         self.base.model.eval()
-        try:
-            with self.rows([key]):
-                pass
-        except AdapterNamesError as error:
+        shared = [path for path, layer in adapted(self.base.model, key).items() if not layer.computes_rows]
+        if shared:
             self._peft.delete_adapter(key)
-            raise ConfigError(f"the adapter in {folder} cannot be served beside others: {error}") from None
+            raise ConfigError(
+                f"the adapter in {folder} cannot be served beside others, because it adapts {shared[0]!r}, whose one "
+                "weight is that of all rows of a batch: merge it (`randlora merge`) and serve the model"
+            )
 
     def _tokenizer(self, folder: Path) -> Any:
         """Return the tokenizer in the folder, or the base model's; folders with the same files share one object."""

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from transformers import BatchEncoding, GenerationConfig
@@ -31,9 +29,11 @@ from transformers.cli.serving.utils import (
     _StreamError,
 )
 
-from randlora.errors import ConfigError, RandLoraError, UnknownModelError
+from randlora.errors import ConfigError
 from randlora.serve.adapters import Adapters, Served
 from randlora.serve.batches import Job, Worker
+from randlora.serve.errors import answer_errors
+from randlora.serve.keys import Keys, RequireKey
 from randlora.serve.request import Asked, AskedChat, AskedText, understood
 from randlora.train.infer import answer_ends, asked_tokens, room
 from randlora.tuner.layers.rows import BASE
@@ -56,13 +56,16 @@ class UnloadRequest(BaseModel):
     lora_name: str
 
 
-def make_app(adapters: Adapters, batch_size: int = 8, load_from: Path | None = None) -> FastAPI:
+def make_app(
+    adapters: Adapters, batch_size: int = 8, load_from: Path | None = None, keys: Keys | None = None
+) -> FastAPI:
     """Return the server's application.
 
     Args:
         adapters: the adapters to serve; from now on only the application's own thread may load, unload or run them.
         batch_size: most requests in a batch.
         load_from: folder from which requests may load adapters; by default they may not.
+        keys: keys of which a request must have one; by default it needs none.
     """
     base = adapters.base
     pads = not getattr(base.model, "_is_stateful", False)  # recurrent models would read the padding
@@ -98,7 +101,9 @@ def make_app(adapters: Adapters, batch_size: int = 8, load_from: Path | None = N
         await _in(worker, partial(adapters.forget, served))  # after the requests that use the adapter
         return {"id": served.name, "object": "model", "deleted": True}
 
-    _answer_errors(app)
+    answer_errors(app)
+    if keys is not None:
+        app.add_middleware(RequireKey, keys=keys)
     return app
 
 
@@ -293,31 +298,3 @@ class _Batches(BaseGenerateManager):
         job = Job(model.served.key, ids, config, put, model.served.trained.processor, model.seed)
         self._worker.submit(job)
         return job.future
-
-
-def _answer_errors(app: FastAPI) -> None:
-    """Let the application answer with errors in OpenAI's format."""
-
-    @app.exception_handler(RandLoraError)
-    async def ours(_request: Request, error: RandLoraError) -> JSONResponse:
-        unknown = isinstance(error, UnknownModelError)
-        return _error(404 if unknown else 400, str(error), "model_not_found" if unknown else None)
-
-    @app.exception_handler(HTTPException)
-    async def refused(_request: Request, error: HTTPException) -> JSONResponse:
-        return _error(error.status_code, str(error.detail))
-
-    @app.exception_handler(RequestValidationError)
-    async def unreadable(_request: Request, error: RequestValidationError) -> JSONResponse:
-        faults = [f"{'.'.join(map(str, fault['loc'][1:]))}: {fault['msg']}" for fault in error.errors()]
-        return _error(400, f"the request's body cannot be read: {'; '.join(faults)}")
-
-    @app.exception_handler(Exception)
-    async def failed(_request: Request, error: Exception) -> JSONResponse:
-        return _error(500, f"{type(error).__name__}: {error}")
-
-
-def _error(status: int, message: str, code: str | None = None) -> JSONResponse:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    found = {"message": message, "type": kind, "param": "model" if code else None, "code": code}
-    return JSONResponse({"error": found}, status)

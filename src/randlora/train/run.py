@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from statistics import fmean
 from typing import Any
 
@@ -88,8 +89,7 @@ def resolve(settings: TrainSettings) -> Resolved:
     task = TASKS[settings.task]
     if isinstance(task, Preference):
         require_trl(settings.task)
-    if any((Path(settings.model) / inner / CONFIG).is_file() for inner in ("", "adapter")):
-        _refuse_adapter(settings.model)
+    _require_no_run(settings.model)
     trackers(settings)
     if settings.best_metric not in (None, *task.metric_names):
         raise ConfigError(f"best={settings.best!r}: {settings.task} measures {', '.join(task.metric_names)}")
@@ -159,11 +159,20 @@ def _train(run: Resolved, checkpoint: Path | None, output: Path) -> TrainResult:
     return result
 
 
+def _require_no_run(model: str) -> None:
+    """Raise for a run or an adapter as model, with what can be trained on instead."""
+    folder = Path(model)
+    if any((folder / inner / CONFIG).is_file() for inner in ("", "adapter")):
+        _refuse_adapter(model)
+    if (folder / "resolved.yaml").is_file() and (folder / "model").is_dir():
+        raise ConfigError(f"model={model!r} is a run: train on its model, `--model {quote(str(folder / 'model'))}`")
+
+
 def _refuse_adapter(model: str) -> None:
     """Raise for an adapter as model: Transformers would load the adapter too, but neither train nor save it."""
     raise ConfigError(
-        f"model={model!r} is an adapter: merge it first, `randlora merge {model} merged`, and train on the "
-        "merged model, which is then the reference of preferences"
+        f"model={model!r} is an adapter: merge it first, `randlora merge {quote(model)} merged`, and train on the "
+        "result, `--model merged`, which is then the reference of preferences"
     )
 
 

@@ -29,6 +29,7 @@ from randlora.train.data import with_task_of_labels
 from randlora.train.settings import TrainSettings
 from randlora.train.short_run import short_run, shortened, whole_examples
 from randlora.train.split import keep_split
+from randlora.train.trackers import trackers
 
 MOST = 7  # rates of a search: three decades
 _RATE = FloatDistribution(1e-9, 1e3, log=True)
@@ -108,6 +109,7 @@ def with_found_rate(settings: TrainSettings, say: Callable[[str], None] = lambda
     if settings.learning_rate != "auto":
         return settings
     require_one_process("learning_rate='auto'")
+    trackers(settings)  # the search reports to none, and the run would refuse theirs only afterwards
     settings = with_task_of_labels(settings)
     folder = Path(settings.output_dir) / "search"
     plain = settings.model_copy(update={"learning_rate": None})

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import INTEGRATION_TO_CALLBACK, get_reporting_integration_callbacks
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from randlora.errors import ConfigError
 from randlora.train.settings import TrainSettings
+
+_STARTS = ("on_init_end", "on_train_begin")
+"""The events at which trackers begin a run."""
+_REMEDIES = {
+    "comet_ml": "set COMET_API_KEY, or COMET_START_ONLINE=0 without a network",
+    "mlflow": "let MLFLOW_TRACKING_URI name a server that runs, or a file such as sqlite:///mlflow.db",
+    "tensorboard": "let TENSORBOARD_LOGGING_DIR name a folder that can be written",
+    "trackio": "unset TRACKIO_SPACE_ID, or log in by `hf auth login`",
+    "wandb": "log in by `wandb login` or WANDB_API_KEY, or set WANDB_MODE=offline",
+}
 
 
 class Trackers(TrainerCallback):
     """Trackers that stay open after the last step, and get the metrics of the final evaluation.
 
+    A tracker that does not start is a ConfigError. One that fails later gets no more, with a warning: the run's folder
+    has all that trackers get, and a run must not end with its tracker.
+
     By default TensorBoard's and MLflow's trackers do not get these metrics, and Trackio's puts them into a second run.
     """
 
-    def __init__(self, trackers: Sequence[TrainerCallback]) -> None:
-        self._trackers = trackers
+    def __init__(self, trackers: Mapping[str, TrainerCallback]) -> None:
+        self._trackers = dict(trackers)
         self._end: Callable[[], None] | None = None
         for event in vars(TrainerCallback):
             if event.startswith("on_") and event not in vars(Trackers):
@@ -45,8 +59,19 @@ class Trackers(TrainerCallback):
             self._end = None
 
     def _tell(self, event: str, *given: Any, **more: Any) -> None:
-        for tracker in self._trackers:
-            getattr(tracker, event)(*given, **more)
+        for name, tracker in list(self._trackers.items()):
+            try:
+                getattr(tracker, event)(*given, **more)
+            except Exception as error:  # of any kind: each tracker's library has its own
+                reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+                if event in _STARTS:
+                    remedy = _REMEDIES.get(name, "its settings are environment variables")
+                    raise ConfigError(
+                        f"report_to={name!r} does not start: {remedy}, or train without it, `--report-to none` "
+                        f"(docs/trackers.md). It says: {reason}"
+                    ) from error
+                warnings.warn(f"{name} has failed and gets no more of this run: {reason}", stacklevel=2)
+                del self._trackers[name]
 
 
 def trackers(settings: TrainSettings) -> Trackers:
@@ -63,7 +88,7 @@ def trackers(settings: TrainSettings) -> Trackers:
     if unknown:
         raise ConfigError(f"report_to={unknown}: known are none, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
     try:
-        return Trackers([tracker() for tracker in get_reporting_integration_callbacks(names)])
+        return Trackers({name: INTEGRATION_TO_CALLBACK[name]() for name in names})
     except (RuntimeError, ImportError) as error:
         raise ConfigError(f"report_to={names}: {error}") from None
 

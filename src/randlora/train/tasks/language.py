@@ -84,7 +84,16 @@ class CausalLanguage(Language):
     input_column = "text"
 
     def read(self, rows: Dataset, settings: TrainSettings, source: str) -> Dataset:
-        """Return the column ``text``."""
+        """Return the column ``text``.
+
+        Raises:
+            ConfigError: if the settings name a column of labels, or the column of texts is missing or none.
+        """
+        if settings.label_column is not None:
+            raise ConfigError(
+                f"label_column={settings.label_column!r}: causal-lm learns each text as a whole and reads no labels: "
+                "leave it out, or learn answers to prompts by task='chat'"
+            )
         column = one_column("input_column", settings, "text")
         require_column(rows, column, "input_column", source, is_text)
         return renamed(rows, {"text": column})

@@ -55,6 +55,8 @@ def as_singles(rows: Dataset, label: str, source: str) -> Dataset:
     wanted = (*SINGLE[:2], label)
     if not set(wanted) <= set(rows.column_names):
         if set(PAIR[1:]) <= set(rows.column_names):
+            if label != SINGLE[2]:
+                raise ConfigError(f"label_column={label!r}: {source!r} has pairs of chosen and rejected; leave it out")
             return _apart(as_pairs(rows, source))
         raise ConfigError(
             f"{source!r} has the columns {', '.join(rows.column_names)}; wanted are {', '.join(wanted)}, or prompt, "
