@@ -54,11 +54,17 @@ class Trained:
         """Whether the model was trained on pairs of texts."""
         return self.run is not None and isinstance(self.run.input_column, list)
 
-    def settings_for(self, data: Source, input_column: Columns = None, label_column: Columns = None) -> TrainSettings:
+    def settings_for(
+        self,
+        data: Source,
+        input_column: Columns = None,
+        label_column: Columns = None,
+        encoding: str | None = None,
+    ) -> TrainSettings:
         """Return settings to read data for this model: those of its run, without those of the run's own data."""
         named = list(data) if not isinstance(data, str) else data
         known = TrainSettings(model=self.base, data=named) if self.run is None else self.run
-        changes: dict[str, Any] = dict.fromkeys(("data_config", "split", "eval_split", "encoding"))
+        changes: dict[str, Any] = {"encoding": encoding, **dict.fromkeys(("data_config", "split", "eval_split"))}
         columns = {"input_column": input_column, "label_column": label_column}
         changes |= {name: column for name, column in columns.items() if column is not None}
         length = max(self.max_length, 2)
