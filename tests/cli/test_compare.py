@@ -48,6 +48,15 @@ def test_from_the_plan_to_the_report(flags, tmp_path, reviews, monkeypatch):
     assert "go on with it by --resume" in " ".join(invoke("compare", *flags, code=2).output.split())
 
 
+def test_a_command_that_failed_before_its_plan_can_be_corrected(flags, tmp_path):
+    flags += ["--methods", "randlora"]
+    assert "no column 'lable'" in invoke("compare", *flags, "--label-column", "lable", code=2).output
+    text = invoke("compare", *flags, "--minutes", 1e-6, "--eval-fraction", 0.5, code=2).output
+    assert "minutes: 0.0 are left" in text
+    invoke("compare", *flags)
+    assert json.loads((tmp_path / "out/comparison.json").read_text())["examples"] == 12  # a tenth of 120
+
+
 def test_a_dry_run_plans_and_leaves_nothing(flags, tmp_path):
     found = answer("compare", *flags, "--methods", "randlora,full", "--dry-run")
     assert found["plan"]["steps"] == 4
