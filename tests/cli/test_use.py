@@ -165,6 +165,21 @@ class TestPredict:
         invoke("merge", run, tmp_path / "merged")
         assert answer("predict", tmp_path / "merged", text)["predictions"][0]["label"] == label
 
+    def test_a_converted_adapter_knows_the_names_of_its_labels(self, run, sentences, tmp_path):
+        text, label = sentences[0]
+        invoke("convert", run, tmp_path / "lora", "--to", "lora", "--rank", 32)
+        assert answer("predict", tmp_path / "lora", text)["predictions"][0]["label"] == label
+
+    def test_a_converted_adapter_gives_several_labels(self, tiny_bert, tmp_path):
+        rows = [{"text": f"good {n}", "label": ["red", "blue"][: n % 3]} for n in range(30)]
+        (tmp_path / "d.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        steps = ["--r", 8, "--max-steps", 1, "--max-length", 16, "--report-to", "none"]
+        invoke("train", "--model", tiny_bert, "--data", tmp_path / "d.jsonl", *steps, "--output-dir", tmp_path / "run")
+        invoke("convert", tmp_path / "run", tmp_path / "lora", "--to", "lora", "--rank", 8)
+        found = answer("predict", tmp_path / "lora", "good 1")["predictions"][0]
+        assert set(found["probabilities"]) == {"red", "blue"}
+        assert isinstance(found["labels"], list)
+
     def test_labels_survive_the_loss_of_the_data(self, run, sentences, tmp_path):
         text = next(text for text, label in sentences if label == "positive")
         moved = shutil.copytree(run, tmp_path / "moved")
