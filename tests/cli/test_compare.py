@@ -40,11 +40,13 @@ def test_from_the_plan_to_the_report(flags, tmp_path, reviews, monkeypatch):
     page = (tmp_path / "out/report.html").read_text()
     assert found["answer"][0].replace("'", "&#39;") in page.replace("&#43;", "+")
     assert (tmp_path / "out/comparison.md").read_text().count("\n| ") >= 4
+    assert text.endswith(" minutes\n")
 
     monkeypatch.setattr(compare, "train", None)  # nothing is left to train
     monkeypatch.setattr(compare, "train_in_own_process", None)
     again = answer("compare", *flags, "--resume")
     assert again["methods"] == found["methods"]
+    assert invoke("compare", *flags, "--resume").stdout.endswith(" minutes since --resume\n")  # not of the whole
     assert "go on with it by --resume" in " ".join(invoke("compare", *flags, code=2).output.split())
 
 

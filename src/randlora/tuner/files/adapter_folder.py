@@ -202,7 +202,8 @@ def read_config(path: str | os.PathLike[str]) -> PeftConfig:
         return PeftConfig.from_pretrained(os.fspath(path))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{os.fspath(path)!r} holds no adapter that can be read: {reason}") from None
+        where = "holds" if Path(path).is_dir() else "is no folder, and as a name on the hub has"
+        raise CheckpointError(f"{os.fspath(path)!r} {where} no adapter that can be read: {reason}") from None
 
 
 def read_randlora_config(path: str | os.PathLike[str]) -> RandLoraConfig:
