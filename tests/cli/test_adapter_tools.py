@@ -245,7 +245,7 @@ def test_merge_gives_a_model_that_needs_nothing_else(adapter, tiny_llama, tmp_pa
         ("convert ADAPTER EMPTY/x --to lora --rank 0", "rank=0 must be at least 1"),
         ("convert ADAPTER ADAPTER --to lora --rank 4", "something in"),
         ("convert ADAPTER EMPTY/x --to gguf", "'gguf' is not one of"),
-        ("merge nowhere EMPTY/x", "nowhere"),
+        ("merge nowhere EMPTY/x", "'nowhere' is no folder"),
         ("merge ADAPTER ADAPTER", "something in"),
         ("merge ADAPTER EMPTY/x --dtype float8", "dtype='float8'"),
         ("merge ADAPTER EMPTY/x --max-shard-size big", "max_shard_size='big'"),

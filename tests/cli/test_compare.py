@@ -40,12 +40,23 @@ def test_from_the_plan_to_the_report(flags, tmp_path, reviews, monkeypatch):
     page = (tmp_path / "out/report.html").read_text()
     assert found["answer"][0].replace("'", "&#39;") in page.replace("&#43;", "+")
     assert (tmp_path / "out/comparison.md").read_text().count("\n| ") >= 4
+    assert text.endswith(" minutes\n")
 
     monkeypatch.setattr(compare, "train", None)  # nothing is left to train
     monkeypatch.setattr(compare, "train_in_own_process", None)
     again = answer("compare", *flags, "--resume")
     assert again["methods"] == found["methods"]
+    assert invoke("compare", *flags, "--resume").stdout.endswith(" minutes since --resume\n")  # not of the whole
     assert "go on with it by --resume" in " ".join(invoke("compare", *flags, code=2).output.split())
+
+
+def test_a_command_that_failed_before_its_plan_can_be_corrected(flags, tmp_path):
+    flags += ["--methods", "randlora"]
+    assert "no column 'lable'" in invoke("compare", *flags, "--label-column", "lable", code=2).output
+    text = invoke("compare", *flags, "--minutes", 1e-6, "--eval-fraction", 0.5, code=2).output
+    assert "minutes: 0.0 are left" in text
+    invoke("compare", *flags)
+    assert json.loads((tmp_path / "out/comparison.json").read_text())["examples"] == 12  # a tenth of 120
 
 
 def test_a_dry_run_plans_and_leaves_nothing(flags, tmp_path):

@@ -104,6 +104,26 @@ class TestPredict:
         assert "has the columns ['predicted', 'confidence'] already" in text
         assert "must end in" in invoke("predict", run, "good", "--output", tmp_path / "x.xlsx", code=2).output
 
+    def test_a_table_keeps_its_headings_and_cells_as_written(self, run, tmp_path):
+        """An index without a heading, a heading twice, and texts that a reader takes for numbers or for nothing."""
+        head, rows = ",text,id,id,rate", ["0,good great 1,007,NA,1.50", "1,bad poor 2,010,,true"]
+        for name, ending in (("a", ".csv"), ("b", ".tsv")):
+            lines = "\n".join([head, *rows]).replace(",", "\t" if ending == ".tsv" else ",")
+            (tmp_path / (name + ending)).write_text(lines + "\n")
+        files = ["--data", tmp_path / "a.csv", "--data", tmp_path / "b.tsv"]
+        invoke("predict", run, *files, "--output", tmp_path / "out.csv")
+        found = [line.rsplit(",", 2) for line in (tmp_path / "out.csv").read_text().splitlines()]
+        assert found[0] == [head, "predicted", "confidence"]
+        assert [line[0] for line in found[1:]] == rows * 2
+
+    def test_data_in_another_encoding(self, run, tmp_path):
+        (tmp_path / "d.csv").write_text("text,label\ngood – fine 1,positive\n", encoding="cp1252")
+        data = ["--data", tmp_path / "d.csv"]
+        assert "encoding, such as cp1252" in invoke("eval", run, *data, code=2).output
+        assert answer("eval", run, *data, "--encoding", "cp1252")["adapter"]["examples"] == 1
+        invoke("predict", run, *data, "--encoding", "cp1252", "--output", tmp_path / "out.csv")
+        assert "good – fine 1,positive" in (tmp_path / "out.csv").read_text(encoding="utf-8")
+
     def test_columns_of_the_run_and_several_files(self, tiny_bert, tmp_path):
         for name in "ab":
             rows = "".join(f"{name} {n},{'yes' if n % 2 else 'no'}\n" for n in range(10))
@@ -144,6 +164,21 @@ class TestPredict:
         text, label = sentences[0]
         invoke("merge", run, tmp_path / "merged")
         assert answer("predict", tmp_path / "merged", text)["predictions"][0]["label"] == label
+
+    def test_a_converted_adapter_knows_the_names_of_its_labels(self, run, sentences, tmp_path):
+        text, label = sentences[0]
+        invoke("convert", run, tmp_path / "lora", "--to", "lora", "--rank", 32)
+        assert answer("predict", tmp_path / "lora", text)["predictions"][0]["label"] == label
+
+    def test_a_converted_adapter_gives_several_labels(self, tiny_bert, tmp_path):
+        rows = [{"text": f"good {n}", "label": ["red", "blue"][: n % 3]} for n in range(30)]
+        (tmp_path / "d.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        steps = ["--r", 8, "--max-steps", 1, "--max-length", 16, "--report-to", "none"]
+        invoke("train", "--model", tiny_bert, "--data", tmp_path / "d.jsonl", *steps, "--output-dir", tmp_path / "run")
+        invoke("convert", tmp_path / "run", tmp_path / "lora", "--to", "lora", "--rank", 8)
+        found = answer("predict", tmp_path / "lora", "good 1")["predictions"][0]
+        assert set(found["probabilities"]) == {"red", "blue"}
+        assert isinstance(found["labels"], list)
 
     def test_labels_survive_the_loss_of_the_data(self, run, sentences, tmp_path):
         text = next(text for text, label in sentences if label == "positive")

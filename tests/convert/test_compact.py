@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from randlora import BasisMismatchError, CheckpointError, ConfigError
 from randlora.convert import compact, compact_adapter
+from randlora.tuner.files.adapter_folder import label_names
 from tuner.files.test_checkpoint import load, saved, saved_by_peft
 from tuner.helpers import STACK_TARGETS, output
 
@@ -26,6 +27,14 @@ def test_files_of_peft_lose_their_bases_and_compute_the_same(tmp_path, kind, tar
     assert torch.equal(after, before)
     assert torch.allclose(after, expected, atol=1e-4)
     assert done.bytes_after < done.bytes_before
+
+
+def test_the_names_of_labels_go_along(tmp_path):
+    saved_by_peft(tmp_path / "run/adapter", target_modules=["tall"])
+    (tmp_path / "run/base_model").mkdir()
+    (tmp_path / "run/base_model/config.json").write_text('{"id2label": {"0": "bad", "1": "good"}}')
+    compact_adapter(tmp_path / "run/adapter", tmp_path / "new")
+    assert label_names(tmp_path / "new") == ("bad", "good")
 
 
 def test_in_place_and_again(tmp_path):

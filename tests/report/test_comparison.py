@@ -78,6 +78,15 @@ def test_what_cannot_be_told_is_not_said():
     assert "RandLoRA r=8 and RandLoRA r=32 cannot be told apart; RandLoRA r=32 trains fewest values" in found
 
 
+def test_kinds_that_train_as_many_values_are_not_said_to_train_fewer():
+    lora = method("LoRA r=2", 0.8)
+    small, large = (replace(lora, label=f"RandLoRA r={r}", trainable=n, lora="LoRA r=2") for r, n in ((32, 9), (8, 99)))
+    both = [replace(one, label=f"structured {one.label}") for one in (small, large)]
+    assert "structured RandLoRA r=32 cannot be told apart." in answer(small, both[0], lora)
+    found = answer(large, both[1], small, both[0], lora)
+    assert "cannot be told apart; RandLoRA r=32 and structured RandLoRA r=32 train fewest values." in found
+
+
 def test_examples_and_seeds_are_paired():
     """A method that is right wherever the other is, and once more in ten, is told from it; unpaired it would not be."""
     draw = np.random.default_rng(0)
@@ -110,6 +119,24 @@ def test_a_classifier_that_learnt_the_largest_class_only_is_named():
     blind = Method("head alone", 1e-3, True, 1, (run(common),) * 3)
     found = answer(method("RandLoRA r=8", 0.95, "LoRA r=2"), method("LoRA r=2", 0.95), blind)
     assert "Not surely better than always saying 'common', which is right in 66.7%: head alone." in found
+
+
+def test_runs_that_learnt_nothing_answer_nothing():
+    """Always saying the more frequent label is far better than always saying the other, and both learnt nothing."""
+    common = np.arange(300) % 3 != 0
+    ours, lora, full = (
+        Method(label, 1e-3, True, 1, (run(right),) * 3, lora=other)
+        for label, right, other in (
+            ("RandLoRA r=8", common, "LoRA r=2"),
+            ("LoRA r=2", ~common, None),
+            ("full fine-tuning", ~common, None),
+        )
+    )
+    found = answer(ours, lora, full)
+    assert "Not known: neither RandLoRA nor LoRA does better than always saying 'common'" in found
+    assert "Yes" not in found
+    assert "expect little" not in found
+    assert "did best" not in found
 
 
 def test_a_rate_at_the_end_of_its_search_and_few_seeds_are_said():

@@ -64,7 +64,9 @@ def _compare(settings: CompareSettings, resume: bool, start: float, out: Console
     _show_plan(ready, out)
     deadline = start + 60 * settings.minutes
     measured = repeat(ready, search_rates(ready, deadline, say), deadline, say)
-    return _finish(ready, measured, monotonic() - start, out)
+    result = _finish(ready, measured, monotonic() - start, out)
+    out.print(f"{_minutes(result['seconds'])} minutes" + (" since --resume" if resume else ""))
+    return result
 
 
 def _show_plan(ready: Prepared, out: Console) -> None:
@@ -124,7 +126,6 @@ def _finish(ready: Prepared, measured: list[Measured], seconds: float, out: Cons
         write_report([one.runs[0] for one in measured], page, comparison=comparison)
     out.print(f"\ntable: {ready.folder / 'comparison.md'}", markup=False)
     out.print(f"report: {page} (open it in a browser)", markup=False)
-    out.print(f"{_minutes(seconds)} minutes")
     return result
 
 

@@ -27,6 +27,7 @@ def evaluate(
     base: bool = typer.Option(False, "--base", help="Score the base model too, without the adapter."),
     input_column: list[str] | None = typer.Option(None, help="Column of the input, as for training."),
     label_column: list[str] | None = typer.Option(None, help="Column of the labels, as for training."),
+    encoding: str | None = typer.Option(None, help="Of files of text, such as cp1252; by default UTF-8."),
     batch_size: int = typer.Option(32, min=1, help="Examples at a time."),
     json: bool = typer.Option(False, "--json", help="Print the result as JSON on stdout."),
 ) -> None:
@@ -54,6 +55,7 @@ def evaluate(
                 batch_size,
                 one_or_several(input_column),
                 one_or_several(label_column),
+                encoding,
             )
             for name in (("base", "adapter") if base else ("adapter",))
         }

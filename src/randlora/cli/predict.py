@@ -19,7 +19,7 @@ from randlora.train.settings import TaskName
 
 if TYPE_CHECKING:
     from randlora.train.infer import Answer
-    from randlora.train.trained import Columns, Trained
+    from randlora.train.settings import TrainSettings
 
 _ENDINGS = (".csv", ".jsonl")
 _FOUND = ("predicted", "confidence")  # names as in a run's predictions.jsonl
@@ -39,6 +39,7 @@ def predict(
     input_column: list[str] | None = typer.Option(
         None, help="Column of the texts or images; by default the run's. Twice for pairs of texts."
     ),
+    encoding: str | None = typer.Option(None, help="Of files of text, such as cp1252; by default UTF-8."),
     batch_size: int = typer.Option(32, min=1, help="Texts at a time."),
     json: bool = typer.Option(False, "--json", help="Print the result as JSON on stdout."),
 ) -> None:
@@ -69,8 +70,10 @@ def predict(
         given: Sequence[Any] = [] if data else text or _lines()
         columns = one_or_several(input_column)
         trained = load_trained(adapter, model, task)
+        headings: dict[str, str] = {}
         if data:
-            rows, given = _read(trained, data, columns)
+            rows, given = _read(data, trained.settings_for(data, columns, encoding=encoding))
+            rows, headings = _as_written(rows, data, encoding)
         elif isinstance(columns, list) or (columns is None and trained.reads_pairs):
             given = _pairs(given, from_stdin=not text)
             rows = [dict(zip(("text", "text_pair"), one, strict=True)) for one in given]
@@ -78,7 +81,7 @@ def predict(
             rows = [{"text": one} for one in given]
         found = list(predict_labels(trained, given, batch_size))
         if output is not None:
-            _write(output, rows, found)
+            _write(output, headings, rows, found)
             out.print(f"{len(found):,} predictions in {output}", markup=False)
     if json:
         print_json({"predictions": [_fields(one) for one in found]})
@@ -118,7 +121,7 @@ def _pairs(given: Sequence[str], from_stdin: bool) -> list[tuple[str, str]]:
     return [(one, other) for one, other in parted]
 
 
-def _read(trained: Trained, data: list[str], column: Columns) -> tuple[Sequence[Mapping[str, Any]], list[Any]]:
+def _read(data: list[str], settings: TrainSettings) -> tuple[Sequence[Mapping[str, Any]], list[Any]]:
     """Return the rows of the data, and the inputs for the model.
 
     In the rows labels are names, and images are replaced by the paths of their files.
@@ -127,7 +130,7 @@ def _read(trained: Trained, data: list[str], column: Columns) -> tuple[Sequence[
 
     from randlora.train.data import load_inputs
 
-    rows, given = load_inputs(data, trained.settings_for(data, column))
+    rows, given = load_inputs(data, settings)
     images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
     kept = rows.remove_columns(images)
     names = {name: feature.names for name, feature in kept.features.items() if isinstance(feature, ClassLabel)}
@@ -149,7 +152,26 @@ def _require_writable(output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _write(output: Path, rows: Sequence[Mapping[str, Any]], found: Sequence[Answer]) -> None:
+def _as_written(
+    rows: Sequence[Mapping[str, Any]], data: list[str], encoding: str | None
+) -> tuple[Sequence[Mapping[str, Any]], dict[str, str]]:
+    """Return rows with their cells as written, if all data is CSV, and the headings by the columns' names."""
+    from randlora.train.files import CELLS, cells_of, kind_of
+
+    if any(kind_of(Path(one)) not in CELLS for one in data):
+        return rows, {}
+    headings: dict[str, str] = {}
+    cells: list[dict[str, str]] = []
+    for one in data:
+        named, written = cells_of(one, encoding)
+        headings |= named
+        cells += written
+    return [{**row, **written} for row, written in zip(rows, cells, strict=True)], headings
+
+
+def _write(
+    output: Path, headings: Mapping[str, str], rows: Sequence[Mapping[str, Any]], found: Sequence[Answer]
+) -> None:
     from randlora.tuner.files.atomic import write_text
 
     if output.suffix == ".jsonl":
@@ -160,8 +182,9 @@ def _write(output: Path, rows: Sequence[Mapping[str, Any]], found: Sequence[Answ
     if taken:
         raise ConfigError(f"the data has the columns {taken} already: rename them, or write a .jsonl file")
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, [*rows[0], *names], lineterminator="\n")
-    writer.writeheader()
+    columns = [*rows[0], *names]
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
+    writer.writerow({name: headings.get(name, name) for name in columns})
     for row, one in zip(rows, found, strict=True):
         writer.writerow({**row, **_cells(one)})
     write_text(output, table.getvalue())

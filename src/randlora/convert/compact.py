@@ -19,7 +19,14 @@ from torch import Tensor
 from randlora.errors import CheckpointError, ConfigError
 from randlora.ops.bases import Basis
 from randlora.tuner.bases import combined_fingerprint, define_bases
-from randlora.tuner.files.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, content_of, read_adapter
+from randlora.tuner.files.adapter_folder import (
+    CONFIG,
+    WEIGHTS,
+    AdapterFolder,
+    content_of,
+    keep_base_config,
+    read_adapter,
+)
 from randlora.tuner.files.atomic import disk_errors, folder_atomically, write_atomically, write_json
 from randlora.tuner.files.format import HOST
 from randlora.tuner.shapes import known_shapes
@@ -87,6 +94,7 @@ def compact_adapter(
     else:
         with folder_atomically(target) as temporary:
             compared = _write(old, content, kept, temporary)
+            keep_base_config(old.path, temporary)
     there = old.path if target is None else Path(target)
     after = (there / WEIGHTS).stat().st_size
     return Compacted(str(there), before, after, kept is not None, str(content["basis_fingerprint"]), compared)

@@ -22,7 +22,7 @@ from randlora.errors import CheckpointError, CombinationError, ConfigError, Unsu
 from randlora.tuner.adapters.merged import base_model
 from randlora.tuner.base_model import base_path_of, empty_base, task_of, with_adapter
 from randlora.tuner.config import RandLoraConfig
-from randlora.tuner.files.adapter_folder import head_size, read_adapter
+from randlora.tuner.files.adapter_folder import head_size, keep_base_config, read_adapter
 from randlora.tuner.files.atomic import folder_atomically, write_atomically, write_json
 from randlora.tuner.files.format import in_base, in_file
 from randlora.tuner.layers.base import RandLoraLayer, adapted
@@ -159,6 +159,7 @@ def convert_folder_to_lora(
         model = with_adapter(base.to_empty(device="cpu"), source.path)
         conversion = to_lora(model, rank=rank, energy=energy)
         conversion.save(temporary)
+        keep_base_config(source.path, temporary)
     return conversion
 
 

@@ -175,9 +175,12 @@ class Comparison:
         matched = self.matched
         if not matched:
             return ["Does full rank help here? No LoRA was trained beside RandLoRA: not known."]
+        learnt = any(self._has_learnt(one) for pair in matched for one in (pair.ours, pair.other))
         better = [one for one in matched if one.gain.low > 0]
         worse = [one for one in matched if one.gain.high < 0]
-        if better:
+        if self._constant is not None and not learnt:
+            verdict = f"Not known: neither RandLoRA nor LoRA does better than {self._constant[0]}; give more minutes"
+        elif better:
             best = max(better, key=lambda one: one.gain.mean)
             verdict = f"Yes: {best.ours.label} at {best.ours.rate:g} is better than LoRA with as many values"
             verdict += f", but {_labels([one.ours for one in worse])} worse" if worse else ""
@@ -192,14 +195,17 @@ class Comparison:
 
     def _randlora(self) -> list[str]:
         ours = [one for one in self.methods if one.lora is not None]
-        if not ours:
+        if not any(map(self._has_learnt, ours)):
             return []
         best = max(ours, key=self._goodness)
         said = f"RandLoRA did best with {best.label.removeprefix('RandLoRA ')} at a learning rate of {best.rate:g}."
-        alike = [one for one in ours if one is not best and self.difference(best, one).gain.low <= 0]
-        if alike:
-            smallest = min([best, *alike], key=lambda one: one.trainable)
-            said += f" {_labels([best, *alike])} cannot be told apart; {smallest.label} trains fewest values."
+        alike = [best, *(one for one in ours if one is not best and self.difference(best, one).gain.low <= 0)]
+        if len(alike) > 1:
+            said += f" {_labels(alike)} cannot be told apart"
+            fewest = [one for one in alike if one.trainable == min(other.trainable for other in alike)]
+            if len(fewest) < len(alike):
+                said += f"; {_labels(fewest)} train{'s' if len(fewest) == 1 else ''} fewest values"
+            said += "."
         return [said]
 
     def _full_fine_tuning(self) -> list[str]:
@@ -210,7 +216,8 @@ class Comparison:
         best = max(loras, key=self._goodness)
         gain = self.difference(full, best).gain
         said = f"Full fine-tuning against {best.label}: {self._gain(gain)}"
-        return [said + ("." if gain.low > 0 else "; where it gains nothing, expect little of full rank.")]
+        is_hint = gain.low <= 0 and (self._has_learnt(full) or self._has_learnt(best))
+        return [said + ("; where it gains nothing, expect little of full rank." if is_hint else ".")]
 
     def _doubts(self) -> list[str]:
         said = []
@@ -219,21 +226,29 @@ class Comparison:
             said.append(
                 f"The rate of {_labels(edge)} is the last that was tried on its side: a better one may lie beyond."
             )
-        if self.score_name == "R²":
-            blind = [one for one in self.methods if self.score(one).low <= 0]
-            if blind:
-                said.append(f"Not surely better than always saying the mean, of which R² is 0: {_labels(blind)}.")
-        if self.is_share and "label" in (examples := self.methods[0].runs[0].examples)[0]:
-            label, count = Counter(_label(one["label"]) for one in examples).most_common(1)[0]
-            share = count / len(examples)
-            blind = [one for one in self.methods if self.score(one).low <= share]
-            if blind and "correct" not in examples[0]:
-                said.append(
-                    f"Not surely better than always saying {label!r}, which is right in {share:.1%}: {_labels(blind)}."
-                )
+        if self._constant is not None:
+            words, score = self._constant
+            blind = [one for one in self.methods if self.score(one).low <= score]
+            said += [f"Not surely better than {words}: {_labels(blind)}."] if blind else []
         if self.seeds < 3:
             said.append("With fewer than three seeds the spread is hardly known: give more minutes.")
         return said
+
+    @cached_property
+    def _constant(self) -> tuple[str, float] | None:
+        """The best constant answer in words, and its score; ``None`` for tags and where examples have no labels."""
+        if self.score_name == "R²":
+            return "always saying the mean, of which R² is 0", 0.0
+        examples = self.methods[0].runs[0].examples
+        if not self.is_share or "label" not in examples[0] or "correct" in examples[0]:
+            return None
+        label, count = Counter(_label(one["label"]) for one in examples).most_common(1)[0]
+        share = count / len(examples)
+        return f"always saying {label!r}, which is right in {share:.1%}", share
+
+    def _has_learnt(self, method: Method) -> bool:
+        """Return whether the method's score is above that of the best constant answer, where there is one."""
+        return self._constant is None or self.score(method).mean > self._constant[1]
 
     def _row(self, method: Method) -> list[str]:
         cells = [dict(zip(COLUMNS, summary(run), strict=True)) for run in method.runs]

@@ -258,22 +258,34 @@ def forgetting_of(settings: CompareSettings) -> Forgetting | None:
 
 
 def _claim(folder: Path, settings: CompareSettings, resume: bool) -> None:
-    """Write the settings into the folder; raise if it has another comparison, or this one without ``resume``."""
+    """Write the settings into the folder; raise if it has another comparison, or this one without ``resume``.
+
+    A comparison that ended before it had a plan, such as by a column that is not there, gives way to this one.
+    """
     file = folder / _SETTINGS
     now = json.loads(settings.model_dump_json())
     if file.is_file():
         then = yaml.safe_load(file.read_text(encoding="utf-8"))
         changed = [f"{key}: {then.get(key)!r} there, {now[key]!r} here" for key in now if then.get(key) != now[key]]
         changed = [line for line in changed if line.partition(":")[0] not in _MAY_DIFFER]
-        if changed and resume:
-            raise ConfigError(f"{str(folder)!r} holds a comparison with other settings:\n  " + "\n  ".join(changed))
-        if not resume:
+        if resume and not changed:
+            return
+        if _has_plan(folder):
+            if resume:
+                others = "\n  ".join(changed)
+                raise ConfigError(f"{str(folder)!r} holds a comparison with other settings:\n  {others}")
             raise ConfigError(
                 f"output_dir={str(folder)!r} holds a comparison: go on with it by --resume, or name another folder"
             )
-        return
+        shutil.rmtree(folder / "data", ignore_errors=True)
+        (folder / _PLAN).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(file, yaml.safe_dump(now, sort_keys=False))
+
+
+def _has_plan(folder: Path) -> bool:
+    file = folder / _PLAN
+    return file.is_file() and "plan" in json.loads(file.read_text(encoding="utf-8"))
 
 
 def _measure(settings: CompareSettings, shared: TrainSettings, say: Say) -> tuple[list[Candidate], dict[str, Cost]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
 from datasets import Dataset, IterableDataset, load_dataset
 
 from randlora.errors import ConfigError
@@ -19,6 +20,8 @@ _READERS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     ".parquet": (Dataset.from_parquet, "parquet", {}),
     ".txt": (Dataset.from_text, "text", {}),  # a text in each line; the column is `text`
 }
+CELLS = (".csv", ".tsv")
+"""Kinds of file whose cells are text: those that :func:`cells_of` reads."""
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
@@ -57,6 +60,18 @@ def read_file(source: str, encoding: str | None, streaming: bool = False) -> Dat
         return read(source, **arguments)
     except Exception as error:  # readers raise any error of their parsers
         raise ConfigError(f"cannot read the data file {source!r}: {_reason(error, encoding)}") from error
+
+
+def cells_of(source: str, encoding: str | None) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Return the headings of a CSV or TSV file by the columns' names in :func:`read_file`, and its rows, as written.
+
+    A name differs from its heading where that is empty or repeats another. Cells keep their text, such as 007 or NA.
+    """
+    _, _, arguments = _READERS[kind_of(Path(source)) or ""]
+    arguments = {**arguments, "dtype": str, "keep_default_na": False, "encoding": encoding}
+    rows = pandas.read_csv(source, **arguments)
+    first = pandas.read_csv(source, header=None, nrows=1, **arguments)
+    return dict(zip(rows.columns, first.iloc[0], strict=True)), rows.to_dict("records")
 
 
 def _reason(error: Exception, encoding: str | None) -> str:

@@ -162,6 +162,7 @@ def score(
     batch_size: int = 32,
     input_column: Columns = None,
     label_column: Columns = None,
+    encoding: str | None = None,
 ) -> Score:
     """Return the score of a model on data.
 
@@ -171,6 +172,7 @@ def score(
         batch_size: number of examples in a forward pass.
         input_column: column of the input, as for training; by default the run's.
         label_column: column of the labels, likewise.
+        encoding: encoding of ``data``, where it is files of text; UTF-8 if ``None``.
 
     Raises:
         ConfigError: if the data cannot be read, or has labels that the model does not know; or if there is no reference
@@ -178,7 +180,7 @@ def score(
     """
     task, labels, settings = TASKS[trained.task], list(trained.labels), trained.run
     if data is not None:
-        settings = trained.settings_for(data, input_column, label_column)
+        settings = trained.settings_for(data, input_column, label_column, encoding)
         rows = task.encode(load_rows(data, settings), labels)
     elif settings is None:
         raise ConfigError(f"{trained.path} belongs to no run that would say on what to score it: name data")

@@ -130,7 +130,7 @@ def make_plan(times: Times, seconds: float) -> Plan:
     if not fitting:
         least = needed(min(_LEAST_STEPS, whole), LEAST_SEEDS)
         raise ConfigError(
-            f"minutes: {seconds / 60:.1f} are left after the measurement, and {LEAST_SEEDS} seeds of "
+            f"minutes: {max(seconds, 0) / 60:.1f} are left after the measurement, and {LEAST_SEEDS} seeds of "
             f"{min(_LEAST_STEPS, whole)} steps of {len(times.costs)} methods take {least / 60:.1f}. Give more minutes, "
             "fewer methods or ranks, or smaller batches"
         )

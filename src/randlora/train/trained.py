@@ -18,7 +18,7 @@ from randlora.train.settings import TaskName, TrainSettings, load_settings
 from randlora.train.tasks import TASKS, Task
 from randlora.train.tasks.quantized import weights_as
 from randlora.tuner.base_model import base_path_of, load_base, model_config, with_adapter
-from randlora.tuner.files.adapter_folder import CONFIG, head_size, label_names, read_config, unfinished
+from randlora.tuner.files.adapter_folder import CONFIG, head_size, label_names, problem_type, read_config, unfinished
 
 Columns: TypeAlias = str | list[str] | None
 """A column of the data, or several; ``None`` for the default."""
@@ -54,11 +54,17 @@ class Trained:
         """Whether the model was trained on pairs of texts."""
         return self.run is not None and isinstance(self.run.input_column, list)
 
-    def settings_for(self, data: Source, input_column: Columns = None, label_column: Columns = None) -> TrainSettings:
+    def settings_for(
+        self,
+        data: Source,
+        input_column: Columns = None,
+        label_column: Columns = None,
+        encoding: str | None = None,
+    ) -> TrainSettings:
         """Return settings to read data for this model: those of its run, without those of the run's own data."""
         named = list(data) if not isinstance(data, str) else data
         known = TrainSettings(model=self.base, data=named) if self.run is None else self.run
-        changes: dict[str, Any] = dict.fromkeys(("data_config", "split", "eval_split", "encoding"))
+        changes: dict[str, Any] = {"encoding": encoding, **dict.fromkeys(("data_config", "split", "eval_split"))}
         columns = {"input_column": input_column, "label_column": label_column}
         changes |= {name: column for name, column in columns.items() if column is not None}
         length = max(self.max_length, 2)
@@ -86,14 +92,14 @@ def load_trained(
         ConfigError: if the base model or tokenizer is not at hand, or the task is not known.
     """
     place = locate(path)
-    folder, run_folder, run, config = place
+    folder, _, run, config = place
     head = folder / HEAD if (folder / HEAD).is_file() else None
     if head is not None and run is not None:
         base = os.fspath(base_model_path or run.model)
     else:
         base = os.fspath(folder) if config is None else base_path_of(config, base_model_path)
     task = task or task_of(place, base)
-    labels = _labels(folder, run_folder, run, base) if TASKS[task].classifies else ()
+    labels = _labels(folder, run, base) if TASKS[task].classifies else ()
     model = _load_base(base, TASKS[task], run, **(TASKS[task].head(labels) if labels else {}))
     if config is not None and adapter:
         model = with_adapter(model, folder)
@@ -213,6 +219,8 @@ def task_of(place: Place, base: str) -> TaskName:
     kind = getattr(kind, "value", kind)
     if kind == "SEQ_CLS" and head_size(place.folder) == 1:
         return "regression"
+    if kind == "SEQ_CLS" and (problem := _PROBLEMS.get(problem_type(place.folder) or "")):
+        return problem
     for task in TASKS.values():
         if kind == task.model_type:
             return cast("TaskName", task.name)
@@ -225,9 +233,9 @@ def task_of(place: Place, base: str) -> TaskName:
     raise ConfigError(f"the task of {base!r} is not known: name it by task, one of {', '.join(TASKS)}")
 
 
-def _labels(folder: Path, run_folder: Path | None, run: TrainSettings | None, base: str) -> tuple[str, ...]:
+def _labels(folder: Path, run: TrainSettings | None, base: str) -> tuple[str, ...]:
     """Return the names of the labels: those of the run's model, of its data or of the model's config; else numbers."""
-    if run_folder is not None and (known := label_names(folder)) is not None:
+    if (known := label_names(folder)) is not None:
         return known
     count = head_size(folder)
     if run is not None:

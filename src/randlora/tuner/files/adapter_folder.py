@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from randlora.tuner.files.format import GAMMA, LAMBDA, BasisNames, in_base, part
 from randlora.tuner.layers.base import RandLoraLayer
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_BASE = "base_model"  # the folder in which a run leaves the base model's config
 _MOST_CONFIG_BYTES = 10 * 2**20  # a name for each of 100,000 modules
 _LAMBDA, _GAMMA = f".{LAMBDA}", f".{GAMMA}"
 
@@ -200,7 +202,8 @@ def read_config(path: str | os.PathLike[str]) -> PeftConfig:
         return PeftConfig.from_pretrained(os.fspath(path))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{os.fspath(path)!r} holds no adapter that can be read: {reason}") from None
+        where = "holds" if Path(path).is_dir() else "is no folder, and as a name on the hub has"
+        raise CheckpointError(f"{os.fspath(path)!r} {where} no adapter that can be read: {reason}") from None
 
 
 def read_randlora_config(path: str | os.PathLike[str]) -> RandLoraConfig:
@@ -349,7 +352,8 @@ def head_size(path: str | os.PathLike[str]) -> int | None:
 def label_names(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
     """Return the names of a classifier's labels, in the order of their numbers; ``None`` where they are unknown.
 
-    ``randlora train`` leaves them in the base model's config beside the adapter's folder.
+    ``randlora train`` leaves them in the base model's config beside the adapter's folder, and ``randlora convert`` in
+    the new folder.
     """
     names = _config_of_run(path).get("id2label")
     if not names or head_size(path) not in (None, len(names)):
@@ -362,12 +366,25 @@ def problem_type(path: str | os.PathLike[str]) -> str | None:
     return _config_of_run(path).get("problem_type")
 
 
+def keep_base_config(source: str | os.PathLike[str], target: Path) -> None:
+    """Copy the base model's config that belongs to one adapter, if there is one, into the folder of another."""
+    if (config := _base_config(source)) is not None:
+        (target / _BASE).mkdir()
+        shutil.copyfile(config, target / _BASE / "config.json")
+
+
 def _config_of_run(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The base model's config beside an adapter's folder, or a checkpoint's; empty where there is none."""
-    places = [one / "base_model" / "config.json" for one in Path(path).absolute().parents[:2]]
-    config = next((one for one in places if one.is_file()), None)
+    """Return the content of the base model's config that belongs to an adapter; empty where there is none."""
+    config = _base_config(path)
     content: dict[str, Any] = {} if config is None else json.loads(config.read_text(encoding="utf-8"))
     return content
+
+
+def _base_config(path: str | os.PathLike[str]) -> Path | None:
+    """Return the base model's config in an adapter's folder, or beside that folder or a checkpoint's."""
+    folder = Path(path).absolute()
+    places = [one / _BASE / "config.json" for one in (folder, *folder.parents[:2])]
+    return next((one for one in places if one.is_file()), None)
 
 
 def content_of(folder: Path) -> dict[str, object]:

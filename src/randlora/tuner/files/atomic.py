@@ -52,11 +52,9 @@ def folder_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         with disk_errors(target):
             yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
-        for file in temporary.iterdir():
-            os.chmod(file, 0o666 & ~_umask())
-            _sync(str(file))
-        _sync_folder(temporary)
+        for one in (temporary, *temporary.rglob("*")):
+            os.chmod(one, (0o777 if one.is_dir() else 0o666) & ~_umask())
+            (_sync_folder if one.is_dir() else _sync)(one)
         os.replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -111,7 +109,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_atomically(path, write)
 
 
-def _sync(path: str) -> None:
+def _sync(path: str | Path) -> None:
     descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)
