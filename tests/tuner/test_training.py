@@ -255,26 +255,22 @@ def test_a_whole_compiled_model_is_one_graph_forward_and_backward(dtype, autocas
         assert_close(gradient, found[1][name], TOLERANCE[dtype if autocast is None else autocast], name)
 
 
-KINDS = {"dense": {}, "very_sparse": {"very_sparse": True}, "structured": {"structured": True, "groups": 4}}
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_one_compiled_graph_for_several_numbers_of_tokens(kind, dtype):
+@pytest.mark.parametrize("kind", [{}, {"structured": True, "groups": 4}], ids=["dense", "structured"])
+def test_one_compiled_graph_for_several_numbers_of_tokens(kind):
     torch._dynamo.reset()
-    model = randomise(ours(stack().to(dtype), r=4, target_modules=STACK_TARGETS, **kind))
+    model = randomise(ours(stack().bfloat16(), r=4, target_modules=STACK_TARGETS, **kind))
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model.model, fullgraph=True, backend=counter, dynamic=True)
     frames = []
     for count in (9, 12, 10):
-        x = torch.randn(count, features().shape[-1], dtype=dtype).requires_grad_()
+        x = torch.randn(count, features().shape[-1]).bfloat16().requires_grad_()
         found = []
         for run in (compiled, model.model):
             with force(Plan("token", "token", "token")):  # the cheapest one depends on the number of tokens
                 run(x).sum().backward()
             found.append(x.grad)
             x.grad = None
-        assert_close(*found, TOLERANCE[dtype])
+        assert_close(*found, TOLERANCE[torch.bfloat16])
         frames.append(counter.frame_count)
     assert len(set(frames)) == 1
 
