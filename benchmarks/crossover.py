@@ -16,7 +16,7 @@ from torch import Tensor
 
 from randlora.ops import plan as planner
 from randlora.ops.bases import BasisKind, BasisSpec, Dense, Ternary, get_basis
-from randlora.ops.linear import adapted_linear, problem_of
+from randlora.ops.linear import adapted_linear, fuses, problem_of
 from randlora.ops.operands import Sizes
 from randlora.ops.plan import Plan, Problem, backward_cost, forward_cost
 
@@ -50,21 +50,29 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
 class Layer:
     """One adapted layer, as its operands."""
 
-    def __init__(self, out: int, into: int, kind: BasisKind) -> None:
+    def __init__(
+        self,
+        out: int,
+        into: int,
+        kind: BasisKind,
+        rank: int = RANK,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         torch.manual_seed(0)
         m, M = sorted((out, into))
-        basis = get_basis(BasisSpec(RANK, m, M, 0, kind, m, M))
-        self.bases = basis.operands(torch.device("cpu"), torch.float32, Sizes(M, m, basis.num_bases))
-        self.lam = torch.full((RANK, basis.num_bases), 0.01, requires_grad=True)
-        self.gamma = torch.full((basis.num_bases, m), 1 / M, requires_grad=True)
-        self.weight = torch.randn(out, into)
+        basis = get_basis(BasisSpec(rank, m, M, 0, kind, m, M))
+        self.bases = basis.operands(device, dtype, Sizes(M, m, basis.num_bases))
+        self.lam = torch.full((rank, basis.num_bases), 0.01, device=device, requires_grad=True)
+        self.gamma = torch.full((basis.num_bases, m), 1 / M, device=device, requires_grad=True)
+        self.weight = torch.randn(out, into, device=device, dtype=dtype)
 
     def problem(self, tokens: int) -> Problem:
         out, into = self.weight.shape
-        return problem_of(self.bases, tokens, out, into, fusible=True)
+        return problem_of(self.bases, tokens, out, into, fuses(self.weight.dtype, self.weight.dtype))
 
     def input(self, tokens: int) -> Tensor:
-        return torch.randn(tokens, self.weight.shape[1], requires_grad=True)
+        return self.weight.new_empty(tokens, self.weight.shape[1]).normal_().requires_grad_()
 
     def output(self, x: Tensor, plan: Plan) -> Tensor:
         """Return the output by ``plan``, which also fixes the ways of the gradients."""

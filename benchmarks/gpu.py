@@ -23,8 +23,8 @@ from randlora.ops.gpu import availability
 
 from . import gpu_kernels, gpu_model, gpu_plans, record
 from .gpu_clock import measured_rates
-from .gpu_model import ALL, LORA, QV, STOCHASTIC, WAYS
-from .methods import DENSE, FROZEN, VERY_SPARSE
+from .gpu_model import ALL, LORA_BF16, QV, WAYS
+from .methods import PEFT_DENSE, SPARSE
 
 SECONDS = 300  # of measuring; then the tables are printed, with a list of missing parts
 STEPS = (
@@ -46,7 +46,7 @@ PLANS = ("layer", "bases", "tokens", "direction", "chosen", "ms", "fastest", "fa
 PROFILE = ("ms", "calls", "share", "kernel")
 TABLES = {"training steps": STEPS, "kernels": KERNELS, "plans": PLANS, "profile": PROFILE}
 SHAPES = [(3072, 3072), (8192, 3072)]  # (M, m) of q and o, and of the MLP
-LONG = (FROZEN, LORA, DENSE, STOCHASTIC, VERY_SPARSE, *(f"randlora, {kind}" for kind in gpu_model.NEWER))
+LONG = tuple(name for name in WAYS if name not in (PEFT_DENSE, SPARSE, LORA_BF16))
 CASES = [  # with rounds and methods; the case with most tokens is profiled
     (QV, 840, 21, tuple(WAYS)),
     (ALL, 4096, 7, tuple(WAYS)),

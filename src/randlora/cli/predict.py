@@ -73,7 +73,8 @@ def predict(
         headings: dict[str, str] = {}
         if data:
             rows, given = _read(data, trained.settings_for(data, columns, encoding=encoding))
-            rows, headings = _as_written(rows, data, encoding)
+            if output is not None:  # nothing else needs the cells, which are read once more
+                rows, headings = _as_written(rows, data, encoding)
         elif isinstance(columns, list) or (columns is None and trained.reads_pairs):
             given = _pairs(given, from_stdin=not text)
             rows = [dict(zip(("text", "text_pair"), one, strict=True)) for one in given]

@@ -16,12 +16,12 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from randlora.train.measure import StepTimer, device_memory_bytes, memory_bytes
+from randlora.tuner.files.adapter_folder import BASE_MODEL
 from randlora.tuner.files.atomic import write_json, write_text
 
 HISTORY = "history.jsonl"
 PREDICTIONS = "predictions.jsonl"
 ENVIRONMENT = "environment.json"
-BASE_MODEL = "base_model"
 HEAD = "head.safetensors"
 
 _PACKAGES = ("randlora", "torch", "peft", "transformers", "accelerate", "datasets", "numpy", "safetensors")

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ interpreting: bool = triton.knobs.runtime.interpret
 
 INTERPRETING = tl.constexpr(interpreting)
 _MOST = 4096  # kept kernels; strides of some inputs depend on the number of tokens
-_ALIGNED = 255  # low bits of an address; those of torch are zero, but for views
+_LOW_BITS = 255  # of an address; those of torch are zero, but for views
 _compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
 
@@ -66,16 +65,15 @@ def launch(
     # Triton asks the driver about each tensor, but takes an address as it is
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     places = [None if tensor is None else (tensor.dtype, tensor.get_device()) for tensor in tensors]
-    key, bits = (kernel.fn, constants, sizes, *places), 0
-    for address in addresses:
-        bits |= address or 0
-    found = None if bits & _ALIGNED else _compiled.get(key)
+    key = (kernel.fn, constants, sizes, *places)
+    aligned = not any(address & _LOW_BITS for address in addresses if address)
+    found = _compiled.get(key) if aligned else None
     if found is not None:
         compiled, values = found
         compiled[grid](*addresses, *rows, *sizes, *values)
     else:
         compiled = kernel[grid](*tensors, *rows, *sizes, **constants.values)
-        if not bits & _ALIGNED:
+        if aligned:
             _keep(key, compiled, kernel.arg_names, constants)
 
 
@@ -85,7 +83,6 @@ def _keep(key: Hashable, compiled: Any, names: list[str], constants: Constants) 
     _compiled[key] = compiled, tuple(constants.values[name] for name in names if name in constants.values)
 
 
-@lru_cache(maxsize=4096)
 def blocks(size: int, block: int) -> int:
     """Return the number of blocks that cover ``size``; ``triton.cdiv`` takes as long as a launch."""
     return -(-size // block)

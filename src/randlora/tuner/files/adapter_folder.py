@@ -28,7 +28,7 @@ from randlora.tuner.files.format import GAMMA, LAMBDA, BasisNames, in_base, part
 from randlora.tuner.layers.base import RandLoraLayer
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_BASE = "base_model"  # the folder in which a run leaves the base model's config
+BASE_MODEL = "base_model"  # the folder in which a run leaves the base model's config
 _MOST_CONFIG_BYTES = 10 * 2**20  # a name for each of 100,000 modules
 _LAMBDA, _GAMMA = f".{LAMBDA}", f".{GAMMA}"
 
@@ -369,8 +369,8 @@ def problem_type(path: str | os.PathLike[str]) -> str | None:
 def keep_base_config(source: str | os.PathLike[str], target: Path) -> None:
     """Copy the base model's config that belongs to one adapter, if there is one, into the folder of another."""
     if (config := _base_config(source)) is not None:
-        (target / _BASE).mkdir()
-        shutil.copyfile(config, target / _BASE / "config.json")
+        (target / BASE_MODEL).mkdir()
+        shutil.copyfile(config, target / BASE_MODEL / "config.json")
 
 
 def _config_of_run(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -383,7 +383,7 @@ def _config_of_run(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _base_config(path: str | os.PathLike[str]) -> Path | None:
     """Return the base model's config in an adapter's folder, or beside that folder or a checkpoint's."""
     folder = Path(path).absolute()
-    places = [one / _BASE / "config.json" for one in (folder, *folder.parents[:2])]
+    places = [one / BASE_MODEL / "config.json" for one in (folder, *folder.parents[:2])]
     return next((one for one in places if one.is_file()), None)
 
 
